@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages between the service and the broker (protocol version 1; N and N-1 are kept).
+
+The service sends requests, each with an ``id`` of its own choosing; the broker answers each
+with exactly one Reply (fds beside it as each request says) and sends Ended on its own.
+The broker trusts nothing here: every request is checked against broker.toml and against the
+record uuid -> (uid, user) before anything is done.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+import msgspec
+from msgspec import Meta
+
+VERSION = 1
+
+Uuid = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+SlotName = Annotated[str, Meta(pattern=r"^[a-z0-9/-]{1,64}$")]
+
+
+class _Request(msgspec.Struct, tag_field="op", frozen=True, kw_only=True):
+    id: int
+
+
+class Hello(_Request, tag="hello"):
+    """First message of a connection. Reply: version, instance."""
+
+    versions: list[int]
+
+
+class Own(_Request, tag="own"):
+    """Record that machine ``uuid`` belongs to ``uid``. Idempotent; a change is refused."""
+
+    uuid: Uuid
+    uid: int
+
+
+class Disown(_Request, tag="disown"):
+    """Forget the record of ``uuid`` (undefine, end of a transient). Refused while a worker lives."""
+
+    uuid: Uuid
+
+
+class Check(_Request, tag="check"):
+    """Would broker.toml let ``uid`` have this? (asked when a definition is made)."""
+
+    uid: int
+    memory: int = 0  # bytes, 0: not asked
+    vcpus: int = 0
+    bridges: list[str] = []
+    paths: list[str] = []
+
+
+class Spawn(_Request, tag="spawn"):
+    """Start a worker for ``uuid`` (a spare one when there is one of the right profile).
+
+    Reply fds: [control connection, /proc/PID/smaps_rollup, /proc/PID/ksm_stat if the kernel has it].
+    The worker already holds /dev/kvm.
+    """
+
+    uuid: Uuid
+    memory: int  # bytes of guest memory; cgroup limit = this + overhead
+    vcpus: int
+    memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
+
+
+class Open(_Request, tag="open"):
+    """Open ``path`` as the owner of ``uuid`` and send the fd to its worker under ``slot``.
+
+    Reply: ``identity``. The fd goes from the child to the worker; the broker never sees it.
+    """
+
+    uuid: Uuid
+    slot: SlotName
+    path: Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^/")]
+    writable: bool = False
+
+
+class Tap(_Request, tag="tap"):
+    """Make a tap on ``bridge`` and send it to the worker of ``uuid`` under ``slot``."""
+
+    uuid: Uuid
+    slot: SlotName
+    bridge: str
+    queues: int = 1
+
+
+class Kill(_Request, tag="kill"):
+    """End the worker of ``uuid`` now (cgroup.kill where there is one, else SIGKILL by pidfd)."""
+
+    uuid: Uuid
+
+
+class Workers(_Request, tag="workers"):
+    """List the workers of this instance. Reply: ``workers``."""
+
+
+class Connect(_Request, tag="connect"):
+    """A new control connection to a living worker; it replaces the old one. Reply fds as Spawn."""
+
+    uuid: Uuid
+
+
+Request = Union[Hello, Own, Disown, Check, Spawn, Open, Tap, Kill, Workers, Connect]
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """What was opened, as fstat says."""
+
+    dev: int
+    ino: int
+    rdev: int
+    mode: int
+    size: int
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """A living worker."""
+
+    uuid: Uuid
+    pid: int
+    worker_uid: int
+    owner: int
+    cgroup: bool
+
+
+class Reply(msgspec.Struct, tag_field="op", tag="reply", frozen=True, omit_defaults=True, kw_only=True):
+    """The answer to request ``id``; ``error`` is a kind of wire.errors, None for success."""
+
+    id: int
+    error: str | None = None
+    message: str = ""
+    argument: str = ""
+    version: int = 0
+    instance: str = ""
+    identity: Identity | None = None
+    workers: list[WorkerInfo] = []
+
+
+class Ended(msgspec.Struct, tag_field="op", tag="ended", frozen=True, kw_only=True):
+    """A worker's pidfd signalled. ``stuck``: it was killed and has not ended within 5 s."""
+
+    uuid: Uuid
+    stuck: bool = False
+
+
+Answer = Union[Reply, Ended]

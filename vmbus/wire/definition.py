@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine's definition: what its owner asked for, as stored and as sent to its worker.
+
+The bounds here are those of the format; an owner's quota is broker.toml's. Unknown keys are
+refused (rule: a typo must not be a silent default). Files are named by *slots*:
+``kernel``, ``initrd``, ``disk/<id>/<layer>`` (0 is the active layer) and
+``disk/<id>/<layer>/data`` for an external data file. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Iterator, Literal
+
+import msgspec
+from msgspec import Meta
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
+ID_PATTERN = r"^[a-z][a-z0-9-]{0,19}$"
+
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Id = Annotated[str, Meta(pattern=ID_PATTERN)]
+Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+MIB = 1 << 20
+
+
+class Layer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """One image of a chain. ``path`` is None when the slot is filled by an fd (source="fd").
+
+    ``backing_name`` is the backing file name exactly as the qcow2 header has it, None for
+    none; at start a header that says otherwise is refused with BackingChanged.
+    """
+
+    format: Literal["qcow2", "raw"]
+    path: Path | None = None
+    backing_name: str | None = None
+    data_name: str | None = None
+    data_path: Path | None = None
+
+
+class Disk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """A virtio-blk disk: its whole chain, active layer first (at most 200 layers)."""
+
+    id: Id
+    layers: Annotated[list[Layer], Meta(min_length=1, max_length=200)]
+    source: Literal["path", "fd"] = "path"
+    read_only: bool = False
+    serial: Annotated[str, Meta(pattern=r"^[ -~]{0,20}$")] = ""
+    queues: Annotated[int, Meta(ge=0, le=16)] = 0  # 0: one per vCPU
+
+
+class Kernel(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """Direct boot: a bzImage or a PVH ELF, an initrd and a command line."""
+
+    path: Path | None = None
+    initrd_path: Path | None = None
+    initrd: bool = False  # with source="fd": whether slot `initrd` will be filled
+    cmdline: Annotated[str, Meta(max_length=2047)] = ""
+    source: Literal["path", "fd"] = "path"
+
+
+class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """A virtio-net device on a tap of an allowed bridge."""
+
+    id: Id
+    mac: Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
+    kind: Literal["bridge"] = "bridge"
+    bridge: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = ""
+
+
+class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """A machine. ``machine_type`` and ``cpu_model`` never change after definition."""
+
+    name: Name
+    memory: Annotated[int, Meta(ge=1 * MIB, le=1 << 42, multiple_of=MIB)]
+    kernel: Kernel
+    vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
+    machine_type: Literal["vmbus-0"] = "vmbus-0"
+    cpu_model: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,40}$")] = "host"
+    memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
+    disks: Annotated[list[Disk], Meta(max_length=16)] = []
+    nics: Annotated[list[Nic], Meta(max_length=16)] = []
+    rng: bool = True
+    on_reset: Literal["restart", "end"] = "restart"
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """A file that a worker needs before it can build the machine."""
+
+    name: str
+    path: str | None  # None: filled by an fd
+    writable: bool
+
+
+def slots(definition: Definition) -> Iterator[Slot]:
+    """All the files a start needs, in a stable order."""
+    kernel = definition.kernel
+    by_fd = kernel.source == "fd"
+    yield Slot("kernel", None if by_fd else kernel.path, False)
+    if kernel.initrd if by_fd else kernel.initrd_path is not None:
+        yield Slot("initrd", None if by_fd else kernel.initrd_path, False)
+    for disk in definition.disks:
+        for index, layer in enumerate(disk.layers):
+            writable = index == 0 and not disk.read_only
+            yield Slot(f"disk/{disk.id}/{index}", layer.path, writable)
+            if layer.data_name is not None:
+                yield Slot(f"disk/{disk.id}/{index}/data", layer.data_path, writable)

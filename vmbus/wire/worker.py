@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages on a worker's listening socket.
+
+Whoever connects (only root can) says who it is with one Greeting: the broker's connection for the
+service is ``control``; one that brings a file is ``inlet``. A new control connection replaces the
+old one; epochs only grow. A worker never sends an fd on any of them (DESIGN rule 15).
+
+The *lifeline* (greeting, hello, state, events and their acknowledgement, console, shutdown, stop,
+reset, pause, resume, save) is version 1 and frozen: tests replay its recorded transcript. Unknown
+optional fields are ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union
+
+import msgspec
+from msgspec import Meta
+
+from vmbus.wire.definition import Definition
+
+LIFELINE = 1
+VERSION = 1
+
+State = Literal["ready", "configured", "running", "paused", "ended"]
+
+
+class Greeting(msgspec.Struct, tag_field="op", tag="greeting", frozen=True, kw_only=True):
+    """The first datagram of a connection, written by the broker.
+
+    ``inlet``: exactly one more datagram follows, a Delivery with one fd (or several queues of one tap).
+    """
+
+    role: Literal["control", "inlet"]
+    epoch: int = 0
+
+
+class Delivery(msgspec.Struct, tag_field="op", tag="delivery", frozen=True, kw_only=True):
+    """A file for ``slot``; the fd is beside it."""
+
+    slot: str
+
+
+class _Request(msgspec.Struct, tag_field="op", frozen=True, kw_only=True):
+    id: int
+
+
+class Hello(_Request, tag="hello"):
+    """First request on a control connection. Result: Welcome fields."""
+
+    versions: list[int]
+
+
+class Ack(_Request, tag="ack"):
+    """All events up to ``seq`` are stored by the service; the worker forgets them. No result."""
+
+    seq: int
+
+
+class AddFile(_Request, tag="add-file"):
+    """A client's fd for ``slot`` (beside the message), already shown harmless by the service."""
+
+    slot: str
+
+
+class Configure(_Request, tag="configure"):
+    """Build the machine from the delivered files. Result when it is built or cannot be."""
+
+    uuid: str
+    definition: Definition
+
+
+class Run(_Request, tag="run"):
+    """Let the vCPUs go for the first time."""
+
+
+class Shutdown(_Request, tag="shutdown"):
+    """Press the ACPI power button."""
+
+
+class Stop(_Request, tag="stop"):
+    """Stop the vCPUs, flush the disks and end with reason ``stopped``."""
+
+
+class Reset(_Request, tag="reset"):
+    """Pull the reset line."""
+
+
+class Pause(_Request, tag="pause"):
+    """Stop all vCPUs; devices finish what they have begun. Result when they stand still."""
+
+
+class Resume(_Request, tag="resume"):
+    """Let them go on."""
+
+
+class Console(_Request, tag="console"):
+    """A reader (and writer, if ``write``) of the serial console: one end of a socketpair beside it.
+
+    The history (up to 64 KiB) is written first. At most one writer: InUse unless ``steal``.
+    """
+
+    write: bool = False
+    steal: bool = False
+
+
+class Stats(_Request, tag="stats"):
+    """Result ``stats``: counters of vCPUs and devices."""
+
+
+Request = Union[
+    Hello, Ack, AddFile, Configure, Run, Shutdown, Stop, Reset, Pause, Resume, Console, Stats
+]
+
+
+class Result(msgspec.Struct, tag_field="op", tag="result", frozen=True, omit_defaults=True, kw_only=True):
+    """The answer to request ``id``; ``error`` is a kind of wire.errors, None for success.
+
+    For Hello: version, lifeline, state, epoch, and the end reason if ``state`` is ``ended``.
+    """
+
+    id: int
+    error: str | None = None
+    message: str = ""
+    argument: str = ""
+    version: int = 0
+    lifeline: int = 0
+    epoch: int = 0
+    state: State = "ready"
+    reason: str = ""
+    stats: dict[str, Any] = {}
+
+
+EndReason = Literal[
+    "guest-poweroff", "guest-reset", "stopped", "triple-fault", "kvm-internal-error", "guest-misbehaved", "io-error", "error"
+]
+
+
+class Event(msgspec.Struct, tag_field="op", tag="event", frozen=True, omit_defaults=True, kw_only=True):
+    """Numbered from 1; sent again on a new connection until acknowledged (at least once).
+
+    ``state``: ``state`` is the new one. ``ended``: ``reason`` and ``detail``; the worker exits once it
+    is acknowledged or after 30 s without a control connection. ``console``: output since the last one, at most
+    one a second. ``reset``: the guest was reset and goes on.
+    """
+
+    seq: Annotated[int, Meta(ge=1)]
+    kind: Literal["state", "ended", "console", "reset"]
+    state: State = "ready"
+    reason: str = ""
+    detail: str = ""
+
+
+Answer = Union[Result, Event]
