@@ -1,2 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-//! vmbus vmm.
+//! The KVM machine of vmbus: vCPUs, memory, a subset of Intel's Q35, ACPI and the boot of a kernel.
+//!
+//! Read `machine.rs` first: it puts the parts together. Everything a guest can reach denies indexing,
+//! unwrapping and panics by lint; a guest can end its own machine and nothing else.
+
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic
+    )
+)]
+
+pub mod bus;
+pub mod device;
+pub mod error;
+pub mod irq;
+pub mod layout;
+pub mod thread;
+pub mod vm;
+
+pub use error::{Error, Kind, Result};

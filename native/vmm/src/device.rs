@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the machine asks of every device that has a life of its own (a thread, state that a reset clears).
+//!
+//! The machine calls these from its control thread, never from a vCPU, and in this order: while vCPUs stand
+//! still it calls `pause` on all devices; then `reset`, `resume` or `stop`. Registers are another matter: see
+//! [`crate::bus::BusDevice`].
+
+use crate::error::Result;
+
+/// A device, as the control thread sees it.
+pub trait Device: Send + Sync {
+    /// Its name in events, errors and statistics, such as `disk/root`.
+    fn id(&self) -> String;
+
+    /// Finishes what it has begun and starts nothing more; returns when no request is in flight and
+    /// guest memory is no longer touched.
+    ///
+    /// # Errors
+    /// The I/O error that prevents it.
+    fn pause(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Goes on after `pause`; what the guest asked for in the meantime is looked at.
+    fn resume(&self) {}
+
+    /// Back to the state after power-on; called paused, with the vCPUs standing still.
+    fn reset(&self) {}
+
+    /// Flushes what is volatile and ends the threads; called paused, once, last.
+    ///
+    /// # Errors
+    /// The I/O error that prevents it.
+    fn stop(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Counters since the start, as a JSON object.
+    fn stats(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+}

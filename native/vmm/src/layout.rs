@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where everything lies in the guest's physical address space and its port space.
+//!
+//! The places are those of QEMU's Q35, so that firmware written for it (SeaBIOS, OVMF) finds what it
+//! expects. They are part of the machine type.
+//!
+//! | from | to | what |
+//! |---|---|---|
+//! | 0 | 0xa0000 | RAM |
+//! | 0xa0000 | 0x100000 | RAM, reserved in the memory map: ACPI tables and the PVH start information lie here |
+//! | 0x100000 | 0x8000_0000 | low RAM |
+//! | 0xb000_0000 | 0xc000_0000 | PCIe ECAM, buses 0 to 255 |
+//! | 0xc000_0000 | 0xfc00_0000 | 32-bit MMIO window |
+//! | 0xfec0_0000 | | I/O APIC |
+//! | 0xfee0_0000 | | local APIC |
+//! | 0xfeff_c000 | 0xff00_0000 | KVM's identity map page and TSS (VMX without unrestricted guest) |
+//! | 4 GiB | 512 GiB | high RAM |
+//! | 512 GiB | 768 GiB | 64-bit MMIO window |
+//!
+//! The last is below AMD's HyperTransport hole at 1012 GiB and within 40 physical address bits, which
+//! all CPU models here have.
+
+/// Low RAM never reaches further than this; what does not fit goes to [`HIGH_RAM_START`].
+pub const LOW_RAM_MAX: u64 = 0x8000_0000;
+/// The first byte that is not conventional memory: the end of the low 640 KiB.
+pub const CONVENTIONAL_END: u64 = 0xa_0000;
+/// Where extended memory begins.
+pub const EXTENDED_START: u64 = 0x10_0000;
+/// RAM that lies above the 32-bit hole.
+pub const HIGH_RAM_START: u64 = 1 << 32;
+/// The 64-bit MMIO window begins here, so high RAM ends here.
+pub const HIGH_RAM_END: u64 = MMIO64_START;
+
+/// The PCIe extended configuration space.
+pub const ECAM_START: u64 = 0xb000_0000;
+/// 256 buses of 1 MiB each.
+pub const ECAM_SIZE: u64 = 0x1000_0000;
+
+/// BARs of 32 bits and the non-prefetchable windows of root ports.
+pub const MMIO32_START: u64 = 0xc000_0000;
+/// Size of that window.
+pub const MMIO32_SIZE: u64 = 0x3c00_0000;
+/// BARs of 64 bits and the prefetchable windows of root ports.
+pub const MMIO64_START: u64 = 0x80_0000_0000;
+/// Size of that window.
+pub const MMIO64_SIZE: u64 = 0x40_0000_0000;
+/// Ports for PCI devices.
+pub const PIO_WINDOW_START: u64 = 0xc000;
+/// Size of that window, in ports.
+pub const PIO_WINDOW_SIZE: u64 = 0x4000;
+
+/// The I/O APIC's registers.
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// The local APICs' registers.
+pub const LAPIC_START: u64 = 0xfee0_0000;
+/// KVM's identity map page.
+pub const IDENTITY_MAP: u64 = 0xfeff_c000;
+/// KVM's three TSS pages.
+pub const TSS: u64 = 0xfeff_d000;
+
+/// Interrupt lines of the I/O APIC; MSIs have the numbers from here up.
+pub const GSI_MSI_FIRST: u32 = 24;
+/// The ACPI system control interrupt.
+pub const SCI: u32 = 9;
+/// The serial port's interrupt.
+pub const COM1_IRQ: u32 = 4;
+/// The real-time clock's interrupt.
+pub const RTC_IRQ: u32 = 8;
+
+/// The first serial port.
+pub const COM1: u64 = 0x3f8;
+/// Index and data port of the CMOS memory.
+pub const CMOS: u64 = 0x70;
+/// The keyboard controller's data port; its command port is at 0x64.
+pub const I8042_DATA: u64 = 0x60;
+/// The keyboard controller's command and status port.
+pub const I8042_COMMAND: u64 = 0x64;
+/// The reset control register, inside [`PCI_CONFIG`]'s range.
+pub const RESET_CONTROL: u64 = 0xcf9;
+/// PCI configuration mechanism #1: address at 0xcf8, data at 0xcfc.
+pub const PCI_CONFIG: u64 = 0xcf8;
+/// The ICH9 power management block (PMBASE), 128 ports.
+pub const PM_BASE: u64 = 0x600;
+/// Size of that block.
+pub const PM_SIZE: u64 = 0x80;
