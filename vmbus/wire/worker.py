@@ -18,27 +18,14 @@ import msgspec
 from msgspec import Meta
 
 from vmbus.wire.definition import Definition
+from vmbus.wire.inlet import Delivery as Delivery
+from vmbus.wire.inlet import Greeting as Greeting
+
 
 LIFELINE = 1
 VERSION = 1
 
 State = Literal["ready", "configured", "running", "paused", "ended"]
-
-
-class Greeting(msgspec.Struct, tag_field="op", tag="greeting", frozen=True, kw_only=True):
-    """The first datagram of a connection, written by the broker.
-
-    ``inlet``: exactly one more datagram follows, a Delivery with one fd (or several queues of one tap).
-    """
-
-    role: Literal["control", "inlet"]
-    epoch: int = 0
-
-
-class Delivery(msgspec.Struct, tag_field="op", tag="delivery", frozen=True, kw_only=True):
-    """A file for ``slot``; the fd is beside it."""
-
-    slot: str
 
 
 class _Request(msgspec.Struct, tag_field="op", frozen=True, kw_only=True):
