@@ -9,7 +9,7 @@ record uuid -> (uid, user) before anything is done.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -24,26 +24,29 @@ class _Request(msgspec.Struct, tag_field="op", frozen=True, kw_only=True):
     id: int
 
 
-class Hello(_Request, tag="hello"):
-    """First message of a connection. Reply: version, instance."""
+class Hello(_Request, tag="hello", frozen=True, kw_only=True):
+    """First message of a connection. Reply: version, instance, notes.
+
+    ``notes``: what this host lacks for the workers, one sentence each (no delegated cgroup, …).
+    """
 
     versions: list[int]
 
 
-class Own(_Request, tag="own"):
+class Own(_Request, tag="own", frozen=True, kw_only=True):
     """Record that machine ``uuid`` belongs to ``uid``. Idempotent; a change is refused."""
 
     uuid: Uuid
     uid: int
 
 
-class Disown(_Request, tag="disown"):
+class Disown(_Request, tag="disown", frozen=True, kw_only=True):
     """Forget the record of ``uuid`` (undefine, end of a transient). Refused while a worker lives."""
 
     uuid: Uuid
 
 
-class Check(_Request, tag="check"):
+class Check(_Request, tag="check", frozen=True, kw_only=True):
     """Would broker.toml let ``uid`` have this? (asked when a definition is made)."""
 
     uid: int
@@ -53,7 +56,7 @@ class Check(_Request, tag="check"):
     paths: list[str] = []
 
 
-class Spawn(_Request, tag="spawn"):
+class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     """Start a worker for ``uuid`` (a spare one when there is one of the right profile).
 
     Reply fds: [control connection, /proc/PID/smaps_rollup, /proc/PID/ksm_stat if the kernel has it].
@@ -66,7 +69,7 @@ class Spawn(_Request, tag="spawn"):
     memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
 
 
-class Open(_Request, tag="open"):
+class Open(_Request, tag="open", frozen=True, kw_only=True):
     """Open ``path`` as the owner of ``uuid`` and send the fd to its worker under ``slot``.
 
     Reply: ``identity``. The fd goes from the child to the worker; the broker never sees it.
@@ -78,7 +81,7 @@ class Open(_Request, tag="open"):
     writable: bool = False
 
 
-class Tap(_Request, tag="tap"):
+class Tap(_Request, tag="tap", frozen=True, kw_only=True):
     """Make a tap on ``bridge`` and send it to the worker of ``uuid`` under ``slot``."""
 
     uuid: Uuid
@@ -87,23 +90,23 @@ class Tap(_Request, tag="tap"):
     queues: int = 1
 
 
-class Kill(_Request, tag="kill"):
+class Kill(_Request, tag="kill", frozen=True, kw_only=True):
     """End the worker of ``uuid`` now (cgroup.kill where there is one, else SIGKILL by pidfd)."""
 
     uuid: Uuid
 
 
-class Workers(_Request, tag="workers"):
+class Workers(_Request, tag="workers", frozen=True, kw_only=True):
     """List the workers of this instance. Reply: ``workers``."""
 
 
-class Connect(_Request, tag="connect"):
+class Connect(_Request, tag="connect", frozen=True, kw_only=True):
     """A new control connection to a living worker; it replaces the old one. Reply fds as Spawn."""
 
     uuid: Uuid
 
 
-Request = Union[Hello, Own, Disown, Check, Spawn, Open, Tap, Kill, Workers, Connect]
+Request = Hello | Own | Disown | Check | Spawn | Open | Tap | Kill | Workers | Connect
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -137,6 +140,7 @@ class Reply(msgspec.Struct, tag_field="op", tag="reply", frozen=True, omit_defau
     instance: str = ""
     identity: Identity | None = None
     workers: list[WorkerInfo] = []
+    notes: list[str] = []
 
 
 class Ended(msgspec.Struct, tag_field="op", tag="ended", frozen=True, kw_only=True):
@@ -146,4 +150,4 @@ class Ended(msgspec.Struct, tag_field="op", tag="ended", frozen=True, kw_only=Tr
     stuck: bool = False
 
 
-Answer = Union[Reply, Ended]
+Answer = Reply | Ended

@@ -9,7 +9,8 @@ refused (rule: a typo must not be a silent default). Files are named by *slots*:
 
 from __future__ import annotations
 
-from typing import Annotated, Iterator, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta

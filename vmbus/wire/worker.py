@@ -12,15 +12,14 @@ optional fields are ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from vmbus.wire.definition import Definition
-from vmbus.wire.inlet import Delivery as Delivery
-from vmbus.wire.inlet import Greeting as Greeting
-
+from vmbus.wire.inlet import Delivery as Delivery  # noqa: PLC0414 (handed on)
+from vmbus.wire.inlet import Greeting as Greeting  # noqa: PLC0414
 
 LIFELINE = 1
 VERSION = 1
@@ -32,56 +31,56 @@ class _Request(msgspec.Struct, tag_field="op", frozen=True, kw_only=True):
     id: int
 
 
-class Hello(_Request, tag="hello"):
+class Hello(_Request, tag="hello", frozen=True, kw_only=True):
     """First request on a control connection. Result: Welcome fields."""
 
     versions: list[int]
 
 
-class Ack(_Request, tag="ack"):
+class Ack(_Request, tag="ack", frozen=True, kw_only=True):
     """All events up to ``seq`` are stored by the service; the worker forgets them. No result."""
 
     seq: int
 
 
-class AddFile(_Request, tag="add-file"):
+class AddFile(_Request, tag="add-file", frozen=True, kw_only=True):
     """A client's fd for ``slot`` (beside the message), already shown harmless by the service."""
 
     slot: str
 
 
-class Configure(_Request, tag="configure"):
+class Configure(_Request, tag="configure", frozen=True, kw_only=True):
     """Build the machine from the delivered files. Result when it is built or cannot be."""
 
     uuid: str
     definition: Definition
 
 
-class Run(_Request, tag="run"):
+class Run(_Request, tag="run", frozen=True, kw_only=True):
     """Let the vCPUs go for the first time."""
 
 
-class Shutdown(_Request, tag="shutdown"):
+class Shutdown(_Request, tag="shutdown", frozen=True, kw_only=True):
     """Press the ACPI power button."""
 
 
-class Stop(_Request, tag="stop"):
+class Stop(_Request, tag="stop", frozen=True, kw_only=True):
     """Stop the vCPUs, flush the disks and end with reason ``stopped``."""
 
 
-class Reset(_Request, tag="reset"):
+class Reset(_Request, tag="reset", frozen=True, kw_only=True):
     """Pull the reset line."""
 
 
-class Pause(_Request, tag="pause"):
+class Pause(_Request, tag="pause", frozen=True, kw_only=True):
     """Stop all vCPUs; devices finish what they have begun. Result when they stand still."""
 
 
-class Resume(_Request, tag="resume"):
+class Resume(_Request, tag="resume", frozen=True, kw_only=True):
     """Let them go on."""
 
 
-class Console(_Request, tag="console"):
+class Console(_Request, tag="console", frozen=True, kw_only=True):
     """A reader (and writer, if ``write``) of the serial console: one end of a socketpair beside it.
 
     The history (up to 64 KiB) is written first. At most one writer: InUse unless ``steal``.
@@ -91,13 +90,11 @@ class Console(_Request, tag="console"):
     steal: bool = False
 
 
-class Stats(_Request, tag="stats"):
+class Stats(_Request, tag="stats", frozen=True, kw_only=True):
     """Result ``stats``: counters of vCPUs and devices."""
 
 
-Request = Union[
-    Hello, Ack, AddFile, Configure, Run, Shutdown, Stop, Reset, Pause, Resume, Console, Stats
-]
+Request = Hello | Ack | AddFile | Configure | Run | Shutdown | Stop | Reset | Pause | Resume | Console | Stats
 
 
 class Result(msgspec.Struct, tag_field="op", tag="result", frozen=True, omit_defaults=True, kw_only=True):
@@ -119,7 +116,14 @@ class Result(msgspec.Struct, tag_field="op", tag="result", frozen=True, omit_def
 
 
 EndReason = Literal[
-    "guest-poweroff", "guest-reset", "stopped", "triple-fault", "kvm-internal-error", "guest-misbehaved", "io-error", "error"
+    "guest-poweroff",
+    "guest-reset",
+    "stopped",
+    "triple-fault",
+    "kvm-internal-error",
+    "guest-misbehaved",
+    "io-error",
+    "error",
 ]
 
 
@@ -127,8 +131,8 @@ class Event(msgspec.Struct, tag_field="op", tag="event", frozen=True, omit_defau
     """Numbered from 1; sent again on a new connection until acknowledged (at least once).
 
     ``state``: ``state`` is the new one. ``ended``: ``reason`` and ``detail``; the worker exits once it
-    is acknowledged or after 30 s without a control connection. ``console``: output since the last one, at most
-    one a second. ``reset``: the guest was reset and goes on.
+    is acknowledged or after 30 s without a control connection. ``console``: output since the last one,
+    at most one a second. ``reset``: the guest was reset and goes on.
     """
 
     seq: Annotated[int, Meta(ge=1)]
@@ -138,4 +142,4 @@ class Event(msgspec.Struct, tag_field="op", tag="event", frozen=True, omit_defau
     detail: str = ""
 
 
-Answer = Union[Result, Event]
+Answer = Result | Event
