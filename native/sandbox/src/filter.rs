@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The seccomp filters: which there are, and what a refused call meets.
+//!
+//! The kernel runs all filters of a thread and the severest answer wins (seccomp(2): KILL_PROCESS before
+//! ERRNO before ALLOW; of two ERRNO the one installed last). So three small programs say three things:
+//!
+//! 1. *the list*: what `roles.rs` allows passes, everything else fails with EPERM. Not with death: a libc, a
+//!    Python or an allocator of tomorrow probes for calls that did not exist when this was written, and
+//!    opening a file (a traceback looking for its source) is a habit, not an attack. What they need is a
+//!    clean refusal; the attacker gets nothing from it either.
+//! 2. *the dead*: calls that no code of ours, of libc, of Python's runtime or of the core can reach even by
+//!    mistake (execve, socket, ptrace, mount, setns, bpf, memfd_create, sendmsg, …). Whoever makes one has
+//!    taken the process over; it ends at once (KILL_PROCESS), so that what follows in the exploit never runs, and
+//!    the broker sees SIGSYS in the log.
+//! 3. *the absent*: clone3 and statx answer ENOSYS, so that libc and Rust fall back to clone, whose flags a
+//!    filter can read (clone3's lie behind a pointer), and to fstat.
+//!
+//! The base filters go onto all threads at once (TSYNC). A role's filter goes onto the calling thread, on top; it
+//! can only take away. The list is x86-64's: a call through another ABI kills (seccompiler checks the
+//! architecture), one with the x32 bit is no number of the list.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
+
+use crate::roles::{base, of_role, Allowed, Role};
+use crate::Error;
+
+/// Which of the two fixed base filters a worker gets; chosen when it is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Machines without passthrough.
+    Plain,
+    /// Machines with slots declared for passthrough: VFIO's requests too.
+    Vfio,
+}
+
+/// Calls that only an attacker makes.
+const DEAD: &[i64] = &[
+    // other programs and processes
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_fork,
+    libc::SYS_vfork,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_process_madvise,
+    libc::SYS_kcmp,
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_pidfd_send_signal,
+    // sockets, and descriptors that would leave
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+    libc::SYS_connect,
+    libc::SYS_bind,
+    libc::SYS_listen,
+    libc::SYS_sendmsg,
+    libc::SYS_sendmmsg,
+    // memory that the broker does not count, or that tricks the kernel
+    libc::SYS_memfd_create,
+    libc::SYS_memfd_secret,
+    libc::SYS_userfaultfd,
+    libc::SYS_shmget,
+    libc::SYS_shmat,
+    // the file system
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_open_tree,
+    libc::SYS_move_mount,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_mount_setattr,
+    libc::SYS_name_to_handle_at,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_quotactl,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_acct,
+    // identity and namespaces
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setreuid,
+    libc::SYS_setregid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_setgroups,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
+    libc::SYS_capset,
+    libc::SYS_personality,
+    // the kernel itself
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_io_uring_setup,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_reboot,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_modify_ldt,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_syslog,
+    libc::SYS_fanotify_init,
+];
+
+/// Calls that this process pretends the kernel does not have.
+const ABSENT: &[i64] = &[libc::SYS_clone3, libc::SYS_statx];
+
+fn compile(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram, Error> {
+    let filter = SeccompFilter::new(rules, otherwise, matched, TargetArch::x86_64)?;
+    Ok(filter.try_into()?)
+}
+
+fn any_arguments(calls: &[i64]) -> BTreeMap<i64, Vec<SeccompRule>> {
+    calls.iter().map(|call| (*call, Vec::new())).collect()
+}
+
+const REFUSED: SeccompAction = SeccompAction::Errno(libc::EPERM as u32);
+
+/// A program that lets `allowed` pass, and the absent calls, which have their answer already.
+fn list(allowed: Allowed) -> Result<BpfProgram, Error> {
+    let mut rules = allowed.into_rules();
+    rules.extend(any_arguments(ABSENT));
+    compile(rules, REFUSED, SeccompAction::Allow)
+}
+
+/// The three programs of a profile, in the order in which they are installed: the list comes last, for it
+/// refuses TSYNC.
+fn base_programs(profile: Profile) -> Result<[BpfProgram; 3], Error> {
+    Ok([
+        compile(
+            any_arguments(DEAD),
+            SeccompAction::Allow,
+            SeccompAction::KillProcess,
+        )?,
+        compile(
+            any_arguments(ABSENT),
+            SeccompAction::Allow,
+            SeccompAction::Errno(libc::ENOSYS as u32),
+        )?,
+        list(base(profile)?)?,
+    ])
+}
+
+/// Puts the base filter of `profile` on every thread of the process. Sets no_new_privs. Cannot be undone.
+///
+/// # Errors
+/// A filter that does not compile or that the kernel refuses; some of the filters may then be in force.
+pub fn close(profile: Profile) -> Result<(), Error> {
+    for program in base_programs(profile)? {
+        seccompiler::apply_filter_all_threads(&program).map_err(Error::Install)?;
+    }
+    Ok(())
+}
+
+/// Narrows the calling thread to `role`. Cannot be undone.
+///
+/// # Errors
+/// As [`close`].
+pub fn narrow(role: Role, profile: Profile) -> Result<(), Error> {
+    let program = list(of_role(role, profile)?)?;
+    seccompiler::apply_filter(&program).map_err(Error::Install)
+}

@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What each kind of thread may call. The base filter is the union of these and of what a thread needs to
+//! become one of them, so nothing is allowed in a worker that no role names.
+//!
+//! A role's list has what the thread does (`virtio`, `kvm`, the Python loop) and what libc and the two
+//! runtimes do beneath it: locks, heap, signals to a thread of the same process, clocks.
+//! Arguments are compared where an argument is what makes a call dangerous.
+
+use std::collections::BTreeMap;
+
+use seccompiler::{SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
+
+use crate::filter::Profile;
+use crate::ioctls;
+use crate::Error;
+
+/// What a thread of a worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The Python thread: control channel, inlet, console hub. Receives descriptors, makes no thread,
+    /// asks KVM nothing.
+    Main,
+    /// The machine's control thread: makes the others, so it is no narrower than they are.
+    Control,
+    /// KVM_RUN and what a device's register may trigger.
+    Vcpu,
+    /// Reads and writes images, through its io_uring or without.
+    Block,
+    /// Reads and writes taps.
+    Network,
+}
+
+/// Allowed system calls: no rule means with any arguments, several rules mean any of them.
+pub(crate) struct Allowed(BTreeMap<i64, Vec<SeccompRule>>);
+
+type Check = (u8, SeccompCmpOp, u64);
+
+impl Allowed {
+    fn new() -> Allowed {
+        Allowed(BTreeMap::new())
+    }
+
+    fn always(&mut self, calls: &[i64]) {
+        for call in calls {
+            self.0.insert(*call, Vec::new());
+        }
+    }
+
+    /// Allows `call` when all `checks` (argument, comparison, 32-bit value) hold, and as already allowed.
+    fn when(&mut self, call: i64, checks: &[Check]) -> Result<(), Error> {
+        if self.0.get(&call).is_some_and(Vec::is_empty) {
+            return Ok(());
+        }
+        let conditions = checks
+            .iter()
+            .map(|(argument, op, value)| {
+                SeccompCondition::new(*argument, SeccompCmpArgLen::Dword, op.clone(), *value)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let rule = SeccompRule::new(conditions)?;
+        let rules = self.0.entry(call).or_default();
+        if !rules.contains(&rule) {
+            rules.push(rule);
+        }
+        Ok(())
+    }
+
+    /// Allows `call` with argument `argument` equal to one of `values`.
+    fn one_of(&mut self, call: i64, argument: u8, values: &[i32]) -> Result<(), Error> {
+        for value in values {
+            // Compared as 32 bits, as the kernel reads them.
+            self.when(
+                call,
+                &[(argument, SeccompCmpOp::Eq, u64::from(*value as u32))],
+            )?;
+        }
+        Ok(())
+    }
+
+    fn ioctls(&mut self, requests: &[u32]) -> Result<(), Error> {
+        for request in requests {
+            self.when(
+                libc::SYS_ioctl,
+                &[(1, SeccompCmpOp::Eq, u64::from(*request))],
+            )?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn into_rules(self) -> BTreeMap<i64, Vec<SeccompRule>> {
+        self.0
+    }
+}
+
+/// What every thread does, whatever its work: heap, locks, its own end.
+fn runtime(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.always(&[
+        libc::SYS_read,
+        libc::SYS_write,
+        libc::SYS_close,
+        libc::SYS_poll,
+        libc::SYS_ppoll,
+        libc::SYS_epoll_wait,
+        libc::SYS_epoll_pwait,
+        libc::SYS_futex,
+        libc::SYS_munmap,
+        libc::SYS_mremap,
+        libc::SYS_madvise,
+        libc::SYS_brk,
+        libc::SYS_rt_sigaction,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_rt_sigreturn,
+        libc::SYS_sigaltstack,
+        libc::SYS_restart_syscall,
+        libc::SYS_clock_gettime,
+        libc::SYS_clock_nanosleep,
+        libc::SYS_nanosleep,
+        libc::SYS_sched_yield,
+        libc::SYS_sched_getaffinity, // pthread_getattr_np, at the start of a Rust thread
+        libc::SYS_getpid,
+        libc::SYS_gettid,
+        libc::SYS_getrandom,
+        libc::SYS_set_robust_list,
+        libc::SYS_rseq,
+        libc::SYS_exit,
+        libc::SYS_exit_group,
+    ]);
+    // W^X: nothing becomes executable that was not at the start; huge pages come as a sealed memfd from
+    // the broker, which counts them.
+    allowed.when(
+        libc::SYS_mmap,
+        &[
+            (2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0),
+            (3, SeccompCmpOp::MaskedEq(libc::MAP_HUGETLB as u64), 0),
+        ],
+    )?;
+    allowed.when(
+        libc::SYS_mprotect,
+        &[(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)],
+    )?;
+    allowed.one_of(libc::SYS_prctl, 0, &[libc::PR_SET_NAME])?;
+    // A signal to a thread of this process: how a vCPU is called out of KVM_RUN, and abort().
+    allowed.one_of(libc::SYS_tgkill, 0, &[own_pid()])?;
+    // send() and recv() on what is already connected: no address, so no other destination.
+    allowed.when(
+        libc::SYS_sendto,
+        &[(4, SeccompCmpOp::Eq, 0), (5, SeccompCmpOp::Eq, 0)],
+    )?;
+    allowed.when(
+        libc::SYS_recvfrom,
+        &[(4, SeccompCmpOp::Eq, 0), (5, SeccompCmpOp::Eq, 0)],
+    )?;
+    allowed.one_of(
+        libc::SYS_fcntl,
+        1,
+        &[libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL],
+    )
+}
+
+fn main(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.always(&[
+        libc::SYS_accept4,
+        libc::SYS_recvmsg,
+        libc::SYS_epoll_ctl,
+        libc::SYS_fstat,
+        libc::SYS_getsockname,
+        libc::SYS_getsockopt,
+        libc::SYS_eventfd2,
+    ]);
+    stat(allowed)?;
+    allowed.ioctls(ioctls::DESCRIPTOR)
+}
+
+/// fstat(): glibc 2.33 and later ask by newfstatat with an empty name.
+fn stat(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.always(&[libc::SYS_fstat]);
+    allowed.one_of(libc::SYS_newfstatat, 3, &[libc::AT_EMPTY_PATH])
+}
+
+fn vcpu(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.ioctls(&[ioctls::KVM_RUN])?;
+    allowed.ioctls(ioctls::KVM_WIRING)?;
+    allowed.ioctls(ioctls::KVM_VCPU)?;
+    allowed.always(&[
+        libc::SYS_writev,
+        libc::SYS_eventfd2,
+        libc::SYS_timerfd_settime,
+    ]);
+    Ok(())
+}
+
+fn block(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.always(&[
+        libc::SYS_pread64,
+        libc::SYS_pwrite64,
+        libc::SYS_readv,
+        libc::SYS_writev,
+        libc::SYS_preadv,
+        libc::SYS_pwritev,
+        libc::SYS_preadv2,
+        libc::SYS_pwritev2,
+        libc::SYS_fsync,
+        libc::SYS_fdatasync,
+        libc::SYS_sync_file_range,
+        libc::SYS_fallocate,
+        libc::SYS_ftruncate,
+        libc::SYS_lseek,
+        libc::SYS_io_uring_enter,
+        libc::SYS_epoll_ctl,
+        libc::SYS_eventfd2,
+    ]);
+    stat(allowed)?;
+    // IORING_REGISTER_FILES_UPDATE and _FILES_UPDATE2: which file stands in which place of the table.
+    allowed.one_of(libc::SYS_io_uring_register, 1, &[6, 14])?;
+    // The locks that QEMU takes on an image (F_OFD_SETLK, F_OFD_GETLK), never waiting for one.
+    allowed.one_of(libc::SYS_fcntl, 1, &[libc::F_OFD_SETLK, libc::F_OFD_GETLK])?;
+    allowed.ioctls(ioctls::BLOCK)
+}
+
+fn network(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.always(&[
+        libc::SYS_readv,
+        libc::SYS_writev,
+        libc::SYS_epoll_ctl,
+        libc::SYS_eventfd2,
+    ]);
+    allowed.ioctls(ioctls::TAP)
+}
+
+fn own_pid() -> i32 {
+    // SAFETY: getpid takes nothing and cannot fail.
+    unsafe { libc::getpid() }
+}
+
+/// Everything that makes and ends the others.
+fn control(allowed: &mut Allowed, profile: Profile) -> Result<(), Error> {
+    vcpu(allowed)?;
+    block(allowed)?;
+    network(allowed)?;
+    allowed.ioctls(ioctls::KVM_SYSTEM)?;
+    allowed.ioctls(ioctls::KVM_VM)?;
+    allowed.ioctls(ioctls::DESCRIPTOR)?;
+    if profile == Profile::Vfio {
+        allowed.ioctls(ioctls::VFIO)?;
+    }
+    allowed.always(&[
+        libc::SYS_epoll_create1,
+        libc::SYS_timerfd_create,
+        libc::SYS_timerfd_gettime,
+    ]);
+    allowed.one_of(
+        libc::SYS_fcntl,
+        1,
+        &[libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS],
+    )?;
+    // pthread_create's flags and no others: threads, never processes, never new namespaces.
+    let must = libc::CLONE_VM
+        | libc::CLONE_FS
+        | libc::CLONE_FILES
+        | libc::CLONE_SIGHAND
+        | libc::CLONE_THREAD
+        | libc::CLONE_SYSVSEM;
+    let may = libc::CLONE_SETTLS
+        | libc::CLONE_PARENT_SETTID
+        | libc::CLONE_CHILD_CLEARTID
+        | libc::CLONE_CHILD_SETTID;
+    let mask = u64::from(!may as u32);
+    allowed.when(
+        libc::SYS_clone,
+        &[(0, SeccompCmpOp::MaskedEq(mask), u64::from(must as u32))],
+    )?;
+    // A thread may narrow itself further: a plain filter, no flags (no TSYNC, no listener).
+    allowed.one_of(libc::SYS_prctl, 0, &[libc::PR_SET_NO_NEW_PRIVS])?;
+    allowed.when(
+        libc::SYS_seccomp,
+        &[
+            (
+                0,
+                SeccompCmpOp::Eq,
+                u64::from(libc::SECCOMP_SET_MODE_FILTER),
+            ),
+            (1, SeccompCmpOp::Eq, 0),
+        ],
+    )
+}
+
+/// What a thread in `role` may call in `profile`.
+pub(crate) fn of_role(role: Role, profile: Profile) -> Result<Allowed, Error> {
+    let mut allowed = Allowed::new();
+    // KVM_RUN comes first in the chain of requests.
+    match role {
+        Role::Vcpu => vcpu(&mut allowed)?,
+        Role::Control => control(&mut allowed, profile)?,
+        Role::Main => main(&mut allowed)?,
+        Role::Block => block(&mut allowed)?,
+        Role::Network => network(&mut allowed)?,
+    }
+    runtime(&mut allowed)?;
+    Ok(allowed)
+}
+
+/// What any thread of a worker may call: the union of the roles.
+pub(crate) fn base(profile: Profile) -> Result<Allowed, Error> {
+    let mut allowed = Allowed::new();
+    control(&mut allowed, profile)?;
+    main(&mut allowed)?;
+    runtime(&mut allowed)?;
+    Ok(allowed)
+}
