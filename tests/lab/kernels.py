@@ -2,10 +2,10 @@
 """Debian's stock kernels, unpacked beside the checkout and never installed.
 
 Two series are of use: ``6.12`` (bookworm-backports: the nested host and its guests) and ``6.1``
-(bookworm: the oldest kernel that vmbus supports, for guests). The metapackage linux-image-amd64 of each
-suite names the package; it is downloaded with ``apt-get download``, unpacked with ``dpkg -x`` and
-given a modules.dep, which the package does not carry. A link per series under ``CACHE/kernels`` says that
-this was done, so that later runs ask apt nothing.
+(bookworm: the oldest kernel that vmbus supports, for guests). A version of the metapackage linux-image-amd64
+names the package; it is downloaded with ``apt-get download``, unpacked with ``dpkg -x`` and given a
+modules.dep, which the package does not carry. A link per series under ``CACHE/kernels`` says that this was
+done, so that later runs ask apt nothing.
 
 The cache is ``.cache`` in the checkout, or the directory that VMBUS_CACHE names.
 
@@ -27,7 +27,7 @@ from typing import Final
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
 CACHE: Final = Path(os.environ.get("VMBUS_CACHE") or CHECKOUT / ".cache").absolute()
 
-SUITES: Final = {"6.12": "bookworm-backports", "6.1": "bookworm"}
+SERIES: Final = ("6.12", "6.1")
 
 
 class KernelUnavailable(Exception):
@@ -80,12 +80,12 @@ def _fetch(series: str, link: Path) -> None:
 
 
 def _package(series: str) -> str:
-    """The package that the metapackage of this series' suite depends on."""
-    shown = _command(["apt-cache", "show", f"linux-image-amd64/{SUITES[series]}"])
+    """The newest package of ``series`` that a version of the metapackage depends on."""
+    shown = _command(["apt-cache", "show", "--all-versions", "linux-image-amd64"])
     found = re.search(rf"^Depends: (linux-image-{re.escape(series)}\.\S+)", shown, re.MULTILINE)
     if not found:
         raise KernelUnavailable(
-            f"apt knows no linux-image-amd64 of {SUITES[series]}: run make setup, which adds the source"
+            f"apt knows no linux-image-amd64 of series {series}: make setup adds its source"
         )
     return found.group(1)
 
@@ -99,7 +99,7 @@ def _command(argv: list[str], *, cwd: str | None = None) -> str:
 
 def main() -> int:
     """Fetch every series and say where it is."""
-    for series in SUITES:
+    for series in SERIES:
         kernel = stock(series)
         print(f"{series}\t{kernel.release}\t{kernel.image}")
     return 0
