@@ -44,12 +44,13 @@ def enter() -> None:
     make_reachable(CHECKOUT)
 
 
-def outside(argv: Sequence[str]) -> list[str]:
-    """The command line that runs ``argv`` in the mount namespace ``enter`` was called in.
+def outside(argv: Sequence[str | Path], *, cwd: Path = CHECKOUT) -> list[str]:
+    """The command line that runs ``argv`` in ``cwd`` in the mount namespace that ``enter`` was called in.
 
     To be started with ``pass_fds=outside_fds()``.
     """
-    return ["nsenter", f"--mount=/proc/self/fd/{_outside[0]}", "--", *argv] if _outside else list(argv)
+    way = ["nsenter", f"--mount=/proc/self/fd/{_outside[0]}", "--"] if _outside else []
+    return [*way, "env", "-C", str(cwd), *(str(word) for word in argv)]
 
 
 def outside_fds() -> tuple[int, ...]:

@@ -20,8 +20,7 @@ CRATES = ("qcow2", "sandbox", "vmm", "capi")
 def quiet(argv: Sequence[str | Path], *, cwd: Path = CHECKOUT) -> None:
     """Run outside the private namespace; fail with the output unless the exit code is 0."""
     done = subprocess.run(
-        namespace.outside([str(word) for word in argv]),
-        cwd=cwd,
+        namespace.outside(argv, cwd=cwd),
         pass_fds=namespace.outside_fds(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
