@@ -1,2 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Disk images: qcow2 and raw, and the engines that carry requests out.
+//! Disk images for vmbus: qcow2 and raw, chains of them, and the engines that do the I/O.
+//!
+//! | module     | job                                                                    |
+//! |------------|------------------------------------------------------------------------|
+//! | `image`    | opened files in, activate and inactivate, the lock                     |
+//! | `state`    | what stands under the lock; the chain as a whole                       |
+//! | `cache`    | metadata blocks in memory                                              |
+//! | `commit`   | the order in which metadata reaches the disk (the proof against cuts)  |
+//! | `epoch`    | when a freed cluster may be used again                                 |
+//! | `plan`     | what metadata code tells an engine                                     |
+//! | `engine`   | requests in, plans carried out, completions out                        |
+//! | `ring`     | one I/O thread's io_uring, made before the sandbox closes              |
+//! | `locks`    | QEMU's locks on image files                                            |
+//!
+//! Bytes that come from an image or a guest never lead to a panic: the format code is held to
+//! lints against indexing and unwrapping, and every size is checked where it is read.
+
+#![allow(dead_code)]
+#![deny(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::indexing_slicing,
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic
+    )
+)]
+
+mod blocking;
+mod buffer;
+mod cache;
+mod commit;
+mod compress;
+mod disk;
+mod engine;
+mod epoch;
+mod error;
+mod file;
+mod image;
+mod locks;
+mod mailbox;
+mod plan;
+mod request;
+mod ring;
+mod slab;
+mod state;
+mod types;
+
+pub use disk::Disk;
+pub use engine::{Engine, Slot};
+pub use error::{Error, Kind, Result};
+pub use image::{Image, LayerFiles, OpenOptions, MAX_LAYERS};
+pub use request::{Completion, Op, Request};
+pub use ring::Ring;
+pub use types::{Format, GuestCluster, GuestOffset, HostCluster, HostOffset};

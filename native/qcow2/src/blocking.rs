@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Plans carried out on the calling thread, for what is not a guest's request: deactivation,
+//! snapshots, resizing and the tools. The same plans, the same commits, by plain system calls.
+
+use std::sync::Arc;
+
+use crate::buffer::Buffer;
+use crate::error::{Error, Result};
+use crate::image::Image;
+use crate::mailbox::{Mailbox, Waiter};
+use crate::plan::{CommitIo, CommitStep, Stop};
+use crate::ring::event_fd;
+use crate::state::State;
+
+/// Call `plan` until it comes through, seeing to what stops it.
+pub(crate) fn run<T>(
+    image: &Image,
+    mut plan: impl FnMut(&mut State, &Waiter) -> std::result::Result<T, Stop>,
+) -> Result<T> {
+    let mailbox = new_mailbox()?;
+    loop {
+        let waiter = Waiter {
+            mailbox: mailbox.clone(),
+            task: 0,
+        };
+        let stopped = plan(&mut image.lock(), &waiter);
+        match stopped {
+            Ok(value) => return Ok(value),
+            Err(Stop::Fail(error)) => return Err(error),
+            Err(Stop::Wait) => mailbox.wait(),
+            Err(Stop::Commit) => commit(image)?,
+            Err(Stop::Load(need)) => {
+                let mut buffer = Buffer::zeroed(need.len);
+                let read = match image.files().get(need.file) {
+                    Some(file) => file.read_at(buffer.bytes_mut(), need.offset.0),
+                    None => Err(Error::invalid("no such file in the chain")),
+                };
+                image.supply(need, read.clone().map(|()| buffer));
+                read?;
+            }
+        }
+    }
+}
+
+/// Make all that was finished before durable.
+pub(crate) fn commit(image: &Image) -> Result<()> {
+    let mailbox = new_mailbox()?;
+    let waiter = Waiter {
+        mailbox: mailbox.clone(),
+        task: 0,
+    };
+    let begun = image.lock().join_commit(waiter, true);
+    if let Some(step) = begun {
+        drive(image, step);
+    }
+    loop {
+        if let Some((_, Some(result))) = mailbox
+            .take()
+            .into_iter()
+            .find(|(_, result)| result.is_some())
+        {
+            return result;
+        }
+        mailbox.wait();
+    }
+}
+
+/// Commit until nothing is dirty and nothing freed is kept back.
+pub(crate) fn settle(image: &Image) -> Result<()> {
+    loop {
+        commit(image)?;
+        run(image, |state, waiter| state.release_freed(waiter))?;
+        if !image.lock().unsettled() {
+            return Ok(());
+        }
+    }
+}
+
+fn drive(image: &Image, mut step: CommitStep) {
+    loop {
+        match step {
+            CommitStep::Done { again: false } => return,
+            CommitStep::Done { again: true } => step = image.commit_begin(),
+            CommitStep::Io(ios) => {
+                let result = ios.iter().try_for_each(|io| perform(image, io));
+                step = image.commit_next(result);
+            }
+        }
+    }
+}
+
+fn perform(image: &Image, io: &CommitIo) -> Result<()> {
+    let missing = || Error::invalid("no such file in the chain");
+    match io {
+        CommitIo::Sync { file } => image.files().get(*file).ok_or_else(missing)?.sync(),
+        CommitIo::Write {
+            file,
+            offset,
+            blocks,
+        } => {
+            let bytes: Vec<u8> = blocks
+                .iter()
+                .flat_map(|block| block.bytes())
+                .copied()
+                .collect();
+            image
+                .files()
+                .get(*file)
+                .ok_or_else(missing)?
+                .write_at(&bytes, offset.0)
+        }
+    }
+}
+
+fn new_mailbox() -> Result<Arc<Mailbox>> {
+    let event = event_fd().map_err(|e| Error::io("eventfd", &e))?;
+    Ok(Arc::new(Mailbox::new(event)))
+}

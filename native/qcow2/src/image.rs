@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+//! An image with its chain: opened files in, plans out.
+//!
+//! The caller opens every file and states every format. A name in a header is only ever compared
+//! with what the caller says it is; nothing in this crate opens a path, so a hostile header can name
+//! what it likes.
+//!
+//! An image is *inactive* (no locks, nothing cached, no writes) or *active*. `activate` takes the
+//! locks and reads the metadata anew; `inactivate` makes everything durable and drops the locks. A
+//! machine that is being migrated on a shared disk uses only these two.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::buffer::Buffer;
+use crate::error::{Error, Kind, Result};
+use crate::file::BlockFile;
+use crate::locks::{self, Use};
+use crate::mailbox::Waiter;
+use crate::plan::{CommitStep, Extents, Need, Stop, WriteStep, ZeroStep};
+use crate::state::State;
+use crate::types::Format;
+
+/// The deepest chain that is opened.
+pub const MAX_LAYERS: usize = 200;
+
+/// One layer of a chain: files that the caller has opened, and what the header must say.
+#[derive(Debug)]
+pub struct LayerFiles {
+    /// The format of `file`.
+    pub format: Format,
+    /// The image file.
+    pub file: File,
+    /// The external data file, if the image has one.
+    pub data_file: Option<File>,
+    /// The backing file's name as the header must have it; None for no backing file.
+    pub backing_name: Option<String>,
+    /// The data file's name as the header must have it.
+    pub data_name: Option<String>,
+}
+
+/// How to open a chain.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// No writes to the active layer. Lower layers are never written.
+    pub read_only: bool,
+    /// Bytes of metadata that may be cached (at least 1 MiB; default 32 MiB).
+    pub cache: usize,
+    /// Take QEMU's locks in `activate` (default).
+    pub locks: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions {
+            read_only: false,
+            cache: 32 << 20,
+            locks: true,
+        }
+    }
+}
+
+/// An opened image or chain, active layer first.
+pub struct Image {
+    files: Vec<BlockFile>,
+    /// How many of the files belong to the active layer (they come first).
+    active_files: usize,
+    options: OpenOptions,
+    size: AtomicU64,
+    state: Mutex<State>,
+}
+
+impl Image {
+    /// Open a chain, active layer first. Headers are read and checked against the names given; the
+    /// image is inactive afterwards.
+    ///
+    /// Errors: ImageInvalid for a header that is not one or contradicts itself, BackingChanged for
+    /// another name than the caller's, NotSupported for a feature this version does not have.
+    pub fn open_chain(layers: Vec<LayerFiles>, options: OpenOptions) -> Result<Image> {
+        if layers.is_empty() || layers.len() > MAX_LAYERS {
+            return Err(Error::new(
+                Kind::InvalidArgument,
+                format!("a chain has 1 to {MAX_LAYERS} layers"),
+            ));
+        }
+        let mut files = Vec::new();
+        let mut described = Vec::new();
+        for layer in layers {
+            let file = files.len();
+            files.push(BlockFile::new(layer.file)?);
+            let data = match layer.data_file {
+                Some(data) => {
+                    files.push(BlockFile::new(data)?);
+                    file + 1
+                }
+                None => file,
+            };
+            described.push(crate::state::Described {
+                format: layer.format,
+                file,
+                data,
+                backing_name: layer.backing_name,
+                data_name: layer.data_name,
+            });
+        }
+        no_file_twice(&files)?;
+        let active_files = described.first().map_or(0, |layer| layer.data + 1);
+        let state = State::open(&files, described, &options)?;
+        Ok(Image {
+            size: AtomicU64::new(state.size()),
+            files,
+            active_files,
+            options,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// Take the locks and read all metadata anew. Does nothing on an active image.
+    ///
+    /// Errors: InUse when another process uses a file in a way that excludes this.
+    pub fn activate(&self) -> Result<()> {
+        let mut state = self.lock();
+        if state.active {
+            return Ok(());
+        }
+        if self.options.locks {
+            self.take_locks()?;
+        }
+        match state.activate(&self.files, &self.options) {
+            Ok(()) => {
+                self.size.store(state.size(), Ordering::Release);
+                Ok(())
+            }
+            Err(error) => {
+                self.drop_locks();
+                Err(error)
+            }
+        }
+    }
+
+    /// Make everything durable and drop the locks. No request may be under way.
+    pub fn inactivate(&self) -> Result<()> {
+        if !self.lock().active {
+            return Ok(());
+        }
+        if self.lock().epochs.under_way() > 0 {
+            return Err(Error::new(
+                Kind::InvalidState,
+                "requests of this image are under way",
+            ));
+        }
+        crate::blocking::settle(self)?;
+        let mut state = self.lock();
+        state.inactivate(&self.files)?;
+        drop(state);
+        self.drop_locks();
+        Ok(())
+    }
+
+    /// The disk's size in bytes, as the guest sees it.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Whether the active layer may not be written.
+    pub fn read_only(&self) -> bool {
+        self.options.read_only
+    }
+
+    /// Whether the image is active.
+    pub fn active(&self) -> bool {
+        self.lock().active
+    }
+
+    /// How many host files the chain has: the room it needs in a ring's file table.
+    pub fn file_count(&self) -> u32 {
+        self.files.len() as u32
+    }
+
+    pub(crate) fn files(&self) -> &[BlockFile] {
+        &self.files
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic under the lock is a bug; the state is used on, since each change is complete or
+        // leads to a leak at worst.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+
+    /// Whether requests that write are taken.
+    pub(crate) fn writable(&self) -> Result<()> {
+        if self.options.read_only {
+            return Err(Error::new(
+                Kind::InvalidState,
+                "the image was opened read-only",
+            ));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn enter(&self) -> u64 {
+        self.lock().epochs.enter()
+    }
+
+    pub(crate) fn leave(&self, epoch: u64) {
+        self.lock().epochs.leave(epoch);
+    }
+
+    pub(crate) fn plan_read(
+        &self,
+        at: u64,
+        len: u64,
+        waiter: &Waiter,
+    ) -> std::result::Result<Extents, Stop> {
+        self.ready()?.plan_read(at, len, waiter)
+    }
+
+    pub(crate) fn plan_write(
+        &self,
+        at: u64,
+        len: u64,
+        waiter: &Waiter,
+    ) -> std::result::Result<WriteStep, Stop> {
+        self.ready()?.plan_write(&self.files, at, len, waiter)
+    }
+
+    pub(crate) fn plan_zero(
+        &self,
+        at: u64,
+        len: u64,
+        required: bool,
+        unmap: bool,
+        waiter: &Waiter,
+    ) -> std::result::Result<ZeroStep, Stop> {
+        self.ready()?
+            .plan_zero(&self.files, at, len, required, unmap, waiter)
+    }
+
+    pub(crate) fn finish(&self, ticket: u64, ok: bool) {
+        self.lock().finish(ticket, ok);
+    }
+
+    pub(crate) fn supply(&self, need: Need, content: Result<Buffer>) {
+        self.lock().cache.supply(need, content);
+    }
+
+    pub(crate) fn join_commit(&self, waiter: Waiter, fresh: bool) -> Option<CommitStep> {
+        self.lock().join_commit(waiter, fresh)
+    }
+
+    pub(crate) fn commit_begin(&self) -> CommitStep {
+        self.lock().commit_begin()
+    }
+
+    pub(crate) fn commit_next(&self, result: Result<()>) -> CommitStep {
+        self.lock().commit_next(result)
+    }
+
+    fn ready(&self) -> std::result::Result<MutexGuard<'_, State>, Stop> {
+        let state = self.lock();
+        if state.active {
+            Ok(state)
+        } else {
+            Err(Stop::Fail(Error::new(
+                Kind::InvalidState,
+                "the image is not active",
+            )))
+        }
+    }
+
+    fn take_locks(&self) -> Result<()> {
+        for (place, file) in self.files.iter().enumerate() {
+            let usage = if place < self.active_files && !self.options.read_only {
+                Use::Write
+            } else {
+                Use::Read
+            };
+            if let Err(error) = locks::lock(file.fd(), usage) {
+                self.files
+                    .iter()
+                    .take(place)
+                    .for_each(|file| locks::unlock(file.fd()));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_locks(&self) {
+        if self.options.locks {
+            self.files.iter().for_each(|file| locks::unlock(file.fd()));
+        }
+    }
+}
+
+/// The same file twice in a chain would be a loop, or a layer under itself.
+fn no_file_twice(files: &[BlockFile]) -> Result<()> {
+    let mut seen = std::collections::HashSet::new();
+    for file in files {
+        if !seen.insert(file.identity) {
+            return Err(Error::new(
+                Kind::ImageInvalid,
+                "the same file stands twice in the chain",
+            ));
+        }
+    }
+    Ok(())
+}
