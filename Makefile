@@ -43,4 +43,4 @@ lint: setup ## ruff, mypy, rustfmt, clippy
 clean: ## what setup and the tests made in the checkout (not packages, not users)
 	rm -rf .venv .cache vmbus/_native native/target .pytest_cache .mypy_cache .ruff_cache
 
--include setup/install.mk
+-include install.mk

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.lab import namespace
+from tests.lab import namespace, system
+from tests.lab.system import System
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,3 +34,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(kept) != len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure shows the logs of the systems that ran."""
+    report = yield
+    if report.failed:
+        for running in system.LIVE:
+            for name, log in running.logs().items():
+                report.sections.append((f"log of {name} ({running.instance})", log[-20_000:]))
+    return report
+
+
+@pytest.fixture
+def vmbus() -> Iterator[System]:
+    """A whole system of one's own: bus, polkitd, broker and service (tests/lab/system.py)."""
+    with System() as whole:
+        yield whole
+
+
+@pytest.fixture(scope="module")
+def shared_vmbus() -> Iterator[System]:
+    """A whole system for all tests of a module."""
+    with System() as whole:
+        yield whole
