@@ -4,7 +4,7 @@
 use std::ffi::c_int;
 use std::sync::OnceLock;
 
-use vmbus_sandbox::{close, hide, landlock, narrow, Profile, Role};
+use vmbus_sandbox::{close, landlock, narrow, Profile, Role};
 
 use crate::error::{guard, Failure};
 
@@ -28,15 +28,6 @@ fn role(number: u32) -> Result<Role, Failure> {
             format!("role {number} is none of 0 (main) to 4 (network)"),
         )),
     }
-}
-
-/// Makes the process non-dumpable.
-#[no_mangle]
-pub extern "C" fn vmbus_sandbox_hide() -> c_int {
-    guard(|| {
-        hide()?;
-        Ok(0)
-    })
 }
 
 /// Landlock, deny everything; for a process with one thread. Returns the ABI in force, 0 where the kernel has none.

@@ -32,19 +32,4 @@ pub enum Error {
     /// The kernel has Landlock but refused the rule set.
     #[error("the kernel refused the Landlock rule set: {0}")]
     Landlock(std::io::Error),
-    /// The process could not be made non-dumpable.
-    #[error("the process could not be made non-dumpable: {0}")]
-    Dumpable(std::io::Error),
-}
-
-/// Makes the process non-dumpable: no core file, no ptrace and no /proc/PID/mem for its own uid.
-///
-/// # Errors
-/// The kernel's refusal; there is none on a kernel that is fit for vmbus.
-pub fn hide() -> Result<(), Error> {
-    // SAFETY: PR_SET_DUMPABLE takes integers only.
-    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } != 0 {
-        return Err(Error::Dumpable(std::io::Error::last_os_error()));
-    }
-    Ok(())
 }

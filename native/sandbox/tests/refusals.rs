@@ -4,7 +4,7 @@
 mod child;
 
 use child::{errno_of, run, End};
-use vmbus_sandbox::{close, hide, landlock, narrow, Profile, Role};
+use vmbus_sandbox::{close, landlock, narrow, Profile, Role};
 
 const KILLED: End = End::Signal(libc::SIGSYS);
 const REFUSED: End = End::Value(libc::EPERM);
@@ -627,16 +627,4 @@ fn landlock_denies_every_path_where_the_kernel_has_it() {
     } else {
         assert_eq!(end, End::Value(libc::EACCES));
     }
-}
-
-#[test]
-fn a_hidden_process_is_not_dumpable() {
-    let end = run(|| {
-        if hide().is_err() {
-            return 255;
-        }
-        // SAFETY: PR_GET_DUMPABLE takes nothing.
-        unsafe { libc::prctl(libc::PR_GET_DUMPABLE) }
-    });
-    assert_eq!(end, End::Value(0));
 }

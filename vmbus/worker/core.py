@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cffi face of the core: its exports as Python functions, its errors as VmbusError.
+
+What may take long (building a machine opens images; freeing one waits for its threads) runs on the *core
+thread*, which is made before the main thread narrows itself and so is no narrower than the threads that
+the core makes from it. cffi lets go of the interpreter during a call, so the control channel answers
+meanwhile. Everything else here returns at once.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from vmbus._native import ffi, lib
+from vmbus.wire.definition import Definition, slots
+from vmbus.wire.errors import KINDS, VmbusError
+from vmbus.worker.files import Files
+from vmbus.worker.loop import Loop
+
+ABI: Final = 1
+PROFILES: Final = {"plain": 0, "vfio": 1}
+ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4}
+OPERATIONS: Final = {"run": 0, "pause": 1, "resume": 2, "power-button": 3, "reset": 4, "stop": 5, "stats": 6}
+
+
+class CoreError(msgspec.Struct):
+    """An error as the core writes it."""
+
+    kind: str
+    argument: str
+    message: str
+
+    def raised(self) -> VmbusError:
+        """The same as an exception."""
+        kind = self.kind if self.kind in KINDS else "Internal"
+        return VmbusError(kind, self.message, argument=self.argument)
+
+
+class End(msgspec.Struct):
+    """How a machine ended: a ``wire.worker.EndReason`` and a sentence."""
+
+    reason: str
+    detail: str
+
+
+class CoreEvent(msgspec.Struct):
+    """What ``Machine.next_event`` gives; ``kind`` is a value of _EVENTS."""
+
+    kind: str
+    id: int
+    json: bytes
+
+
+# native/capi/src/event.rs
+_EVENTS: Final = {1: "done", 2: "failed", 3: "running", 4: "paused", 5: "reset", 6: "ended"}
+_error_decoder = msgspec.json.Decoder(CoreError)
+_end_decoder = msgspec.json.Decoder(End)
+_stats_decoder = msgspec.json.Decoder(dict[str, Any])
+_encoder = msgspec.json.Encoder()
+
+
+def check_abi() -> None:
+    """Raise RuntimeError unless the library is the one that this module was written for."""
+    version = lib.vmbus_abi_version()
+    if version != ABI:
+        raise RuntimeError(f"the core has ABI {version}, this worker needs {ABI}")
+
+
+def call(result: int) -> int:
+    """A core function's result; raises VmbusError for -1."""
+    if result < 0:
+        raise _error_decoder.decode(ffi.string(lib.vmbus_error())).raised()
+    return result
+
+
+def landlock() -> int:
+    """Deny every path; returns the kernel's Landlock ABI, 0 if it has none."""
+    return call(lib.vmbus_sandbox_landlock())
+
+
+def seccomp(profile: str) -> None:
+    """Install the base filter on all threads."""
+    call(lib.vmbus_sandbox_seccomp(PROFILES[profile]))
+
+
+def narrow(role: str) -> None:
+    """Narrow the calling thread."""
+    call(lib.vmbus_sandbox_narrow(ROLES[role]))
+
+
+def configuration(uuid: str, definition: Definition, files: Files, *, kvm: int, console: int) -> bytes:
+    """The core's ``Config`` (native/vmm/src/config.rs) as JSON: the definition, each file by its fd.
+
+    Raises InvalidArgument for a slot that is not filled. All the slots that it names, ``kvm`` and ``console``
+    belong to the core once the bytes are given to it.
+    """
+    kernel: dict[str, Any] = {"fd": files.one("kernel"), "cmdline": definition.kernel.cmdline}
+    disks: list[dict[str, Any]] = []
+    for disk in definition.disks:
+        layers: list[dict[str, Any]] = []
+        for index, layer in enumerate(disk.layers):
+            slot = f"disk/{disk.id}/{index}"
+            entry: dict[str, Any] = {"fd": files.one(slot), "format": layer.format}
+            if layer.backing_name is not None:
+                entry["backing_name"] = layer.backing_name
+            if layer.data_name is not None:
+                entry |= {"data_name": layer.data_name, "data_fd": files.one(f"{slot}/data")}
+            layers.append(entry)
+        disks.append(
+            {
+                "id": disk.id,
+                "layers": layers,
+                "read_only": disk.read_only,
+                "serial": disk.serial,
+                "queues": disk.queues,
+            }
+        )
+    config: dict[str, Any] = {
+        "machine_type": definition.machine_type,
+        "uuid": uuid,
+        "vcpus": definition.vcpus,
+        "memory": definition.memory,
+        "memory_kind": definition.memory_kind,
+        "cpu_model": definition.cpu_model,
+        "kvm_fd": kvm,
+        "console_fd": console,
+        "kernel": kernel,
+        "disks": disks,
+        "nics": [
+            {"id": nic.id, "mac": nic.mac, "tap_fd": files.one(f"nic/{nic.id}")} for nic in definition.nics
+        ],
+        "rng": definition.rng,
+        "on_reset": definition.on_reset,
+    }
+    if any(slot.name == "initrd" for slot in slots(definition)):
+        kernel["initrd_fd"] = files.one("initrd")
+    if definition.memory_kind != "mergeable":
+        config["memory_fd"] = files.one("memory")
+    return _encoder.encode(config)
+
+
+def named_slots(definition: Definition) -> list[str]:
+    """The slots whose files ``configuration`` gives to the core."""
+    names = [slot.name for slot in slots(definition)]
+    names += [f"nic/{nic.id}" for nic in definition.nics]
+    if definition.memory_kind != "mergeable":
+        names.append("memory")
+    return names
+
+
+class Core:
+    """The machine in the core, and the thread for its long calls."""
+
+    def __init__(self, loop: Loop, event: Callable[[CoreEvent], None]) -> None:
+        self._loop = loop
+        self._event = event
+        self._machine: Any = None
+        self._event_fd = -1
+        self._jobs: deque[Callable[[], Callable[[], None]]] = deque()
+        self._finished: deque[Callable[[], None]] = deque()
+        self._jobs_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_SEMAPHORE)
+        self._finished_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        loop.watch(self._finished_fd, lambda _: self._run_finished())
+
+    def start_thread(self) -> None:
+        """Start the core thread."""
+        _thread.start_new_thread(self._work, ())
+
+    def _work(self) -> None:
+        """Jobs in order; what each returns runs on the main thread."""
+        while True:
+            os.eventfd_read(self._jobs_fd)
+            self._finished.append(self._jobs.popleft()())
+            os.eventfd_write(self._finished_fd, 1)
+
+    def _begin(self, job: Callable[[], Callable[[], None]]) -> None:
+        self._jobs.append(job)
+        os.eventfd_write(self._jobs_fd, 1)
+
+    def _run_finished(self) -> None:
+        os.eventfd_read(self._finished_fd)
+        while self._finished:
+            self._finished.popleft()()
+
+    def build(self, config: bytes, done: Callable[[VmbusError | None], None]) -> None:
+        """Build the machine; ``done`` gets None or why not. The fds in ``config`` are gone either way."""
+
+        def job() -> Callable[[], None]:
+            out = ffi.new("VmbusMachine **")
+            try:
+                call(lib.vmbus_machine_new(config, len(config), out))
+            except VmbusError as error:
+                failure = error
+                return lambda: done(failure)
+            return lambda: self._built(out[0], done)
+
+        self._begin(job)
+
+    def _built(self, machine: Any, done: Callable[[VmbusError | None], None]) -> None:
+        self._machine = machine
+        self._event_fd = call(lib.vmbus_machine_event_fd(machine))
+        self._loop.watch(self._event_fd, lambda _: self._read_events())
+        done(None)
+
+    def request(self, operation: str, request: int) -> None:
+        """Ask for one of OPERATIONS; an event done or failed with this id answers. Never waits."""
+        call(lib.vmbus_machine_request(self._machine, OPERATIONS[operation], request))
+
+    def _read_events(self) -> None:
+        event = ffi.new("VmbusEvent *")
+        # A callback may free the machine.
+        while self._machine is not None and call(lib.vmbus_machine_next_event(self._machine, event)):
+            self._event(CoreEvent(_EVENTS[event.kind], event.id, ffi.string(event.json)))
+
+    def free(self) -> None:
+        """Free the machine, if there is one, on the core thread: memory and files go as soon as they can."""
+        machine, self._machine = self._machine, None
+        if machine is None:
+            return
+        self._loop.forget(self._event_fd)
+
+        def job() -> Callable[[], None]:
+            lib.vmbus_machine_free(machine)
+            return lambda: None
+
+        self._begin(job)
+
+
+def error_of(event: CoreEvent) -> VmbusError:
+    """Why the request of a ``failed`` event failed."""
+    return _error_decoder.decode(event.json).raised()
+
+
+def end_of(event: CoreEvent) -> End:
+    """The reason in an ``ended`` event."""
+    return _end_decoder.decode(event.json)
+
+
+def stats_of(event: CoreEvent) -> dict[str, Any]:
+    """The counters in a ``done`` event; none for a request without a result."""
+    return _stats_decoder.decode(event.json) if event.json else {}

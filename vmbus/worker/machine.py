@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One machine's life in its worker: which request is possible in which state, and what the end means.
+
+| state | comes from | requests |
+|---|---|---|
+| ready | the start | AddFile, Configure, Console, Stop |
+| configured | Configure, once built | Run, Console, Stop, Stats |
+| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console |
+| paused | Pause | Resume, Reset, Stop, Stats, Console |
+| ended | the guest, Stop, an error, a build that failed | none |
+
+A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
+stored that event, or when no control connection was there for LINGER_SECONDS. A machine that cannot be
+built ends with reason ``error``; slots that are missing are refused before anything is built, and may be
+filled and Configure sent again.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from vmbus.wire.errors import VmbusError
+from vmbus.wire.worker import (
+    Configure,
+    Console,
+    Pause,
+    Request,
+    Reset,
+    Resume,
+    Run,
+    Shutdown,
+    State,
+    Stats,
+    Stop,
+)
+from vmbus.worker.console import Hub
+from vmbus.worker.control import Reply
+from vmbus.worker.core import Core, CoreEvent, configuration, end_of, error_of, named_slots, stats_of
+from vmbus.worker.events import EventQueue
+from vmbus.worker.files import Files
+from vmbus.worker.loop import Loop, Timer
+
+LINGER_SECONDS: Final = 30.0
+CONSOLE_SECONDS: Final = 1.0
+_DETAIL_MAX: Final = 1000
+
+# request: (the core's operation, the states in which it can be asked)
+_OPERATIONS: Final[dict[type, tuple[str, frozenset[str]]]] = {
+    Run: ("run", frozenset({"configured"})),
+    Shutdown: ("power-button", frozenset({"running"})),
+    Reset: ("reset", frozenset({"running", "paused"})),
+    Pause: ("pause", frozenset({"running"})),
+    Resume: ("resume", frozenset({"paused"})),
+    Stop: ("stop", frozenset({"configured", "running", "paused"})),
+    Stats: ("stats", frozenset({"configured", "running", "paused"})),
+}
+
+
+class Machine:
+    """Carries out the service's requests; the ``Desk`` of ``control.Control``."""
+
+    def __init__(self, loop: Loop, files: Files, events: EventQueue, *, kvm: int) -> None:
+        ours, core_end = socket.socketpair()
+        core_end.setblocking(False)
+        self.state: State = "ready"
+        self.reason = ""
+        self.core = Core(loop, self._core_event)
+        self._loop = loop
+        self._files = files
+        self._events = events
+        self._kvm = kvm
+        self._console_end = core_end.detach()
+        self._hub = Hub(loop, ours, self._output)
+        self._building = False
+        self._stop_when_built: list[Reply] = []
+        self._replies: dict[int, tuple[str, Reply]] = {}
+        self._last_request = 0
+        self._unsaid_output = False
+        self._console_timer: Timer | None = None
+        self._linger: Timer | None = None
+        self._attended = False
+        self.events_added: Callable[[], None] = lambda: None  # set by whoever sends them
+
+    # The Desk.
+
+    def handle(self, request: Request, fds: list[int], reply: Reply) -> None:
+        """Begin ``request``. Raises VmbusError for what is not possible now."""
+        if isinstance(request, Console):
+            if not fds:
+                raise VmbusError("InvalidArgument", "no file descriptor came with the message")
+            self._hub.attach(fds[0], write=request.write, steal=request.steal)
+            reply.done()
+        elif isinstance(request, Configure):
+            self._configure(request, reply)
+        elif isinstance(request, Stop) and self.state == "ready":
+            self._stop_early(reply)
+        else:
+            self._operate(request, reply)
+
+    def attended(self, present: bool) -> None:
+        """Remember whether somebody listens; start or end the time that an ended worker lingers."""
+        self._attended = present
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        if self.state == "ended" and not present:
+            self._linger = self._loop.after(LINGER_SECONDS, self._loop.stop)
+
+    def acknowledged(self) -> None:
+        """Leave once the end is known; say what the console had to keep back."""
+        if self.state == "ended" and not self._events.holds("ended"):
+            self._loop.stop()
+        self._say_output()
+
+    # Requests.
+
+    def _configure(self, request: Configure, reply: Reply) -> None:
+        if self.state != "ready" or self._building:
+            raise VmbusError("InvalidState", "the machine is configured already")
+        definition = request.definition
+        config = configuration(
+            request.uuid, definition, self._files, kvm=self._kvm, console=self._console_end
+        )
+        self._files.hand_over(named_slots(definition))
+        self._files.seal()
+        self._building = True
+        self.core.build(config, lambda error: self._built(error, reply))
+
+    def _built(self, error: VmbusError | None, reply: Reply) -> None:
+        self._building = False
+        stops, self._stop_when_built = self._stop_when_built, []
+        if error is not None:
+            reply.failed(error)
+            self._end("error", str(error))
+            for stop in stops:
+                stop.done()
+            return
+        self._enter("configured")
+        reply.done()
+        for stop in stops:
+            self._ask("stop", stop)
+
+    def _stop_early(self, reply: Reply) -> None:
+        if self._building:
+            self._stop_when_built.append(reply)
+        else:
+            reply.done()
+            self._end("stopped", "")
+
+    def _operate(self, request: Request, reply: Reply) -> None:
+        operation, states = _OPERATIONS[type(request)]
+        if self.state not in states:
+            raise VmbusError(
+                "InvalidState",
+                f"{operation} needs a machine that is {' or '.join(sorted(states))}, not {self.state}",
+            )
+        self._ask(operation, reply)
+
+    def _ask(self, operation: str, reply: Reply) -> None:
+        self._last_request += 1
+        self._replies[self._last_request] = (operation, reply)
+        self.core.request(operation, self._last_request)
+
+    # What the core says.
+
+    def _core_event(self, event: CoreEvent) -> None:
+        if event.kind == "done":
+            self._replies.pop(event.id)[1].done(stats_of(event))
+        elif event.kind == "failed":
+            self._replies.pop(event.id)[1].failed(error_of(event))
+        elif event.kind == "running":
+            self._enter("running")
+        elif event.kind == "paused":
+            self._enter("paused")
+        elif event.kind == "reset":
+            self._events.add("reset")
+            self.events_added()
+        else:
+            end = end_of(event)
+            self._end(end.reason, end.detail)
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self._events.add("state", state=state)
+        self.events_added()
+
+    def _end(self, reason: str, detail: str) -> None:
+        """The machine is over: what is pending is answered, the reason is the last event."""
+        self._hub.close()
+        self.state = "ended"
+        self.reason = reason
+        for operation, reply in self._replies.values():
+            if operation == "stop":
+                reply.done()
+            else:
+                reply.failed(VmbusError("InvalidState", f"the machine has ended: {reason}"))
+        self._replies.clear()
+        self._files.close()
+        self.core.free()
+        self._events.add("ended", state="ended", reason=reason, detail=detail[:_DETAIL_MAX])
+        self.events_added()
+        self.attended(self._attended)
+
+    # Console activity.
+
+    def _output(self) -> None:
+        self._unsaid_output = True
+        self._say_output()
+
+    def _say_output(self) -> None:
+        """At most one event a second, and none while one is not acknowledged."""
+        if (
+            not self._unsaid_output
+            or self.state == "ended"
+            or self._console_timer is not None
+            or self._events.holds("console")
+        ):
+            return
+        self._unsaid_output = False
+        self._console_timer = self._loop.after(CONSOLE_SECONDS, self._console_again)
+        self._events.add("console")
+        self.events_added()
+
+    def _console_again(self) -> None:
+        self._console_timer = None
+        self._say_output()
