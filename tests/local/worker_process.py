@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real worker process for tests, and both of its peers: the broker that starts it, the service that asks it.
+"""A real worker process for tests, with both of its peers: the broker that starts it, the service that asks.
 
 It has everything of the worker but what only root's spawn child gives it (namespaces, an empty root, a uid of
 its own): the startup line, the rings, Landlock, the filters, the control socket.

@@ -79,6 +79,11 @@ def call(result: int) -> int:
     return result
 
 
+def rings(count: int, entries: int, files: int) -> int:
+    """Make io_uring rings for the machine to come; returns how many, 0 where the host has none."""
+    return call(lib.vmbus_sandbox_rings(count, entries, files))
+
+
 def landlock() -> int:
     """Deny every path; returns the kernel's Landlock ABI, 0 if it has none."""
     return call(lib.vmbus_sandbox_landlock())

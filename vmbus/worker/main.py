@@ -34,6 +34,7 @@ from vmbus.worker.loop import Loop
 from vmbus.worker.machine import Machine
 
 EMPTY_ROOT_SECONDS: Final = 10.0
+RING_ENTRIES: Final = 256
 
 
 class Worker:
@@ -94,6 +95,13 @@ def wait_for_empty_root(worker: Worker) -> None:
     os.close(worker.orders.status)
 
 
+def make_rings(worker: Worker) -> None:
+    """One an I/O thread, restricted and enabled; from seccomp on there are no others."""
+    orders = worker.orders
+    if orders.rings and core.rings(orders.rings, RING_ENTRIES, orders.ring_files) == 0:
+        say("io_uring is switched off on this host; images are read and written by plain system calls")
+
+
 def hide(_: Worker) -> None:
     prctl.set_no_new_privs(1)
     prctl.set_dumpable(0)
@@ -129,6 +137,7 @@ STEPS: Final[tuple[tuple[str, Callable[[Worker], None]], ...]] = (
     ("make the loop, the console and the control channel, while sockets can be made", make_the_desk),
     ("say that no file is needed any more", say_imported),
     ("wait until / is empty", wait_for_empty_root),
+    ("make the io_uring rings", make_rings),
     ("no new privileges, not dumpable", hide),
     ("Landlock: no path", deny_paths),
     ("the base seccomp filter, on all threads", close_by_seccomp),

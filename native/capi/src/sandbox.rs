@@ -2,8 +2,9 @@
 //! The steps by which a worker closes itself, one export a step; the order is `vmbus/worker/main.py`'s.
 
 use std::ffi::c_int;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
+use vmbus_qcow2::Ring;
 use vmbus_sandbox::{close, landlock, narrow, Profile, Role};
 
 use crate::error::{guard, Failure};
@@ -28,6 +29,46 @@ fn role(number: u32) -> Result<Role, Failure> {
             format!("role {number} is none of 0 (main) to 4 (network)"),
         )),
     }
+}
+
+/// Makes `count` io_uring rings of `entries` requests and `files` files each, for the machine that will be
+/// built. Returns how many there are: 0 where the host has io_uring switched off, and plain system calls serve.
+#[no_mangle]
+pub extern "C" fn vmbus_sandbox_rings(count: u32, entries: u32, files: u32) -> c_int {
+    guard(|| {
+        let mut made = Vec::new();
+        for _ in 0..count {
+            match Ring::new(entries, files) {
+                Ok(ring) => made.push(ring),
+                Err(error)
+                    if made.is_empty()
+                        && matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) =>
+                {
+                    return Ok(0)
+                }
+                Err(error) => {
+                    return Err(Failure::new(
+                        "Unavailable",
+                        format!("an io_uring ring: {error}"),
+                    ))
+                }
+            }
+        }
+        *rings()? = made;
+        Ok(c_int::try_from(count).unwrap_or(c_int::MAX))
+    })
+}
+
+/// The rings that were made and that no machine has taken yet.
+pub fn take_rings() -> Result<Vec<Ring>, Failure> {
+    Ok(std::mem::take(&mut *rings()?))
+}
+
+fn rings() -> Result<std::sync::MutexGuard<'static, Vec<Ring>>, Failure> {
+    static RINGS: Mutex<Vec<Ring>> = Mutex::new(Vec::new());
+    RINGS
+        .lock()
+        .map_err(|_| Failure::new("Internal", "the rings' lock is poisoned"))
 }
 
 /// Landlock, deny everything; for a process with one thread. Returns the ABI in force, 0 where the kernel has none.

@@ -12,8 +12,8 @@
 //!    mistake (execve, socket, ptrace, mount, setns, bpf, memfd_create, sendmsg, …). Whoever makes one has
 //!    taken the process over; it ends at once (KILL_PROCESS), so that what follows in the exploit never runs, and
 //!    the broker sees SIGSYS in the log.
-//! 3. *the absent*: clone3 and statx answer ENOSYS, so that libc and Rust fall back to clone, whose flags a
-//!    filter can read (clone3's lie behind a pointer), and to fstat.
+//! 3. *the absent*: clone3 answers ENOSYS, so that libc falls back to clone, whose flags a filter can read
+//!    (clone3's lie behind a pointer).
 //!
 //! The base filters go onto all threads at once (TSYNC). A role's filter goes onto the calling thread, on top; it
 //! can only take away. The list is x86-64's: a call through another ABI kills (seccompiler checks the
@@ -120,8 +120,8 @@ const DEAD: &[i64] = &[
     libc::SYS_fanotify_init,
 ];
 
-/// Calls that this process pretends the kernel does not have.
-const ABSENT: &[i64] = &[libc::SYS_clone3, libc::SYS_statx];
+/// Calls that the process is made to believe the kernel does not have.
+const ABSENT: &[i64] = &[libc::SYS_clone3];
 
 fn compile(
     rules: BTreeMap<i64, Vec<SeccompRule>>,

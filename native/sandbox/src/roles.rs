@@ -171,9 +171,10 @@ fn main(allowed: &mut Allowed) -> Result<(), Error> {
     allowed.ioctls(ioctls::DESCRIPTOR)
 }
 
-/// fstat(): glibc 2.33 and later ask by newfstatat with an empty name.
+/// fstat(), which glibc 2.33 and later make newfstatat with an empty name, and Rust statx with one.
 fn stat(allowed: &mut Allowed) -> Result<(), Error> {
     allowed.always(&[libc::SYS_fstat]);
+    allowed.one_of(libc::SYS_statx, 2, &[libc::AT_EMPTY_PATH])?;
     allowed.one_of(libc::SYS_newfstatat, 3, &[libc::AT_EMPTY_PATH])
 }
 
