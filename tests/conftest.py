@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: options, the private mount namespace, and which tests run where."""
+"""What all tests share: options, the private mount namespace, which tests run where, and whole systems.
+
+Markers: ``requires("capability", …)`` (tests/lab/capabilities.py), ``nested`` (runs in the nested host
+wherever the run was started), ``soak``, ``fuzz``. An item runs here if all that it requires is here; else
+in the nested host, after all others, if that has it; else it is skipped. The terminal summary lists by name
+what was absent and what became of the tests that required it.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Generator, Iterator
 
 import pytest
 
-from tests.lab import namespace, system
+from tests.lab import capabilities, namespace, system
+from tests.lab.remote import RemoteSession, ReportWriter
 from tests.lab.system import System
+
+REMOTE = pytest.StashKey[RemoteSession]()
+WHERE_NESTED = pytest.StashKey[dict[str, list[str]]]()
+SKIPPED = pytest.StashKey[dict[str, list[str]]]()
+NEEDS = re.compile(r"needs ([a-z0-9-]+): (.*)", re.DOTALL)
+IN_NESTED_HOST = os.environ.get("VMBUS_LAB") == "nested"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,23 +31,120 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--no-nested", action="store_true", help="no tests that need the nested host")
     group.addoption("--soak", action="store_true", help="also the long rounds")
     group.addoption("--fuzz", action="store_true", help="also the fuzzers (FUZZ_SECONDS each, default 60)")
+    group.addoption("--reports", metavar="FILE", help="write reports as JSON (used in the nested host)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SKIPPED] = {}
+    config.stash[WHERE_NESTED] = {}
+    if config.getoption("--reports"):
+        config.pluginmanager.register(ReportWriter(config, config.getoption("--reports")))
     if os.geteuid() == 0:
         namespace.enter()
 
 
+# -- which items, and where
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    dropped = {
-        mark for mark, option in (("soak", "--soak"), ("fuzz", "--fuzz")) if not config.getoption(option)
-    }
+    dropped = {mark for mark in ("soak", "fuzz") if not config.getoption(f"--{mark}")}
     if config.getoption("--no-nested"):
         dropped.add("nested")
     kept = [item for item in items if not any(item.get_closest_marker(mark) for mark in dropped)]
     if len(kept) != len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    here: list[pytest.Item] = []
+    there: list[pytest.Item] = []
+    for item in kept:
+        (there if _belongs_there(item, config) else here).append(item)
+    items[:] = here + there
+    if there:
+        config.stash[REMOTE] = RemoteSession(config, there)
+
+
+def _belongs_there(item: pytest.Item, config: pytest.Config) -> bool:
+    """Whether the nested host shall run ``item``; an item that nothing can run is marked to be skipped."""
+    if IN_NESTED_HOST:
+        _skip_if_absent(item, _required(item))
+        return False
+    missing = [name for name in _required(item) if capabilities.absent(name)]
+    if not missing and not item.get_closest_marker("nested"):
+        return False
+    nowhere = [name for name in missing if name not in capabilities.NESTED]
+    if nowhere or config.getoption("--no-nested"):
+        _skip_if_absent(item, nowhere or missing)
+        return False
+    if capabilities.absent("nested-host"):
+        _skip_if_absent(item, [*missing, "nested-host"])
+        return False
+    for name in missing:
+        config.stash[WHERE_NESTED].setdefault(name, []).append(item.nodeid)
+    item.add_marker(pytest.mark.timeout(0), append=False)  # it has its deadline there
+    return True
+
+
+def _required(item: pytest.Item) -> list[str]:
+    return [name for mark in item.iter_markers("requires") for name in mark.args]
+
+
+def _skip_if_absent(item: pytest.Item, names: list[str]) -> None:
+    for name in names:
+        why = capabilities.absent(name)
+        if why:
+            item.add_marker(pytest.mark.skip(reason=f"needs {name}: {why}"))
+            return
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """Items of the nested host: their reports are those from there."""
+    remote = item.config.stash.get(REMOTE, None)
+    if remote is None or not remote.has(item):
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in remote.reports(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    remote = session.config.stash.get(REMOTE, None)
+    if remote:
+        remote.close()
+
+
+# -- what the run says at its end
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    if getattr(report, "nested", False) and report.passed and report.when == "call":
+        return "passed", ".", "PASSED (nested host)"
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skipped: dict[str, tuple[str, list[str]]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        found = NEEDS.search(text)
+        if found:
+            skipped.setdefault(found[1], (found[2], []))[1].append(report.nodeid)
+    moved = config.stash[WHERE_NESTED]
+    if not skipped and not moved:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("capabilities absent here")
+    for name in sorted({*skipped, *moved}):
+        why, tests = skipped.get(name, (capabilities.absent(name), []))
+        counts = [f"{len(tests)} skipped"] if tests else []
+        counts += [f"{len(moved[name])} ran in the nested host"] if name in moved else []
+        write(f"{name}: {why} -- {', '.join(counts)}")
+        for test in tests:
+            write(f"    skipped {test}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -47,6 +158,9 @@ def pytest_runtest_makereport(
             for name, log in running.logs().items():
                 report.sections.append((f"log of {name} ({running.instance})", log[-20_000:]))
     return report
+
+
+# -- systems
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small busybox initramfs archives: for the nested host itself and for stock guests of vmbus.
 
-An archive is written here byte by byte (cpio "newc",
-Documentation/driver-api/early-userspace/buffer-format.rst of the kernel), uncompressed: unpacking xz or
-gzip in a guest costs more than reading it. Modules are decompressed on this side for the same reason and
-listed in the order in which insmod has to take them. Equal contents give the same file under
-``CACHE/initrd``, named by their hash, mode 0644.
+An archive is written here byte by byte (cpio "newc", Documentation/driver-api/early-userspace/
+buffer-format.rst of the kernel), uncompressed: unpacking xz or gzip in a guest costs more than reading it. It
+is two archives, one after the other, as the kernel allows: a base (busybox with all its applets, modules
+decompressed and listed in the order in which insmod has to take them) and what is special. A base is made
+once per kernel and set of modules, so that the nested host finds it made. Files lie under ``CACHE/initrd``,
+named by a hash of what they are made from, mode 0644.
 
     from tests.lab import initramfs, kernels
     initrd = initramfs.guest("mount -t ext4 /dev/vda /mnt; echo hello >/mnt/file; sync; umount /mnt;
@@ -14,13 +15,12 @@ listed in the order in which insmod has to take them. Equal contents give the sa
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import lzma
 import os
 import stat
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -65,20 +65,36 @@ def guest(
 
 def build(files: Mapping[str, bytes], kernel: Kernel, modules: Iterable[str]) -> Path:
     """An archive of busybox, all its applets, ``files`` (mode 0755), ``modules`` and modules/order."""
+    lower = base(kernel, modules)
+    special = _cpio(files, {})
+    return _cached(lower.name.encode() + special, lambda: lower.read_bytes() + special)
+
+
+def base(kernel: Kernel, modules: Iterable[str] = GUEST_MODULES) -> Path:
+    """The part of an archive that takes long to make."""
+    names = sorted(set(modules))
+    state = BUSYBOX.stat()
+    key = f"base 1 {kernel.release} {names} {state.st_size} {state.st_mtime_ns}"
+    return _cached(key.encode(), lambda: _base(kernel, names))
+
+
+def _base(kernel: Kernel, modules: Iterable[str]) -> bytes:
+    contents = {"bin/busybox": BUSYBOX.read_bytes()}
     order: list[str] = []
-    contents: dict[str, bytes] = dict(files)
     for path in with_dependencies(kernel, modules):
-        name = path.name.split(".ko")[0] + ".ko"
+        name = path.name.split(".ko", maxsplit=1)[0] + ".ko"
         contents[f"modules/{name}"] = _module(path)
         order.append(name)
     contents["modules/order"] = "".join(f"{name}\n" for name in order).encode()
-    contents["bin/busybox"] = BUSYBOX.read_bytes()
-    archive = _cpio(contents, {f"bin/{name}": b"busybox" for name in _applets()})
-    target = CACHE / "initrd" / f"{hashlib.sha256(archive).hexdigest()[:32]}.cpio"
+    return _cpio(contents, {f"bin/{name}": b"busybox" for name in _applets()})
+
+
+def _cached(key: bytes, make: Callable[[], bytes]) -> Path:
+    target = CACHE / "initrd" / f"{hashlib.sha256(key).hexdigest()[:32]}.cpio"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_suffix(f".{os.getpid()}")
-        fresh.write_bytes(archive)
+        fresh.write_bytes(make())
         fresh.chmod(0o644)
         fresh.rename(target)
     return target
@@ -113,13 +129,11 @@ def _name(path: str) -> str:
     return path.rsplit("/", 1)[-1].split(".ko", maxsplit=1)[0].replace("-", "_")
 
 
-@functools.cache
 def _module(path: Path) -> bytes:
     data = path.read_bytes()
     return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
-@functools.cache
 def _applets() -> list[str]:
     listed = subprocess.run(
         [BUSYBOX, "--list"], capture_output=True, text=True, check=True, timeout=20

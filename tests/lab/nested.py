@@ -90,7 +90,8 @@ exec switch_root /new /bin/bash /run/lab/agent
 
 # The second stage and pid 1. Words on the port: "run N", "kill N", "off"; answers: "ready", "done N CODE".
 AGENT: Final = """\
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=dumb
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export HOME=/root LANG=C.UTF-8 TERM=dumb VMBUS_LAB=nested
 cd /
 for word in $(cat /proc/cmdline); do case $word in lab.modules=*) modules=${word#lab.modules=};; esac; done
 mkdir -p /lib/modules/$(uname -r) /dev/pts /dev/shm /dev/mqueue /dev/hugepages /run/lock

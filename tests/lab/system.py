@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from tests.lab.daemon import Daemon, NotReady
-from tests.lab.kernels import CHECKOUT
+from tests.lab.kernels import CACHE, CHECKOUT
 
 NESTED: Final = os.environ.get("VMBUS_LAB") == "nested"
 SLOW: Final = 6 if NESTED else 1
@@ -54,7 +54,7 @@ uid_count = {uid_count}
 
 [[open.grant]]
 users = ["*"]
-prefixes = ["{place}/files/{{user}}", "{checkout}/.cache"]
+prefixes = ["{place}/files/{{user}}", "{cache}"]
 """
 
 LIVE: Final[list[System]] = []
@@ -110,7 +110,7 @@ class System:
             own.mkdir(mode=0o700)
             os.chown(own, account.pw_uid, account.pw_gid)
         general = POLICY.format(
-            uid_first=self.uids.start, uid_count=len(self.uids), place=self.place, checkout=CHECKOUT
+            uid_first=self.uids.start, uid_count=len(self.uids), place=self.place, cache=CACHE
         )
         self.broker_toml.write_text(general + policy)
         self.broker_toml.chmod(0o644)
