@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -32,8 +33,16 @@ class WorkerProcess:
     """A worker, started and closed; ``with`` ends it whatever happened."""
 
     def __init__(
-        self, *, kvm: str = "/dev/kvm", rings: int = 2, profile: Literal["plain", "vfio"] = "plain"
+        self,
+        *,
+        program: Sequence[str] = ("-m", "vmbus.worker.main"),
+        kvm: str = "/dev/null",
+        rings: int = 2,
+        profile: Literal["plain", "vfio"] = "plain",
+        expect_empty_root: bool = False,
+        line: bytes | None = None,
     ) -> None:
+        """``line`` replaces the startup line; ``program`` is what the interpreter runs."""
         self.directory = tempfile.mkdtemp(prefix="vmbus-worker-")
         self.path = os.path.join(self.directory, "socket")
         self.epoch = 0
@@ -43,20 +52,18 @@ class WorkerProcess:
         listener.listen(64)
         kvm_fd = os.open(kvm, os.O_RDWR | os.O_CLOEXEC)
         status, status_write = os.pipe()
-        line = startup.encode(
-            startup.Startup(
-                listen=listener.fileno(),
-                kvm=kvm_fd,
-                status=status_write,
-                rings=rings,
-                profile=profile,
-                expect_empty_root=False,
-            )
+        orders = startup.Startup(
+            listen=listener.fileno(),
+            kvm=kvm_fd,
+            status=status_write,
+            rings=rings,
+            profile=profile,
+            expect_empty_root=expect_empty_root,
         )
         with tempfile.TemporaryFile() as log:
             self._log = os.dup(log.fileno())
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-m", "vmbus.worker.main"],
+            [sys.executable, "-I", *program],
             stdin=subprocess.PIPE,
             stdout=self._log,
             stderr=self._log,
@@ -65,7 +72,7 @@ class WorkerProcess:
             cwd="/",
         )
         assert self.process.stdin is not None
-        self.process.stdin.write(line)
+        self.process.stdin.write(startup.encode(orders) if line is None else line)
         self.process.stdin.close()
         listener.close()
         os.close(kvm_fd)
@@ -153,8 +160,12 @@ class Service:
         self._id = 100
 
     def send(self, request: Request, *fds: int) -> None:
-        """Send without waiting for the result."""
-        packet.send(self.sock, request, list(fds))
+        """Send without waiting for the result; the fds are closed here."""
+        try:
+            packet.send(self.sock, request, list(fds))
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def ask(self, request: Request, *fds: int) -> Result:
         """Send and wait for the result; events that come before it are kept."""

@@ -77,7 +77,8 @@ def receive(
         raise Violation(f"datagram larger than {LIMIT} bytes")
     try:
         return decoder.decode(data), fds
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
+        # Not only msgspec's own: bytes that are no UTF-8 raise UnicodeDecodeError, nesting RecursionError.
         _close(fds)
         raise Violation(f"not a message of this protocol: {error}") from None
 
