@@ -39,6 +39,16 @@ impl Failure {
             message: message.into(),
         }
     }
+
+    /// `kind`, `argument` and `message` as a JSON object.
+    pub fn json(&self) -> String {
+        serde_json::json!({
+            "kind": self.kind,
+            "argument": self.argument,
+            "message": self.message,
+        })
+        .to_string()
+    }
 }
 
 impl From<vmbus_sandbox::Error> for Failure {
@@ -79,13 +89,8 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 }
 
 fn remember(failure: &Failure) {
-    let json = serde_json::json!({
-        "kind": failure.kind,
-        "argument": failure.argument,
-        "message": failure.message,
-    });
     // JSON escapes NUL, so this cannot fail; an empty message would be no worse than that.
-    let text = CString::new(json.to_string()).unwrap_or_default();
+    let text = CString::new(failure.json()).unwrap_or_default();
     LAST.with(|last| *last.borrow_mut() = text);
 }
 

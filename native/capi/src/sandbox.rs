@@ -11,9 +11,9 @@ use crate::error::{guard, Failure};
 
 static PROFILE: OnceLock<Profile> = OnceLock::new();
 
-/// The profile in force: what a thread's further narrowing is cut from. Plain until one is chosen.
-pub fn profile() -> Profile {
-    *PROFILE.get().unwrap_or(&Profile::Plain)
+/// The profile in force, None before the filter: what a thread's further narrowing is cut from.
+pub fn profile() -> Option<Profile> {
+    PROFILE.get().copied()
 }
 
 fn role(number: u32) -> Result<Role, Failure> {
@@ -104,7 +104,9 @@ pub extern "C" fn vmbus_sandbox_seccomp(profile: u32) -> c_int {
 #[no_mangle]
 pub extern "C" fn vmbus_sandbox_narrow(number: u32) -> c_int {
     guard(|| {
-        narrow(role(number)?, profile())?;
+        let profile = profile()
+            .ok_or_else(|| Failure::new("InvalidState", "the base filter comes before a role's"))?;
+        narrow(role(number)?, profile)?;
         Ok(0)
     })
 }
