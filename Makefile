@@ -4,6 +4,7 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 CARGO := cargo --quiet
+export VMBUS_RUN_BEGUN := $(shell date +%s.%N)
 export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
 
 .PHONY: help setup run test test-fast soak bench fuzz lint install clean

@@ -167,8 +167,8 @@ class System:
         self._set_stage()
         self.bus = self._daemon("bus", self._bus(), "", deadline=10)
         self.polkitd = self._daemon("polkitd", self._polkitd(), "Acquired the name", deadline=15)
-        self.broker = self._daemon("broker", self._broker(), "ready", deadline=10)
-        self.service = self._daemon("service", self._service(), "ready", deadline=10)
+        self.broker = self._daemon("broker", self._broker(), " ready\n", deadline=10)
+        self.service = self._daemon("service", self._service(), " ready\n", deadline=10)
         self.bus.start()
         self._wait_for_socket()
         self.polkitd.start()
@@ -234,7 +234,7 @@ class System:
 
     def _broker(self) -> list[str]:
         argv = [str(PROGRAMS / "vmbus-broker"), "--instance", self.instance, "--run-dir", str(self.run_dir)]
-        argv += ["--state-dir", str(self.place / "state"), "--config", str(self.broker_toml)]
+        argv += ["--state-dir", str(self.place / "state-broker"), "--config", str(self.broker_toml)]
         argv += ["--service-user", "vmbus"]
         return argv + (["--cgroup", str(self.cgroup)] if self.cgroup else [])
 
