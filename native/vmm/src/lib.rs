@@ -14,12 +14,16 @@
     )
 )]
 
+pub mod block;
 pub mod bus;
 pub mod device;
+pub mod devices;
 pub mod error;
 pub mod irq;
 pub mod layout;
+pub mod pci;
 pub mod thread;
+pub mod virtio;
 pub mod vm;
 
 pub use error::{Error, Kind, Result};

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Puts a machine's PCI devices together: which there are, where they sit, and which I/O thread serves each.
+//!
+//! The order of the result is the order in which the control thread stops them: disks let go of their images
+//! before their threads end.
+
+use std::sync::Arc;
+
+use vm_memory::GuestMemoryMmap;
+use vmbus_qcow2::{Image, Ring};
+
+use crate::block::{Counters, IoDevice, IoThread, Port, Served};
+use crate::bus::{Bus, BusDevice};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::pci::lpc::LpcBridge;
+use crate::pci::root::Root;
+use crate::pci::root_port::RootPort;
+use crate::pci::{Function, Place, Wiring, ROOT_PORTS};
+use crate::thread::ThreadHook;
+use crate::virtio::pci::VirtioPci;
+use crate::virtio::{blk, rng};
+
+/// The most disks there are places for.
+pub const DISKS_MAX: usize = 16;
+/// The most queues of one disk.
+pub const QUEUES_MAX: u16 = 16;
+
+/// A disk of the definition, its image opened and active.
+pub struct DiskSpec {
+    /// Names it in events, errors and statistics.
+    pub id: String,
+    /// Its chain.
+    pub image: Arc<Image>,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Up to 20 printable ASCII characters.
+    pub serial: String,
+    /// Virtqueues, at most 16; 0 for one a vCPU.
+    pub queues: u16,
+}
+
+/// What devices are built on.
+pub struct Board {
+    /// KVM's part.
+    pub wiring: Arc<dyn Wiring>,
+    /// The guest's RAM.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// Where memory BARs and the ECAM go.
+    pub mmio: Arc<Bus>,
+    /// How many vCPUs there are.
+    pub vcpus: u8,
+}
+
+/// The devices of a machine.
+pub struct Devices {
+    /// Ports 0xcf8 to 0xcff, but for the reset control register.
+    pub config_ports: Arc<dyn BusDevice>,
+    /// As the control thread sees them.
+    pub list: Vec<Arc<dyn Device>>,
+}
+
+/// Builds them: one I/O thread for each ring, or one with plain system calls when there is none.
+///
+/// # Errors
+/// `InvalidArgument` for more disks or queues than there may be; `Unavailable` when the kernel gives no thread,
+/// eventfd or GSI, or a ring has no room for all files.
+pub fn assemble(
+    board: &Board,
+    disks: Vec<DiskSpec>,
+    with_rng: bool,
+    rings: Vec<Ring>,
+    hook: &ThreadHook,
+) -> Result<Devices> {
+    if disks.len() > DISKS_MAX {
+        return Err(Error::invalid(
+            "disks",
+            format!("{} disks; at most {DISKS_MAX} have a place", disks.len()),
+        ));
+    }
+    let mut rings: Vec<Option<Ring>> = rings.into_iter().map(Some).collect();
+    if rings.is_empty() {
+        rings.push(None);
+    }
+    // What each thread will serve, and what becomes of the ports it gives for that.
+    let mut shares: Vec<Vec<(Served, Endpoint)>> = rings.iter().map(|_| Vec::new()).collect();
+    for (index, disk) in disks.into_iter().enumerate() {
+        let endpoint = disk_endpoint(board, index, &disk)?;
+        let place = index % shares.len();
+        if let Some(share) = shares.get_mut(place) {
+            share.push(endpoint);
+        }
+    }
+    if let Some(share) = shares.first_mut().filter(|_| with_rng) {
+        let endpoint = Endpoint {
+            id: "rng".to_owned(),
+            place: Place::RNG,
+            model: rng::model(),
+            counters: None,
+        };
+        share.push((Served::Rng, endpoint));
+    }
+
+    let mut functions = bridges(board)?;
+    let mut list: Vec<Arc<dyn Device>> = Vec::new();
+    let mut threads: Vec<Arc<dyn Device>> = Vec::new();
+    for (index, (ring, share)) in rings.into_iter().zip(shares).enumerate() {
+        let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
+        let (thread, ports) = IoThread::start(index, ring, served, hook)?;
+        threads.push(Arc::new(thread));
+        for (endpoint, port) in endpoints.into_iter().zip(ports) {
+            functions.push((endpoint.place, endpoint.function(board, &port)?));
+            let device = IoDevice::new(endpoint.id, port, endpoint.counters);
+            list.push(Arc::new(device));
+        }
+    }
+    let root = Root::new(functions, &board.mmio)?;
+    list.push(Arc::new(PciDevice(root.clone())));
+    list.extend(threads);
+    Ok(Devices {
+        config_ports: root.config_ports(),
+        list,
+    })
+}
+
+/// A device between its thread and its place on the bus.
+struct Endpoint {
+    id: String,
+    place: Place,
+    model: crate::virtio::Model,
+    counters: Option<Arc<Counters>>,
+}
+
+impl Endpoint {
+    fn function(&self, board: &Board, port: &Port) -> Result<Arc<dyn Function>> {
+        Ok(Arc::new(VirtioPci::new(
+            self.place,
+            self.model.clone(),
+            board.wiring.clone(),
+            board.memory.clone(),
+            Arc::new(port.clone()),
+        )?))
+    }
+}
+
+fn disk_endpoint(board: &Board, index: usize, spec: &DiskSpec) -> Result<(Served, Endpoint)> {
+    let queues = match spec.queues {
+        0 => u16::from(board.vcpus).clamp(1, QUEUES_MAX),
+        1..=QUEUES_MAX => spec.queues,
+        queues => {
+            return Err(Error::invalid(
+                format!("disks[{index}].queues"),
+                format!("{queues} is more than {QUEUES_MAX}"),
+            ))
+        }
+    };
+    let disk = blk::Disk::new(spec.image.size(), spec.read_only, &spec.serial);
+    let counters = Arc::new(Counters::default());
+    let endpoint = Endpoint {
+        id: format!("disk/{}", spec.id),
+        place: Place::disk(index as u8),
+        model: disk.model(queues),
+        counters: Some(counters.clone()),
+    };
+    let served = Served::Disk {
+        disk,
+        image: spec.image.clone(),
+        counters,
+    };
+    Ok((served, endpoint))
+}
+
+fn bridges(board: &Board) -> Result<Vec<(Place, Arc<dyn Function>)>> {
+    let mut functions: Vec<(Place, Arc<dyn Function>)> =
+        vec![(Place::LPC, Arc::new(LpcBridge::new()))];
+    for index in 0..ROOT_PORTS {
+        let port = RootPort::new(board.wiring.clone(), index)?;
+        functions.push((Place::root_port(index), Arc::new(port)));
+    }
+    Ok(functions)
+}
+
+/// The whole bus, which a reset of the machine resets.
+struct PciDevice(Arc<Root>);
+
+impl Device for PciDevice {
+    fn id(&self) -> String {
+        "pci".to_owned()
+    }
+
+    fn reset(&self) {
+        self.0.reset();
+    }
+}

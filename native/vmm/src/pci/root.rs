@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The root complex: finds the function that a configuration or memory access is for.
+//!
+//! Configuration space is reached by ports 0xcf8/0xcfc (mechanism #1) and by the ECAM, whose place the host
+//! bridge's PCIEXBAR says. The two MMIO windows belong to this one bus device for good; which function
+//! decodes what in them is looked up here, so that a guest may move BARs, even over each other (the lowest
+//! function then wins, and nobody is harmed). BARs that lie outside of the windows decode nothing.
+//!
+//! Functions are called without a lock of this file held. The bus holds the root and the root the bus only
+//! weakly, so that both go when the machine does.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, RwLock, Weak};
+
+use super::host::HostBridge;
+use super::{Function, Place, Window};
+use crate::bus::{Bus, BusDevice};
+use crate::error::{Error, Result};
+use crate::layout::{ECAM_START, MMIO32_SIZE, MMIO32_START, MMIO64_SIZE, MMIO64_START};
+
+/// A function's registers in the ECAM: 4 KiB.
+const ECAM_FUNCTION: u64 = 0x1000;
+
+/// Bus 0 and what is on it.
+pub struct Root {
+    host: Arc<HostBridge>,
+    functions: Vec<(Place, Arc<dyn Function>)>,
+    decoded: RwLock<Vec<(Window, Arc<dyn Function>)>>,
+    /// What was written to port 0xcf8.
+    address: AtomicU32,
+    mmio: Weak<Bus>,
+    /// The base of the ECAM's range on the bus.
+    ecam: Mutex<Option<u64>>,
+}
+
+impl Root {
+    /// A bus with the host bridge and `functions`, whose memory is on `mmio`.
+    ///
+    /// # Errors
+    /// `Internal` when two functions have one place; `InvalidArgument` when a range of the layout is taken.
+    pub fn new(
+        mut functions: Vec<(Place, Arc<dyn Function>)>,
+        mmio: &Arc<Bus>,
+    ) -> Result<Arc<Root>> {
+        let host = Arc::new(HostBridge::new(ECAM_START));
+        functions.push((Place::HOST, host.clone()));
+        functions.sort_by_key(|(place, _)| *place);
+        let places = functions.iter().map(|(place, _)| place);
+        if places.clone().zip(places.skip(1)).any(|(a, b)| a == b) {
+            return Err(Error::internal("two PCI functions have one place"));
+        }
+        let root = Arc::new(Root {
+            host,
+            functions,
+            decoded: RwLock::default(),
+            address: AtomicU32::new(0),
+            mmio: Arc::downgrade(mmio),
+            ecam: Mutex::new(None),
+        });
+        mmio.insert(
+            MMIO32_START,
+            MMIO32_SIZE,
+            Arc::new(MemoryWindow(root.clone())),
+        )?;
+        mmio.insert(
+            MMIO64_START,
+            MMIO64_SIZE,
+            Arc::new(MemoryWindow(root.clone())),
+        )?;
+        root.place_ecam();
+        root.decode();
+        Ok(root)
+    }
+
+    /// Ports 0xcf8 to 0xcff, for whoever has the reset control register among them.
+    pub fn config_ports(self: &Arc<Self>) -> Arc<dyn BusDevice> {
+        Arc::new(ConfigPorts(Arc::clone(self)))
+    }
+
+    /// Back to the state after power-on: every function, the ECAM and the address port.
+    pub fn reset(self: &Arc<Self>) {
+        for (_, function) in &self.functions {
+            function.reset();
+        }
+        self.address.store(0, Ordering::Relaxed);
+        self.place_ecam();
+        self.decode();
+    }
+
+    fn function(&self, bus: u8, devfn: u8) -> Option<&Arc<dyn Function>> {
+        // Nothing is behind the root ports.
+        if bus != 0 {
+            return None;
+        }
+        let found = self
+            .functions
+            .binary_search_by_key(&devfn, |(place, _)| place.devfn());
+        found
+            .ok()
+            .and_then(|index| self.functions.get(index))
+            .map(|(_, function)| function)
+    }
+
+    fn config_read(&self, bus: u8, devfn: u8, register: u16, data: &mut [u8]) {
+        if let Some(function) = self.function(bus, devfn) {
+            function.config_read(register, data);
+        }
+    }
+
+    fn config_write(self: &Arc<Self>, bus: u8, devfn: u8, register: u16, data: &[u8]) {
+        let Some(function) = self.function(bus, devfn) else {
+            return;
+        };
+        if function.config_write(register, data) {
+            self.decode();
+        }
+        if devfn == Place::HOST.devfn() && HostBridge::places_ecam(register, data.len()) {
+            self.place_ecam();
+        }
+    }
+
+    /// Asks all functions what they decode.
+    fn decode(&self) {
+        let mut decoded = self.decoded.write().unwrap_or_else(|e| e.into_inner());
+        decoded.clear();
+        for (_, function) in &self.functions {
+            for window in function.windows() {
+                decoded.push((window, Arc::clone(function)));
+            }
+        }
+    }
+
+    fn find(&self, address: u64, len: usize) -> Option<(u8, u64, Arc<dyn Function>)> {
+        let decoded = self.decoded.read().unwrap_or_else(|e| e.into_inner());
+        decoded.iter().find_map(|(window, function)| {
+            let offset = address.checked_sub(window.base)?;
+            let end = offset.checked_add(len as u64)?;
+            (end <= window.size).then(|| (window.bar, offset, Arc::clone(function)))
+        })
+    }
+
+    /// Puts the ECAM's range where PCIEXBAR says; where something else is already, it is nowhere.
+    fn place_ecam(self: &Arc<Self>) {
+        let Some(mmio) = self.mmio.upgrade() else {
+            return;
+        };
+        let mut placed = self.ecam.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(base) = placed.take() {
+            mmio.remove(base);
+        }
+        if let Some((base, size)) = self.host.ecam() {
+            let device = Arc::new(Ecam(Arc::clone(self)));
+            *placed = mmio.insert(base, size, device).is_ok().then_some(base);
+        }
+    }
+}
+
+/// Ports 0xcf8 to 0xcff.
+struct ConfigPorts(Arc<Root>);
+
+impl ConfigPorts {
+    /// The function and register that a data access is for, if the address port enables it.
+    fn target(&self, offset: u64, len: usize) -> Option<(u8, u8, u16)> {
+        let address = self.0.address.load(Ordering::Relaxed);
+        let within = offset.checked_sub(4)?;
+        if address >> 31 == 0 || within.saturating_add(len as u64) > 4 {
+            return None;
+        }
+        let [register, devfn, bus, _] = address.to_le_bytes();
+        Some((bus, devfn, u16::from(register & 0xfc) | within as u16))
+    }
+}
+
+impl BusDevice for ConfigPorts {
+    fn read(&self, _base: u64, offset: u64, data: &mut [u8]) {
+        if let (0, Ok(data)) = (offset, <&mut [u8; 4]>::try_from(&mut *data)) {
+            *data = self.0.address.load(Ordering::Relaxed).to_le_bytes();
+        } else if let Some((bus, devfn, register)) = self.target(offset, data.len()) {
+            self.0.config_read(bus, devfn, register, data);
+        }
+    }
+
+    fn write(&self, _base: u64, offset: u64, data: &[u8]) {
+        if let (0, Ok(data)) = (offset, <[u8; 4]>::try_from(data)) {
+            self.0
+                .address
+                .store(u32::from_le_bytes(data) & 0x80ff_fffc, Ordering::Relaxed);
+        } else if let Some((bus, devfn, register)) = self.target(offset, data.len()) {
+            self.0.config_write(bus, devfn, register, data);
+        }
+    }
+}
+
+/// The extended configuration space: bus, device, function and register are the address.
+struct Ecam(Arc<Root>);
+
+fn ecam_target(offset: u64, len: usize) -> Option<(u8, u8, u16)> {
+    let register = offset % ECAM_FUNCTION;
+    if !matches!(len, 1 | 2 | 4) || register + len as u64 > ECAM_FUNCTION {
+        return None;
+    }
+    Some(((offset >> 20) as u8, (offset >> 12) as u8, register as u16))
+}
+
+impl BusDevice for Ecam {
+    fn read(&self, _base: u64, offset: u64, data: &mut [u8]) {
+        if let Some((bus, devfn, register)) = ecam_target(offset, data.len()) {
+            self.0.config_read(bus, devfn, register, data);
+        }
+    }
+
+    fn write(&self, _base: u64, offset: u64, data: &[u8]) {
+        if let Some((bus, devfn, register)) = ecam_target(offset, data.len()) {
+            self.0.config_write(bus, devfn, register, data);
+        }
+    }
+}
+
+/// The 32-bit or the 64-bit MMIO window.
+struct MemoryWindow(Arc<Root>);
+
+impl BusDevice for MemoryWindow {
+    fn read(&self, base: u64, offset: u64, data: &mut [u8]) {
+        if let Some((bar, offset, function)) = self.0.find(base.wrapping_add(offset), data.len()) {
+            function.read(bar, offset, data);
+        }
+    }
+
+    fn write(&self, base: u64, offset: u64, data: &[u8]) {
+        if let Some((bar, offset, function)) = self.0.find(base.wrapping_add(offset), data.len()) {
+            function.write(bar, offset, data);
+        }
+    }
+}
+
+/// Whether `size` bytes at `base` lie in one of the MMIO windows.
+pub fn in_window(base: u64, size: u64) -> bool {
+    let within = |start: u64, length: u64| {
+        base.checked_sub(start)
+            .and_then(|offset| offset.checked_add(size))
+            .is_some_and(|end| end <= length)
+    };
+    within(MMIO32_START, MMIO32_SIZE) || within(MMIO64_START, MMIO64_SIZE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::lpc::LpcBridge;
+    use super::super::root_port::RootPort;
+    use super::super::testing::FakeWiring;
+    use super::*;
+    use crate::layout::PCI_CONFIG;
+
+    struct Fixture {
+        pio: Bus,
+        mmio: Arc<Bus>,
+        root: Arc<Root>,
+    }
+
+    fn fixture() -> Fixture {
+        let wiring = Arc::new(FakeWiring::default());
+        let (pio, mmio) = (Bus::new(), Arc::new(Bus::new()));
+        let functions: Vec<(Place, Arc<dyn Function>)> = vec![
+            (Place::LPC, Arc::new(LpcBridge::new())),
+            (
+                Place::root_port(0),
+                Arc::new(RootPort::new(wiring.clone(), 0).unwrap()),
+            ),
+            (
+                Place::root_port(1),
+                Arc::new(RootPort::new(wiring, 1).unwrap()),
+            ),
+        ];
+        let root = Root::new(functions, &mmio).unwrap();
+        pio.insert(PCI_CONFIG, 8, root.config_ports()).unwrap();
+        Fixture { pio, mmio, root }
+    }
+
+    impl Fixture {
+        fn port(&self, address: u32, len: usize) -> u32 {
+            assert!(self.pio.write(0xcf8, &address.to_le_bytes()));
+            let mut data = [0; 4];
+            self.pio
+                .read(0xcfc + u64::from(address & 3), &mut data[..len]);
+            u32::from_le_bytes(data)
+        }
+
+        fn memory(&self, address: u64) -> u32 {
+            let mut data = [0; 4];
+            self.mmio.read(address, &mut data);
+            u32::from_le_bytes(data)
+        }
+    }
+
+    #[test]
+    fn both_mechanisms_reach_the_same_functions() {
+        let f = fixture();
+        assert_eq!(f.port(0x8000_0000, 4), 0x29c0_8086);
+        assert_eq!(f.port(0x8000_f800, 4), 0x2918_8086);
+        assert_eq!(f.port(0x8000_f802, 2), 0x2918);
+        assert_eq!(f.memory(ECAM_START), 0x29c0_8086);
+        assert_eq!(f.memory(ECAM_START + (0xf8 << 12)), 0x2918_8086);
+        assert_eq!(f.memory(ECAM_START + (0x81 << 12)), 0x000c_1b36);
+        assert_eq!(f.memory(ECAM_START + (0x81 << 12) + 0x100), 0);
+    }
+
+    #[test]
+    fn absent_functions_and_buses_read_ones() {
+        let f = fixture();
+        for address in [
+            ECAM_START + (1 << 12),
+            ECAM_START + (1 << 20),
+            ECAM_START + (0xff << 20),
+        ] {
+            assert_eq!(f.memory(address), u32::MAX, "{address:#x}");
+        }
+        assert_eq!(f.port(0x8001_0000, 4), u32::MAX);
+        assert_eq!(f.port(0x0000_0000, 4), u32::MAX);
+    }
+
+    #[test]
+    fn the_ecam_follows_pciexbar() {
+        let f = fixture();
+        f.pio.write(0xcf8, &0x8000_0060u32.to_le_bytes());
+        f.pio.write(0xcfc, &0xa000_0001u32.to_le_bytes());
+        assert_eq!(f.memory(ECAM_START), u32::MAX);
+        assert_eq!(f.memory(0xa000_0000), 0x29c0_8086);
+        f.root.reset();
+        assert_eq!(f.memory(ECAM_START), 0x29c0_8086);
+        assert_eq!(f.memory(0xa000_0000), u32::MAX);
+    }
+
+    #[test]
+    fn an_ecam_over_something_else_is_nowhere_until_moved() {
+        let f = fixture();
+        let target = MMIO32_START as u32 | 1;
+        f.mmio.write(ECAM_START + 0x60, &target.to_le_bytes());
+        assert_eq!(f.memory(ECAM_START), u32::MAX);
+        assert_ne!(f.memory(MMIO32_START), 0x29c0_8086);
+        f.pio.write(0xcf8, &0x8000_0060u32.to_le_bytes());
+        f.pio.write(0xcfc, &0xb000_0001u32.to_le_bytes());
+        assert_eq!(f.memory(ECAM_START), 0x29c0_8086);
+    }
+
+    #[test]
+    fn a_moved_bar_is_found_at_its_new_place_only() {
+        let f = fixture();
+        let old = Place::root_port(1).bar_address();
+        // The MSI-X entry's mask bit.
+        assert_eq!(f.memory(old + 12), 1);
+        let config = ECAM_START + (0x81 << 12);
+        f.mmio.write(config + 0x10, &0xcfff_0000u32.to_le_bytes());
+        assert_eq!(f.memory(old + 12), u32::MAX);
+        assert_eq!(f.memory(0xcfff_000c), 1);
+        f.mmio.write(config + 0x14, &0x81u32.to_le_bytes());
+        assert_eq!(f.memory(0x81_cfff_000c), 1);
+        f.mmio.write(config + 4, &[0, 0]);
+        assert_eq!(f.memory(0x81_cfff_000c), u32::MAX);
+    }
+
+    #[test]
+    fn bars_over_each_other_harm_nobody() {
+        let f = fixture();
+        let first = Place::root_port(0).bar_address();
+        let config = ECAM_START + (0x81 << 12);
+        f.mmio.write(config + 0x10, &(first as u32).to_le_bytes());
+        f.mmio.write(first + 8, &0x1234u32.to_le_bytes());
+        assert_eq!(f.memory(first + 8), 0x1234);
+        f.mmio.write(config + 0x10, &0xcfff_0000u32.to_le_bytes());
+        assert_eq!(f.memory(0xcfff_0008), 0);
+        assert_eq!(f.memory(first + 8), 0x1234);
+    }
+
+    #[test]
+    fn accesses_that_no_register_fits_read_ones() {
+        let f = fixture();
+        let mut data = [0; 8];
+        f.mmio.read(ECAM_START, &mut data);
+        assert_eq!(data, [0xff; 8]);
+        let mut data = [0; 4];
+        f.mmio.read(ECAM_START + 0xffe, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        f.pio.read(0xcfd, &mut data);
+        assert_eq!(data, [0xff; 4]);
+        assert!(in_window(MMIO32_START, MMIO32_SIZE));
+        assert!(!in_window(MMIO32_START + 1, MMIO32_SIZE));
+        assert!(!in_window(u64::MAX, 1));
+    }
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Random guests against whole devices: no panic, no endless loop, and a device that still works afterwards.
+//!
+//! Two kinds of them: one hammers every register and all of configuration space with random accesses; one sets a disk up
+//! as a driver does and then offers random chains, mostly nearly right, since those get furthest. Seeds are
+//! fixed, so a failure names the round that repeats it. A panic in the I/O thread shows as a device that
+//! hangs up on `pause`.
+
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::queue::testing::{rings, MEMORY};
+use super::rig::{until, Guest, Rig, ALL_FEATURES, DISK_BYTES};
+use crate::layout::ECAM_START;
+use crate::pci::Place;
+
+/// xorshift64*: all that is needed of randomness here.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        (self.next() >> 16) % bound
+    }
+
+    fn one_in(&mut self, bound: u64) -> bool {
+        self.below(bound) == 0
+    }
+
+    fn pick<T: Copy>(&mut self, list: &[T]) -> T {
+        list[self.below(list.len() as u64) as usize]
+    }
+
+    /// Numbers that break things, and plain ones.
+    fn number(&mut self) -> u64 {
+        match self.below(6) {
+            0 => self.pick(&[0, 1, 0xff, 0xffff, 0xffff_ffff, u64::MAX, 1 << 63]),
+            1 => 1 << self.below(64),
+            2 => MEMORY.wrapping_add(self.below(64)).wrapping_sub(32),
+            3 => self.next(),
+            _ => self.below(0x2_0000),
+        }
+    }
+}
+
+/// Each device answers a pause, then works for a driver that keeps the rules.
+fn still_works(rig: &Rig, seed: u64) {
+    for device in &rig.devices.list {
+        device
+            .pause()
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+    }
+    for device in &rig.devices.list {
+        device.reset();
+    }
+    for device in &rig.devices.list {
+        device.resume();
+    }
+    let mut guest = Guest::probe(rig, Place::disk(0));
+    guest.start(ALL_FEATURES, rings(0x1_0000, 8));
+    guest.offer(0, 0, 0, 512);
+    assert_eq!(guest.ring_and_wait(1), 0, "seed {seed}");
+}
+
+#[test]
+fn random_register_accesses_harm_nothing() {
+    let begin = Instant::now();
+    for seed in 1..=30u64 {
+        let rig = Rig::new(None);
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let places = [
+            Place::HOST,
+            Place::LPC,
+            Place::RNG,
+            Place::disk(0),
+            Place::disk(1),
+            Place::root_port(3),
+        ];
+        for _ in 0..3000 {
+            let place = random.pick(&places);
+            let config = ECAM_START + (u64::from(place.devfn()) << 12);
+            let len = random.pick(&[1usize, 2, 4, 8]);
+            let address = match random.below(4) {
+                0 => config + random.below(0x120),
+                1 => place.bar_address() + random.below(0x40),
+                2 => place.bar_address() + (random.below(16) << 12) + random.below(0x60),
+                _ => place.bar_address() + random.below(0x1_0000),
+            };
+            if random.one_in(3) {
+                rig.read(address, len);
+            } else {
+                let value = random.number();
+                rig.write(address, value, len);
+            }
+            // Keep the devices reachable most of the time.
+            if random.one_in(20) {
+                rig.write(config + 0x10, place.bar_address(), 8);
+                rig.write(config + 4, 6, 2);
+            }
+        }
+        still_works(&rig, seed);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(60));
+}
+
+#[test]
+fn random_chains_harm_nothing() {
+    let begin = Instant::now();
+    for seed in 1..=60u64 {
+        let rig = Rig::new(None);
+        let mut random = Random(seed.wrapping_mul(0xd134_2543_de82_ef95));
+        let place = random.pick(&[Place::disk(0), Place::disk(0), Place::disk(1), Place::RNG]);
+        let mut guest = Guest::probe(&rig, place);
+        for _ in 0..40 {
+            let features =
+                random.pick(&[ALL_FEATURES, 1 << 32, 1 << 32 | 1 << 28, 1 << 32 | 1 << 29]);
+            guest.start(features, rings(0x1_0000, random.pick(&[1, 8, 16])));
+            if random.one_in(3) {
+                guest.use_msix();
+            }
+            for _ in 0..1 + random.below(20) {
+                offer_something(&mut random, &mut guest);
+                rig.write(guest.doorbell(), 0, 2);
+            }
+            if random.one_in(4) {
+                for device in &rig.devices.list {
+                    device.pause().unwrap();
+                    device.resume();
+                }
+            }
+        }
+        still_works(&rig, seed);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(60));
+}
+
+/// A chain that is a request but for a few things.
+fn offer_something(random: &mut Random, guest: &mut Guest) {
+    let size = guest.queue.rings.size;
+    let header = 0x4000 + random.below(64) * 16;
+    let kind = random.pick(&[0u32, 0, 1, 1, 4, 8, 11, 13, 99]);
+    let sector = if random.one_in(4) {
+        random.number()
+    } else {
+        random.below(DISK_BYTES / 512)
+    };
+    let value = u128::from(kind) | u128::from(sector) << 64;
+    let memory = &guest.rig.memory;
+    memory
+        .write_slice(&value.to_le_bytes(), GuestAddress(header))
+        .unwrap();
+    let indirect = random.one_in(3);
+    let (table, entries) = if indirect {
+        (0x6000, 20)
+    } else {
+        (guest.queue.rings.descriptors, size)
+    };
+    let count = 1 + random.below(u64::from(entries).min(6)) as u16;
+    for index in 0..count {
+        let last = index + 1 == count;
+        let (mut address, mut len, mut flags) = match index {
+            0 => (header, 16, 0),
+            _ if last => (0x5000, 1, 2),
+            _ => (
+                0x8000 + random.below(16) * 512,
+                512 * random.below(4) as u32,
+                if kind == 0 { 2 } else { 0 },
+            ),
+        };
+        if !last {
+            flags |= 1;
+        }
+        let mut next = index + 1;
+        if random.one_in(12) {
+            address = random.number();
+        }
+        if random.one_in(12) {
+            len = random.number() as u32;
+        }
+        if random.one_in(20) {
+            flags = random.below(8) as u16;
+        }
+        if random.one_in(20) {
+            next = random.number() as u16;
+        }
+        guest
+            .queue
+            .descriptor_at(table, index, address, len, flags, next);
+    }
+    if indirect {
+        let len = if random.one_in(8) {
+            random.number() as u32
+        } else {
+            16 * u32::from(count)
+        };
+        guest.queue.descriptor(0, table, len, 4, 0);
+    }
+    let head = if random.one_in(20) {
+        random.number() as u16
+    } else {
+        0
+    };
+    guest.queue.offer(head);
+    if random.one_in(30) {
+        let index = random.number() as u16;
+        guest.queue.put(guest.queue.rings.available + 2, index);
+    }
+}
+
+#[test]
+fn resets_in_the_middle_of_everything_leave_nothing_behind() {
+    let rig = Rig::new(None);
+    let mut guest = Guest::probe(&rig, Place::disk(0));
+    let begin = Instant::now();
+    for round in 0..200u64 {
+        guest.start(ALL_FEATURES, rings(0x1_0000, 8));
+        for _ in 0..8 {
+            guest.offer(1, round % 100, 512, 0);
+        }
+        rig.write(guest.doorbell(), 0, 2);
+        guest.put(20, 0, 1);
+        until("the reset ends", || guest.status() == 0);
+        // What was not done by now is never done.
+        let used = guest.queue.used_index();
+        assert!(used <= 8);
+        std::thread::sleep(Duration::from_micros(50));
+        assert_eq!(guest.queue.used_index(), used);
+    }
+    assert!(begin.elapsed() < Duration::from_secs(30));
+    still_works(&rig, 0);
+}

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+//! virtio 1.2 devices on PCI, modern only.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`queue`], [`chain`] | the split ring and one request of it |
+//! | [`common`] | the common configuration registers and the life of a device |
+//! | [`interrupt`] | what a device raises, from any thread |
+//! | [`pci`] | the PCI function around all that |
+//! | [`blk`], [`rng`] | what the requests of a kind of device mean |
+//!
+//! Requests are carried out on I/O threads ([`crate::block`]), never on a vCPU. A device's feature list is
+//! part of the machine type: what the host can or cannot do never shows in it.
+//!
+//! Left out: packed rings, queue reset, legacy and transitional interfaces, INTx, notification data.
+
+pub mod blk;
+pub mod chain;
+pub mod common;
+pub mod interrupt;
+pub mod pci;
+pub mod queue;
+pub mod rng;
+
+use std::sync::mpsc::Receiver;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use interrupt::Interrupt;
+use queue::Queue;
+
+/// Descriptors may name tables of descriptors (virtio 1.2, 6).
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+/// Both sides say at which index they want to be told.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// The device is a modern one; drivers must accept it.
+pub const F_VERSION_1: u64 = 1 << 32;
+/// What every device here offers.
+pub const F_RING: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1;
+
+/// What a device shows the guest, fixed before it runs.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// The device type of virtio 1.2, 5.
+    pub device_type: u16,
+    /// PCI class, as 0xBBSSPP.
+    pub class: u32,
+    /// The features offered.
+    pub features: u64,
+    /// Virtqueues, 1 to 32.
+    pub queues: u16,
+    /// The largest size of each, a power of two of at most [`queue::SIZE_MAX`].
+    pub queue_size: u16,
+    /// The device-specific configuration; none of it is writable.
+    pub config: Vec<u8>,
+}
+
+/// A queue that the driver has enabled.
+pub struct ActiveQueue {
+    /// Its number.
+    pub index: u16,
+    /// Its rings.
+    pub queue: Queue,
+    /// Written when the driver notifies us.
+    pub kick: Arc<EventFd>,
+}
+
+/// What a device works with from DRIVER_OK until it is reset.
+pub struct Activation {
+    /// The enabled queues.
+    pub queues: Vec<ActiveQueue>,
+    /// The features that the driver accepted.
+    pub features: u64,
+    /// How to tell the driver.
+    pub interrupt: Arc<Interrupt>,
+}
+
+/// Whoever carries out a device's requests.
+pub trait Backend: Send + Sync {
+    /// The driver is ready: serve the queues.
+    fn start(&self, activation: Activation);
+
+    /// The device is being reset: begin nothing more. The receiver hears (or is hung up on) when no
+    /// request is in flight and guest memory is no longer touched.
+    fn stop(&self) -> Receiver<()>;
+}
+
+#[cfg(test)]
+mod fuzz;
+#[cfg(test)]
+mod rig;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A whole bus without KVM, and a driver for it: what the tests of this directory stand on.
+//!
+//! Registers are reached through the MMIO bus as a vCPU would; doorbells and interrupts are the fake
+//! wiring's; the disk is a file without a name and its I/O thread is real.
+
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmbus_qcow2::{Format, Image, LayerFiles, OpenOptions, Ring};
+
+use super::queue::testing::{self, memory};
+use super::queue::Rings;
+use crate::bus::Bus;
+use crate::device::Device;
+use crate::devices::{assemble, Board, Devices, DiskSpec};
+use crate::layout::ECAM_START;
+use crate::pci::testing::FakeWiring;
+use crate::pci::Place;
+use crate::thread::unconfined;
+
+pub const DISK_BYTES: u64 = 1 << 20;
+pub const ALL_FEATURES: u64 = u64::MAX;
+
+pub struct Rig {
+    pub mmio: Arc<Bus>,
+    pub wiring: Arc<FakeWiring>,
+    pub memory: Arc<GuestMemoryMmap>,
+    pub devices: Devices,
+    pub file: File,
+}
+
+impl Rig {
+    /// Two disks on one file's worth of space each (the second read-only) and a random number generator.
+    pub fn new(ring: Option<Ring>) -> Rig {
+        let wiring = Arc::new(FakeWiring::default());
+        let file = nameless_file();
+        let board = Board {
+            wiring: wiring.clone(),
+            memory: memory(),
+            mmio: Arc::new(Bus::new()),
+            vcpus: 2,
+        };
+        let disks = vec![
+            disk("root", file.try_clone().unwrap(), false),
+            disk("data", nameless_file(), true),
+        ];
+        let rings = ring.into_iter().collect();
+        let devices = assemble(&board, disks, true, rings, &unconfined()).unwrap();
+        Rig {
+            mmio: board.mmio,
+            wiring,
+            memory: board.memory,
+            devices,
+            file,
+        }
+    }
+
+    pub fn read(&self, address: u64, len: usize) -> u64 {
+        let mut data = [0; 8];
+        self.mmio.read(address, &mut data[..len]);
+        u64::from_le_bytes(data)
+    }
+
+    pub fn write(&self, address: u64, value: u64, len: usize) {
+        self.mmio.write(address, &value.to_le_bytes()[..len]);
+    }
+
+    pub fn device(&self, id: &str) -> &Arc<dyn Device> {
+        let mut list = self.devices.list.iter();
+        list.find(|device| device.id() == id).unwrap()
+    }
+
+    pub fn sector(&self, index: u64) -> [u8; 512] {
+        let mut sector = [0; 512];
+        self.file.read_exact_at(&mut sector, index * 512).unwrap();
+        sector
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        for device in &self.devices.list {
+            let stopped = device.pause().and_then(|()| device.stop());
+            if !std::thread::panicking() {
+                stopped.unwrap();
+            }
+        }
+    }
+}
+
+fn nameless_file() -> File {
+    // SAFETY: the name is a C string; the fd that comes back is ours.
+    let file =
+        unsafe { File::from_raw_fd(libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC)) };
+    file.set_len(DISK_BYTES).unwrap();
+    file
+}
+
+fn disk(id: &str, file: File, read_only: bool) -> DiskSpec {
+    let layer = LayerFiles {
+        format: Format::Raw,
+        file,
+        data_file: None,
+        backing_name: None,
+        data_name: None,
+    };
+    let options = OpenOptions {
+        read_only,
+        locks: false,
+        ..OpenOptions::default()
+    };
+    let image = Image::open_chain(vec![layer], options).unwrap();
+    image.activate().unwrap();
+    DiskSpec {
+        id: id.to_owned(),
+        image: Arc::new(image),
+        read_only,
+        serial: format!("serial-{id}"),
+        queues: 0,
+    }
+}
+
+/// A driver of one function, as a guest's would be.
+pub struct Guest<'a> {
+    pub rig: &'a Rig,
+    pub config: u64,
+    pub bar: u64,
+    pub common: u64,
+    pub notify: u64,
+    pub isr: u64,
+    pub device: u64,
+    /// The PCI configuration access capability.
+    pub access: u64,
+    pub queue: testing::Driver,
+    pub features: u64,
+}
+
+pub const REQUEST: u64 = 0x8000;
+pub const STATUS: u64 = 0x8100;
+pub const DATA: u64 = 0x9000;
+
+impl<'a> Guest<'a> {
+    /// Finds the function's structures through its capability list and switches memory and bus mastering on.
+    pub fn probe(rig: &'a Rig, place: Place) -> Guest<'a> {
+        let config = ECAM_START + (u64::from(place.devfn()) << 12);
+        let mut guest = Guest {
+            rig,
+            config,
+            bar: rig.read(config + 0x10, 4) & !0xf | rig.read(config + 0x14, 4) << 32,
+            common: 0,
+            notify: 0,
+            isr: 0,
+            device: 0,
+            access: 0,
+            queue: testing::Driver::new(rig.memory.clone(), testing::rings(0x1_0000, 8)),
+            features: 0,
+        };
+        let mut at = rig.read(config + 0x34, 1);
+        while at != 0 {
+            if rig.read(config + at, 1) == 9 {
+                let offset = rig.read(config + at + 8, 4);
+                match rig.read(config + at + 3, 1) {
+                    1 => guest.common = offset,
+                    2 => guest.notify = offset,
+                    3 => guest.isr = offset,
+                    4 => guest.device = offset,
+                    5 => guest.access = config + at,
+                    kind => panic!("capability of unknown type {kind}"),
+                }
+            }
+            at = rig.read(config + at + 1, 1);
+        }
+        rig.write(config + 4, 6, 2);
+        guest
+    }
+
+    pub fn get(&self, register: u64, len: usize) -> u64 {
+        self.rig.read(self.bar + self.common + register, len)
+    }
+
+    pub fn put(&self, register: u64, value: u64, len: usize) {
+        self.rig
+            .write(self.bar + self.common + register, value, len);
+    }
+
+    pub fn status(&self) -> u64 {
+        self.get(20, 1)
+    }
+
+    /// Resets and sets up with one queue, accepting what is offered of `features`, up to DRIVER_OK.
+    pub fn start(&mut self, features: u64, rings: Rings) {
+        self.put(20, 0, 1);
+        assert_eq!(self.status(), 0);
+        self.put(20, 3, 1);
+        self.features = 0;
+        for half in 0..2 {
+            self.put(0, half, 4);
+            let accepted = self.get(4, 4) & (features >> (32 * half) & 0xffff_ffff | half);
+            self.features |= accepted << (32 * half);
+            self.put(8, half, 4);
+            self.put(12, accepted, 4);
+        }
+        self.put(20, 11, 1);
+        assert_eq!(self.status(), 11);
+        self.put(22, 0, 2);
+        self.put(24, u64::from(rings.size), 2);
+        self.put(32, rings.descriptors, 8);
+        self.put(40, rings.available, 8);
+        self.put(48, rings.used, 8);
+        self.put(28, 1, 2);
+        // Rings of an earlier life are no concern of this one; the device looks at once.
+        self.rig
+            .memory
+            .write_slice(&[0; 0x3000], GuestAddress(0x1_0000))
+            .unwrap();
+        self.put(20, 15, 1);
+        self.queue = testing::Driver::new(self.rig.memory.clone(), rings);
+    }
+
+    /// Routes the vectors of configuration changes and of queue 0 to these data values, unmasked.
+    pub fn use_msix(&self) {
+        for vector in 0..2u64 {
+            let entry = self.bar + 0x8000 + 16 * vector;
+            self.rig.write(entry, 0xfee0_0000, 8);
+            self.rig.write(entry + 8, 0x40 + vector, 4);
+            self.rig.write(entry + 12, 0, 4);
+        }
+        let mut at = self.rig.read(self.config + 0x34, 1);
+        while self.rig.read(self.config + at, 1) != 0x11 {
+            at = self.rig.read(self.config + at + 1, 1);
+        }
+        self.rig.write(self.config + at + 2, 0x8000, 2);
+        self.put(16, 0, 2);
+        self.put(22, 0, 2);
+        self.put(26, 1, 2);
+    }
+
+    pub fn doorbell(&self) -> u64 {
+        self.bar + self.notify
+    }
+
+    /// Makes a block request available: header, then `out` bytes to read or `room` bytes to write at [`DATA`].
+    pub fn offer(&mut self, kind: u32, sector: u64, out: u32, room: u32) {
+        let header = u128::from(kind) | u128::from(sector) << 64;
+        let memory = &self.rig.memory;
+        memory
+            .write_slice(&header.to_le_bytes(), GuestAddress(REQUEST))
+            .unwrap();
+        memory.write_obj(0xffu8, GuestAddress(STATUS)).unwrap();
+        self.queue.descriptor(0, REQUEST, 16, 1, 1);
+        self.queue
+            .descriptor(1, DATA, out + room, if room > 0 { 3 } else { 1 }, 2);
+        self.queue.descriptor(2, STATUS, 1, 2, 0);
+        self.queue.offer(0);
+    }
+
+    /// Rings and waits for the used ring to come to `index`; returns the status byte.
+    pub fn ring_and_wait(&self, index: u16) -> u8 {
+        assert!(self.rig.wiring.ring(self.doorbell()));
+        self.wait(index)
+    }
+
+    pub fn wait(&self, index: u16) -> u8 {
+        until("the request ends", || self.queue.used_index() == index);
+        self.rig.memory.read_obj(GuestAddress(STATUS)).unwrap()
+    }
+}
+
+/// Waits for what another thread brings about.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within 10 s");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
