@@ -90,7 +90,7 @@ class Child(Generic[T]):
                 kind = failed.kind if failed.kind in KINDS else "Internal"
                 self.reported.settle(error=VmbusError(kind, failed.message, argument=failed.argument))
                 return
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError) as error:
             self.reported.settle(
                 error=VmbusError("Internal", f"a child of the broker reported nonsense: {error}")
             )

@@ -125,7 +125,6 @@ class _Peer:
         except (packet.Violation, OSError) as error:
             self.end(f"ended for breaking the protocol: {error}")
             return
-        self._greeted = True
         self._in_flight += 1
         if self._in_flight == IN_FLIGHT:
             self._loop.unwatch(self._connection.fileno())
@@ -134,6 +133,7 @@ class _Peer:
         def reply() -> None:
             self._in_flight -= 1
             message, fds = answered.result()
+            self._greeted = self._greeted or message.version > 0  # only the reply to a good Hello has one
             self.send(message, fds)
             if self._open and self._in_flight == IN_FLIGHT - 1:
                 self._loop.watch(self._connection.fileno(), self._readable)
