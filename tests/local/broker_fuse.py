@@ -17,15 +17,18 @@ from typing import Final
 from tests.lab import namespace
 
 CONTENT: Final = b"answered by the server"
-_LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _STATFS, _RELEASE, _FLUSH, _INIT = 1, 2, 3, 14, 15, 17, 18, 25, 26
+READ: Final = 15
+_LOOKUP, _FORGET, _GETATTR, _OPEN, _RELEASE, _FLUSH, _INIT = 1, 2, 3, 14, 18, 25, 26
 _BATCH_FORGET: Final = 42
 
 
 class Fuse:
     """Mounted on ``place`` from the start, served by a process of its own."""
 
-    def __init__(self, place: Path, *, silent: bool, owner: int) -> None:
+    def __init__(self, place: Path, *, silent: bool, owner: int, silent_on: int = 0) -> None:
+        """``silent``: answer nothing; ``silent_on``: nothing of that opcode."""
         self.place, self._silent, self._owner = place, silent, owner
+        self._silent_on = silent_on
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         data = f"fd={self._fd},rootmode=40000,user_id=0,group_id=0,allow_other"
         namespace.mount("vmbus-test", place, kind="fuse", data=data)
@@ -68,7 +71,7 @@ class Fuse:
                 self._answer(unique, head)
                 continue
             os.write(log, bytes([code]))
-            if not self._silent and code not in {_FORGET, _BATCH_FORGET}:
+            if not self._silent and code not in {_FORGET, _BATCH_FORGET, self._silent_on}:
                 self._reply(code, unique, node, request[40:])
 
     def _reply(self, code: int, unique: int, node: int, body: bytes) -> None:
@@ -80,7 +83,7 @@ class Fuse:
             self._answer(unique, struct.pack("QII", 60, 0, 0) + self._attributes(node))
         elif code == _OPEN:
             self._answer(unique, struct.pack("QII", 1, 0, 0))
-        elif code == _READ:
+        elif code == READ:
             _, offset, size = struct.unpack_from("QQI", body)
             self._answer(unique, CONTENT[offset : offset + size])
         elif code in {_FLUSH, _RELEASE}:

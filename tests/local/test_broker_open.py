@@ -17,7 +17,7 @@ from tests.local.broker_bed import ALICE, BOB, Bed, Client, Machine, broker, new
 from tests.local.broker_fuse import CONTENT, Fuse
 from vmbus.wire import broker as wire
 
-pytestmark = pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="requires /dev/kvm")
+pytestmark = pytest.mark.requires("root", "kvm")
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def end(bed: Bed, fuse: Fuse) -> None:
     bed.close()
 
 
-@pytest.mark.skipif(not Path("/dev/fuse").exists(), reason="requires /dev/fuse")
+@pytest.mark.requires("fuse")
 class TestFuse:
     def test_a_path_on_fuse_is_refused_and_its_server_is_not_even_asked(self) -> None:
         bed, fuse = fuse_bed(silent=True)

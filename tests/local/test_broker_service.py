@@ -19,6 +19,8 @@ from tests.local.broker_bed import ALICE, BOB, MIB, SERVICE, Bed, broker, new_uu
 from vmbus.wire import broker as wire
 from vmbus.wire.packet import LIMIT
 
+pytestmark = pytest.mark.requires("root")
+
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Bed]:

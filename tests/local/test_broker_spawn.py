@@ -15,7 +15,7 @@ import pytest
 from tests.local.broker_bed import ALICE, MIB, UID_COUNT, Bed, Machine, broker, new_uuid, wait_until
 from vmbus.wire import broker as wire
 
-pytestmark = pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="requires /dev/kvm")
+pytestmark = pytest.mark.requires("root", "kvm")
 
 
 @pytest.fixture(scope="module")

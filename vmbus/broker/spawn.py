@@ -168,6 +168,7 @@ def stage(plan: Plan, channel: Channel) -> None:
         channel.report(Started(pid))
         if channel.socket.recv(16) != b"go":
             raise VmbusError("Disconnected", "the broker went away")
+        prctl.set_pdeathsig(0)  # recorded: from here on neither needs the broker
         _await_imported(status_read)
         root.leave_nothing(plan.image)
     except BaseException:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taps on bridges that broker.toml grants."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.local.broker_bed import BOB, Bed, broker, wait_until
+from vmbus.wire import broker as wire
+
+pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
+NET = Path("/sys/class/net")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+@pytest.fixture
+def bed() -> Iterator[Bed]:
+    """A broker, and bridge vmbt0, in whatever network the tests run in."""
+    ip("link", "add", "vmbt0", "type", "bridge")
+    try:
+        with broker() as started:
+            yield started
+    finally:
+        ip("link", "del", "vmbt0")
+
+
+def ports() -> list[str]:
+    return sorted(os.listdir(NET / "vmbt0/brif"))
+
+
+def test_a_tap_is_a_port_of_its_bridge_and_goes_with_its_machine(bed: Bed) -> None:
+    client = bed.connect()
+    machine = bed.machine(client)
+    for slot, queues in (("nic/a", 1), ("nic/b", 4)):
+        reply = client.ask(wire.Tap, uuid=machine.uuid, slot=slot, bridge="vmbt0", queues=queues)
+        assert reply.error is None, reply
+    assert len(ports()) == 2
+    for name in ports():
+        assert (NET / name / "ifalias").read_text().strip() == f"vmbus:{bed.instance}:{machine.uuid}"
+        assert int((NET / name / "flags").read_text(), 16) & 1  # up
+    wait_until(lambda: len(machine.ask(do="files")) == 2)
+    assert [entry["fds"] for _, entry in sorted(machine.ask(do="files").items())] == [1, 4]
+    client.ask(wire.Kill, uuid=machine.uuid)
+    client.wait_ended(machine.uuid)
+    wait_until(lambda: ports() == [])
+    machine.close()
+
+
+def test_a_tap_that_its_worker_made_persistent_goes_all_the_same(bed: Bed) -> None:
+    client = bed.connect()
+    machine = bed.machine(client)
+    client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", bridge="vmbt0")
+    wait_until(lambda: len(machine.ask(do="files")) == 1)
+    machine.ask(do="persist", slot="nic/a")
+    client.ask(wire.Kill, uuid=machine.uuid)
+    client.wait_ended(machine.uuid)
+    wait_until(lambda: ports() == [])
+    machine.close()
+
+
+def test_a_restarted_broker_sweeps_its_own_taps_only(bed: Bed) -> None:
+    client = bed.connect()
+    machine = bed.machine(client)
+    client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", bridge="vmbt0")
+    wait_until(lambda: len(machine.ask(do="files")) == 1)
+    machine.ask(do="persist", slot="nic/a")
+    ip("tuntap", "add", "vmbtother", "mode", "tap")
+    ip("link", "set", "vmbtother", "alias", "vmbus:another:" + machine.uuid, "master", "vmbt0")
+    try:
+        bed.stop(kill=True)
+        os.kill(machine.pid, 9)
+        wait_until(lambda: machine.pid not in bed.worker_pids())
+        assert len(ports()) == 2
+        bed.start()
+        wait_until(lambda: ports() == ["vmbtother"])
+    finally:
+        ip("link", "del", "vmbtother")
+    machine.close()
+
+
+def test_a_bridge_that_is_not_granted_or_not_there_is_refused(bed: Bed) -> None:
+    client = bed.connect()
+    mine, theirs = bed.machine(client), bed.machine(client, owner=BOB)
+    for machine, bridge, error in (
+        (theirs, "vmbt0", "AccessDenied"),
+        (mine, "br0", "AccessDenied"),
+        (mine, "../lo", "AccessDenied"),
+    ):
+        reply = client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", bridge=bridge)
+        assert (reply.error, reply.argument) == (error, "bridge")
+    assert client.ask(wire.Tap, uuid=mine.uuid, slot="n", bridge="vmbt0", queues=0).argument == "queues"
+    ip("link", "del", "vmbt0")
+    assert client.ask(wire.Tap, uuid=mine.uuid, slot="n", bridge="vmbt0").error == "NotFound"
+    ip("link", "add", "vmbt0", "type", "bridge")
+    assert ports() == []
+    assert not [name for name in os.listdir(NET) if name.startswith("vt")]
+    mine.close()
+    theirs.close()
