@@ -81,7 +81,8 @@ def test_a_worker_shows_its_walls_in_proc() -> None:
 
 
 def test_a_worker_that_finds_files_in_its_root_ends_before_it_serves() -> None:
-    with WorkerProcess(expect_empty_root=True) as worker:
+    hasty = "from vmbus.worker import main; main.EMPTY_ROOT_SECONDS = 0.2; main.main()"
+    with WorkerProcess(program=("-c", hasty), expect_empty_root=True) as worker:
         assert worker.wait(seconds=20) == 1
         assert "could not wait until / is empty" in worker.log()
 
