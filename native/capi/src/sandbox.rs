@@ -104,9 +104,10 @@ pub extern "C" fn vmbus_sandbox_seccomp(profile: u32) -> c_int {
 #[no_mangle]
 pub extern "C" fn vmbus_sandbox_narrow(number: u32) -> c_int {
     guard(|| {
+        let role = role(number)?;
         let profile = profile()
             .ok_or_else(|| Failure::new("InvalidState", "the base filter comes before a role's"))?;
-        narrow(role(number)?, profile)?;
+        narrow(role, profile)?;
         Ok(0)
     })
 }

@@ -18,11 +18,16 @@
 //! The base filters go onto all threads at once (TSYNC). A role's filter goes onto the calling thread, on top; it
 //! can only take away. The list is x86-64's: a call through another ABI kills (seccompiler checks the
 //! architecture), one with the x32 bit is no number of the list.
+//!
+//! KVM_RUN is called a million times a second and its arguments are looked at, so the kernel's cache of calls
+//! that always pass does not help it. Each program therefore begins with a short cut for it (`kvm_run_first`), in
+//! front of seccompiler's chain of comparisons: a fifth of a microsecond a call.
 
 use std::collections::BTreeMap;
 
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
+use seccompiler::{sock_filter, BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
 
+use crate::ioctls;
 use crate::roles::{base, of_role, Allowed, Role};
 use crate::Error;
 
@@ -132,6 +137,32 @@ fn compile(
     Ok(filter.try_into()?)
 }
 
+/// Puts in front of `program`: ioctl(…, KVM_RUN) through x86-64's own ABI passes at once.
+///
+/// Jumps in a classic BPF program are relative, so `program` does not notice. Only for programs that let
+/// KVM_RUN pass anyway, which the tests hold. Offsets are those of `struct seccomp_data` (linux/seccomp.h).
+fn kvm_run_first(program: BpfProgram) -> BpfProgram {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const JUMP_IF: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
+    const NR: u32 = 0;
+    const ARCH: u32 = 4;
+    const SECOND_ARGUMENT_LOW: u32 = 24;
+    let step = |code, jf, k| sock_filter { code, jt: 0, jf, k };
+    let mut all = vec![
+        step(LOAD, 0, ARCH),
+        step(JUMP_IF, 5, AUDIT_ARCH_X86_64),
+        step(LOAD, 0, NR),
+        step(JUMP_IF, 3, libc::SYS_ioctl as u32),
+        step(LOAD, 0, SECOND_ARGUMENT_LOW),
+        step(JUMP_IF, 1, ioctls::KVM_RUN),
+        step(RETURN, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    all.extend(program);
+    all
+}
+
 fn any_arguments(calls: &[i64]) -> BTreeMap<i64, Vec<SeccompRule>> {
     calls.iter().map(|call| (*call, Vec::new())).collect()
 }
@@ -148,19 +179,17 @@ fn list(allowed: Allowed) -> Result<BpfProgram, Error> {
 /// The three programs of a profile, in the order in which they are installed: the list comes last, for it
 /// refuses TSYNC.
 fn base_programs(profile: Profile) -> Result<[BpfProgram; 3], Error> {
-    Ok([
-        compile(
-            any_arguments(DEAD),
-            SeccompAction::Allow,
-            SeccompAction::KillProcess,
-        )?,
-        compile(
-            any_arguments(ABSENT),
-            SeccompAction::Allow,
-            SeccompAction::Errno(libc::ENOSYS as u32),
-        )?,
-        list(base(profile)?)?,
-    ])
+    let dead = compile(
+        any_arguments(DEAD),
+        SeccompAction::Allow,
+        SeccompAction::KillProcess,
+    )?;
+    let absent = compile(
+        any_arguments(ABSENT),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+    )?;
+    Ok([dead, absent, list(base(profile)?)?].map(kvm_run_first))
 }
 
 /// Puts the base filter of `profile` on every thread of the process. Sets no_new_privs. Cannot be undone.
@@ -179,6 +208,9 @@ pub fn close(profile: Profile) -> Result<(), Error> {
 /// # Errors
 /// As [`close`].
 pub fn narrow(role: Role, profile: Profile) -> Result<(), Error> {
-    let program = list(of_role(role, profile)?)?;
+    let mut program = list(of_role(role, profile)?)?;
+    if matches!(role, Role::Vcpu | Role::Control) {
+        program = kvm_run_first(program);
+    }
     seccompiler::apply_filter(&program).map_err(Error::Install)
 }
