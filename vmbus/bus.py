@@ -10,8 +10,8 @@ tracebacks. What this adds to the libraries:
   "nothing sent" instead, and keeps the fds for the next try.
 * **Flags are not an enumeration.** D-Bus says that unknown flags are ignored; both libraries would drop the
   connection, so that any client could end any service. Unknown bits are kept.
-* **fds belong to somebody.** Every fd of an incoming message is in its ``Call`` or its ``Answer``, whose receiver settles
-  it, or goes to ``discard``; nothing stays behind in the library.
+* **fds belong to somebody.** Every fd of an incoming message is in its ``Call`` or its ``Answer``, whose
+  receiver settles it, or goes to ``discard``; nothing stays behind in the library.
 
 Values: what comes in is plain (variants unwrapped); for a variant that goes out, give ``Variant``.
 A D-Bus ``h`` is the index of an fd, in and out.
@@ -144,8 +144,8 @@ class _PatientSocket:
 class Bus:
     """A connection to a message bus.
 
-    ``on_call`` is given every method call, and must see to it that a reply is sent and that the call's
-    fds are settled; it must not raise. ``on_signal`` is given every signal that a match rule asked for or that
+    ``on_call`` is given every method call, and must see to it that a reply is sent and that the call's fds
+    are settled; it must not raise. ``on_signal`` is given every signal that a match rule asked for or that
     somebody sent to us alone. ``discard`` closes fds that nobody wants; anyone may have sent them.
     """
 

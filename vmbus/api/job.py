@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""org.vmbus1.Job: work that takes time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmbus.api.machine import job_path, machine_path
+from vmbus.bus import Variant
+from vmbus.service.jobs import Job
+from vmbus.service.standard import Caller
+
+
+class JobObject:
+    """A job on the bus."""
+
+    interface = "org.vmbus1.Job"
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.path = job_path(job.number)
+        self.owner: int | None = job.owner
+
+    def token(self) -> object:
+        """A job is not changed, it ends."""
+        return None
+
+    def property(self, name: str) -> Any:
+        """A property as a Variant."""
+        job = self.job
+        match name:
+            case "Kind":
+                return Variant("s", job.kind)
+            case "Owner":
+                return Variant("u", job.owner)
+            case "Object":
+                return Variant("o", machine_path(job.machine))
+            case "State":
+                return Variant("s", job.state)
+            case "Progress":
+                return Variant("(tt)", list(job.progress))
+            case "Error":
+                return Variant("s", job.error.dbus_name if job.error else "")
+            case "Message":
+                return Variant("s", str(job.error) if job.error else "")
+        raise KeyError(name)
+
+
+class JobApi:
+    """Its method."""
+
+    async def cancel(self, caller: Caller, item: JobObject) -> None:
+        """Cancel."""
+        await item.job.cancel()

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""org.vmbus1.Machine: one object a machine."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from vmbus.api.options import booleans
+from vmbus.bus import Variant, variants
+from vmbus.service.definitions import Definitions
+from vmbus.service.dispatcher import Reply
+from vmbus.service.files import PassedFile
+from vmbus.service.lifecycle import Lifecycle
+from vmbus.service.machine import Machine
+from vmbus.service.parked import Parked
+from vmbus.service.standard import Caller
+from vmbus.wire.dbus_form import build
+from vmbus.wire.errors import VmbusError
+
+DAY: Final = 86_400_000_000
+"""Microseconds."""
+
+
+def machine_path(uuid: str) -> str:
+    """The object path of a machine."""
+    return f"/org/vmbus1/machine/{uuid.replace('-', '_')}"
+
+
+class MachineObject:
+    """A machine on the bus; its properties are made once and again when they change."""
+
+    interface = "org.vmbus1.Machine"
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.path = machine_path(machine.uuid)
+        self.owner: int | None = machine.owner
+        self._values: dict[str, Any] = {}
+
+    def token(self) -> object:
+        """What a caller was authorized for: this owner's machine with this definition."""
+        return self.machine.owner, self.machine.generation
+
+    def property(self, name: str) -> Any:
+        """A property as a Variant."""
+        value = self._values.get(name)
+        if value is None:
+            value = self._values[name] = _PROPERTIES[name](self.machine)
+        return value
+
+    def forget(self, names: tuple[str, ...]) -> None:
+        """These properties have new values."""
+        for name in names:
+            self._values.pop(name, None)
+
+
+_PROPERTIES: Final = {
+    "Uuid": lambda m: Variant("s", m.uuid),
+    "Owner": lambda m: Variant("u", m.owner),
+    "State": lambda m: Variant("s", m.state),
+    "Name": lambda m: Variant("s", m.definition.name),
+    "StateReason": lambda m: Variant("s", m.reason),
+    "StateDetail": lambda m: Variant("s", m.detail),
+    "StateSince": lambda m: Variant("t", m.since),
+    "StatusFlags": lambda m: Variant("as", sorted(m.flags)),
+    "Persistent": lambda m: Variant("b", m.persistent),
+    "Generation": lambda m: Variant("t", m.generation),
+    "Definition": lambda m: Variant("a{sv}", variants(build(m.definition))),
+    "WorkerPid": lambda m: Variant("u", m.pid),
+}
+
+
+class MachineApi:
+    """Its methods."""
+
+    def __init__(self, lifecycle: Lifecycle, definitions: Definitions, parked: Parked) -> None:
+        self._lifecycle = lifecycle
+        self._definitions = definitions
+        self._parked = parked
+
+    async def start(
+        self, caller: Caller, item: MachineObject, options: dict[str, Any], files: dict[str, PassedFile]
+    ) -> None:
+        """Start."""
+        wanted = booleans(options, paused=False)
+        item.machine.require("Start", "stopped", "crashed")
+        parked = self._parked.take(item.machine, caller.name)
+        for slot, file in files.items():
+            file.claimed = True
+            if slot in parked:
+                parked[slot].close()
+        await self._lifecycle.start(item.machine, {**parked, **files}, paused=wanted["paused"])
+
+    def add_file(self, caller: Caller, item: MachineObject, slot: str, file: PassedFile) -> None:
+        """AddFile."""
+        self._parked.add(item.machine, caller.name, slot, file)
+
+    async def shutdown(self, caller: Caller, item: MachineObject) -> None:
+        """Shutdown."""
+        await self._lifecycle.shutdown(item.machine)
+
+    def stop(self, caller: Caller, item: MachineObject, deadline: int) -> str:
+        """Stop."""
+        if deadline > DAY:
+            raise VmbusError(
+                "InvalidArgument", f"{deadline} is not in 0–{DAY} microseconds", argument="deadline"
+            )
+        return job_path(self._lifecycle.stop(item.machine, deadline / 1e6).number)
+
+    async def kill(self, caller: Caller, item: MachineObject) -> None:
+        """Kill."""
+        await self._lifecycle.kill(item.machine)
+
+    async def reset(self, caller: Caller, item: MachineObject) -> None:
+        """Reset."""
+        await self._lifecycle.reset(item.machine)
+
+    async def pause(self, caller: Caller, item: MachineObject) -> None:
+        """Pause."""
+        await self._lifecycle.pause(item.machine)
+
+    async def resume(self, caller: Caller, item: MachineObject) -> None:
+        """Resume."""
+        await self._lifecycle.resume(item.machine)
+
+    async def open_console(self, caller: Caller, item: MachineObject, options: dict[str, Any]) -> Reply:
+        """OpenConsole."""
+        wanted = booleans(options, write=True, steal=False)
+        fd = await self._lifecycle.open_console(item.machine, write=wanted["write"], steal=wanted["steal"])
+        return Reply([0], [fd])
+
+    async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
+        """GetStats."""
+        return _figures(await self._lifecycle.stats(item.machine))
+
+    async def undefine(self, caller: Caller, item: MachineObject) -> None:
+        """Undefine."""
+        await self._definitions.undefine(item.machine)
+
+
+def job_path(number: int) -> str:
+    """The object path of a job."""
+    return f"/org/vmbus1/job/{number}"
+
+
+def _figures(stats: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    """What a worker says it counts, as ``a{sv}``; the worker is not trusted with depth, number or type."""
+    found: dict[str, Any] = {}
+    for key, value in list(stats.items())[:1000]:
+        if isinstance(value, bool):
+            found[key[:64]] = Variant("b", value)
+        elif isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
+            found[key[:64]] = Variant("t" if value >= 0 else "x", value)
+        elif isinstance(value, float):
+            found[key[:64]] = Variant("d", value)
+        elif isinstance(value, str) and "\0" not in value:
+            found[key[:64]] = Variant("s", value[:1000])
+        elif isinstance(value, dict) and depth < 4:
+            found[key[:64]] = Variant("a{sv}", _figures(value, depth + 1))
+    return found

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service's side of the broker's socket: connects, connects again, asks.
+
+While there is no broker every request fails at once with Unavailable: nobody waits for a process that
+may never come. A restarted broker is found within ``RETRY`` seconds, and ``on_connected`` runs before any
+other request is let through, so that the registry has seen which workers live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from vmbus.service.channel import Channel
+from vmbus.wire import broker as wire
+from vmbus.wire.errors import VmbusError
+from vmbus.wire.packet import MAX_FDS
+
+log = logging.getLogger("vmbus.broker")
+
+RETRY: Final = 0.2
+"""Seconds between attempts to connect."""
+OPEN_DEADLINE: Final = 30.0
+"""Seconds for an Open: the broker's own deadline is 10, and four may wait before it."""
+
+_decoder = msgspec.msgpack.Decoder(wire.Answer)
+
+
+class BrokerClient:
+    """One connection to the broker of this instance, kept up by ``run``."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        on_connected: Callable[[], Awaitable[None]],
+        on_ended: Callable[[wire.Ended], None],
+    ) -> None:
+        self._path = path
+        self._on_connected = on_connected
+        self._on_ended = on_ended
+        self._channel: Channel[wire.Reply, wire.Ended] | None = None
+        self._lost = asyncio.Event()
+        self._ready = False
+        self.notes: list[str] = []
+
+    @property
+    def connected(self) -> bool:
+        """Whether requests are taken just now."""
+        return self._ready
+
+    async def run(self) -> None:
+        """Keep the connection up, for ever."""
+        complained = False
+        while True:
+            try:
+                await self._connect()
+                complained = False
+                await self._lost.wait()
+                log.warning("the broker is gone; connecting again")
+            except (OSError, VmbusError) as error:
+                if not complained:
+                    log.warning("no broker at %s: %s", self._path, error)
+                    complained = True
+            finally:
+                self._ready = False
+                if self._channel:
+                    self._channel.close()
+            await asyncio.sleep(RETRY)
+
+    async def _connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            sock.setblocking(False)
+            sock.connect(str(self._path))
+        except BaseException:
+            sock.close()
+            raise
+        self._lost.clear()
+        self._channel = Channel(
+            sock,
+            _decoder,
+            wire.Reply,
+            peer="the broker",
+            on_event=self._on_ended,
+            on_closed=self._lost.set,
+            max_fds=MAX_FDS,
+        )
+        reply, _ = await self._ask(lambda n: wire.Hello(id=n, versions=[wire.VERSION]), timeout=10)
+        if reply.version != wire.VERSION:
+            raise VmbusError("NotSupported", f"the broker speaks version {reply.version}, not {wire.VERSION}")
+        self.notes = reply.notes
+        log.info("connected to the broker of instance %s", reply.instance)
+        await self._on_connected()
+        self._ready = True
+
+    async def _ask(
+        self, make: Callable[[int], msgspec.Struct], *, timeout: float = 20
+    ) -> tuple[wire.Reply, list[int]]:
+        if self._channel is None or not self._channel.open:
+            raise VmbusError("Unavailable", "the broker is not running; start vmbus-broker and try again")
+        number = self._channel.number()
+        return await self._channel.request(make(number), number, timeout=timeout)
+
+    async def own(self, uuid: str, uid: int) -> None:
+        """Record that the machine belongs to ``uid``."""
+        await self._ask(lambda n: wire.Own(id=n, uuid=uuid, uid=uid))
+
+    async def disown(self, uuid: str) -> None:
+        """Forget that record."""
+        await self._ask(lambda n: wire.Disown(id=n, uuid=uuid))
+
+    async def check(self, uid: int, *, memory: int, vcpus: int, bridges: list[str], paths: list[str]) -> None:
+        """Raise QuotaExceeded or AccessDenied if broker.toml would not let ``uid`` have this."""
+        await self._ask(
+            lambda n: wire.Check(id=n, uid=uid, memory=memory, vcpus=vcpus, bridges=bridges, paths=paths)
+        )
+
+    async def spawn(
+        self, uuid: str, memory: int, vcpus: int, kind: Literal["mergeable", "shareable", "huge"]
+    ) -> list[int]:
+        """A worker: its control connection and the files of its figures."""
+        _, fds = await self._ask(
+            lambda n: wire.Spawn(id=n, uuid=uuid, memory=memory, vcpus=vcpus, memory_kind=kind), timeout=60
+        )
+        return fds
+
+    async def open(self, uuid: str, slot: str, path: str, *, writable: bool) -> wire.Identity:
+        """Have the owner's file opened and handed to the worker; what was opened."""
+        reply, _ = await self._ask(
+            lambda n: wire.Open(id=n, uuid=uuid, slot=slot, path=path, writable=writable),
+            timeout=OPEN_DEADLINE,
+        )
+        if reply.identity is None:
+            raise VmbusError("Internal", "the broker opened a file and did not say which")
+        return reply.identity
+
+    async def tap(self, uuid: str, slot: str, bridge: str, queues: int) -> None:
+        """Make a tap on a bridge and hand it to the worker."""
+        await self._ask(lambda n: wire.Tap(id=n, uuid=uuid, slot=slot, bridge=bridge, queues=queues))
+
+    async def kill(self, uuid: str) -> None:
+        """End the worker now; Ended follows."""
+        await self._ask(lambda n: wire.Kill(id=n, uuid=uuid))
+
+    async def workers(self) -> list[wire.WorkerInfo]:
+        """The living workers of this instance."""
+        reply, _ = await self._ask(lambda n: wire.Workers(id=n))
+        return reply.workers
+
+    async def connect_worker(self, uuid: str) -> list[int]:
+        """A new control connection to a living worker, and the files of its figures."""
+        _, fds = await self._ask(lambda n: wire.Connect(id=n, uuid=uuid))
+        return fds
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._channel:
+            with contextlib.suppress(VmbusError):
+                self._channel.close()

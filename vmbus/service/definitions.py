@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making and forgetting machines: what the broker's policy and record have to do with it."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid as uuids
+
+from vmbus.service.broker_client import BrokerClient
+from vmbus.service.machine import Machine
+from vmbus.service.registry import Registry
+from vmbus.wire.definition import Definition, slots
+from vmbus.wire.errors import VmbusError
+
+
+class Definitions:
+    """Operations of the Manager."""
+
+    def __init__(self, registry: Registry, broker: BrokerClient) -> None:
+        self._registry = registry
+        self._broker = broker
+
+    async def create(self, owner: int, definition: Definition, *, persistent: bool) -> Machine:
+        """A new machine that belongs to ``owner``, stored if persistent, in state stopped.
+
+        Raises AlreadyExists, and the broker's QuotaExceeded, AccessDenied, NotFound, Unavailable.
+        """
+        self._registry.check_name(owner, definition.name)
+        paths = [slot.path for slot in slots(definition) if slot.path is not None]
+        await self._broker.check(
+            owner,
+            memory=definition.memory,
+            vcpus=definition.vcpus,
+            bridges=[nic.bridge for nic in definition.nics],
+            paths=paths,
+        )
+        uuid = str(uuids.uuid4())
+        await self._broker.own(uuid, owner)
+        try:
+            machine = self._registry.create(uuid, owner, definition, persistent=persistent)
+        except BaseException:
+            with contextlib.suppress(VmbusError):
+                await self._broker.disown(uuid)
+            raise
+        return machine
+
+    async def undefine(self, machine: Machine) -> None:
+        """Forget a stopped or crashed machine. Its images stay."""
+        machine.require("Undefine", "stopped", "crashed")
+        machine.busy = "it is being undefined"
+        try:
+            await self._broker.disown(machine.uuid)
+        finally:
+            machine.busy = ""
+        self._registry.remove(machine)

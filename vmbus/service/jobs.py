@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Long work that a client can watch and cancel. A job is a task with a face on the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final, Literal
+
+from vmbus.wire.errors import VmbusError
+
+log = logging.getLogger("vmbus.jobs")
+
+LINGER: Final = 30.0
+"""Seconds for which a finished job can still be read."""
+
+State = Literal["running", "done", "failed", "cancelled"]
+
+
+class Job:
+    """``machine`` is the UUID of what it works on. ``progress``: bytes done and in all."""
+
+    def __init__(self, jobs: Jobs, number: int, kind: str, owner: int, machine: str) -> None:
+        self._jobs = jobs
+        self.number = number
+        self.kind = kind
+        self.owner = owner
+        self.machine = machine
+        self.state: State = "running"
+        self.error: VmbusError | None = None
+        self.progress = (0, 0)
+        self._task: asyncio.Task[None] | None = None
+        self._begun = asyncio.Event()
+        self._cancelling = False
+
+    def begin(self, work: Awaitable[None]) -> None:
+        """Run ``work`` as this job. A VmbusError fails it, a cancellation cancels it."""
+        self._task = asyncio.ensure_future(self._run(work))
+
+    async def _run(self, work: Awaitable[None]) -> None:
+        self._begun.set()
+        try:
+            await work
+            self.state = "done"
+        except asyncio.CancelledError:
+            self.state = "cancelled"
+        except VmbusError as error:
+            self.state, self.error = "failed", error
+        except Exception:
+            log.exception("job %d (%s) failed", self.number, self.kind)
+            self.state, self.error = (
+                "failed",
+                VmbusError("Internal", "an error of vmbus; its log has the details"),
+            )
+        self._jobs.finished(self)
+
+    async def wait(self) -> None:
+        """Wait for the end. Raises the error it failed with, Cancelled if it was cancelled.
+
+        Cancelling the waiter does not cancel the job.
+        """
+        assert self._task is not None
+        await asyncio.wait({self._task})
+        if self.error is not None:
+            raise self.error
+        if self.state == "cancelled":
+            raise VmbusError("Cancelled", f"the {self.kind} was cancelled")
+
+    async def cancel(self) -> None:
+        """Cancel and wait until everything is undone. Raises InvalidState when it has finished."""
+        await self._begun.wait()  # a task that is cancelled before its first step would never undo anything
+        if self.state != "running" or self._task is None:
+            raise VmbusError("InvalidState", f"the job is {self.state}; only a running one can be cancelled")
+        if not self._cancelling:  # a second cancellation would interrupt the undoing
+            self._cancelling = True
+            self._task.cancel()
+        await asyncio.wait({self._task})
+
+
+class Jobs:
+    """All jobs. The observers are the bus's."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._jobs: dict[int, Job] = {}
+        self.on_added: Callable[[Job], None] = lambda job: None
+        self.on_finished: Callable[[Job], None] = lambda job: None
+        self.on_removed: Callable[[Job], None] = lambda job: None
+
+    def start(self, kind: str, owner: int, machine: str, work: Awaitable[None]) -> Job:
+        """A new job that is already running."""
+        self._next += 1
+        job = Job(self, self._next, kind, owner, machine)
+        self._jobs[job.number] = job
+        self.on_added(job)
+        job.begin(work)
+        return job
+
+    def finished(self, job: Job) -> None:
+        """Called by the job at its end."""
+        self.on_finished(job)
+        asyncio.get_running_loop().call_later(LINGER, self._remove, job)
+
+    def _remove(self, job: Job) -> None:
+        if self._jobs.pop(job.number, None):
+            self.on_removed(job)

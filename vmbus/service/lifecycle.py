@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What leads a machine from one state to another: starts, stops, ends, and finding them again.
+
+A start is a list of named steps (``_steps``), each of which leaves behind something that one undo takes
+away again: the run record, the worker. A start that fails, is cancelled or loses its worker undoes them in
+reverse, and a machine is ``stopped, start-failed`` only when the worker is confirmed to be gone.
+
+The broker's ``Ended`` is the only proof of an end. While there is no broker a machine whose worker said
+that it ended stays ``stopping``; the list of living workers, asked at each connection to the broker,
+settles it (``recover``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import msgspec
+
+from vmbus.service import descriptors
+from vmbus.service.broker_client import BrokerClient
+from vmbus.service.claims import Claims
+from vmbus.service.files import PassedFile
+from vmbus.service.jobs import Job, Jobs
+from vmbus.service.machine import CLEAN_ENDS, Machine, Run
+from vmbus.service.registry import Registry
+from vmbus.service.worker_client import WorkerClient
+from vmbus.wire import broker as broker_wire
+from vmbus.wire import worker as worker_wire
+from vmbus.wire.definition import slots
+from vmbus.wire.errors import VmbusError
+
+log = logging.getLogger("vmbus.lifecycle")
+
+END_DEADLINE: Final = 15.0
+"""Seconds from a kill to the proof of the end; the broker calls a worker stuck after 5."""
+RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
+"""Seconds before each attempt to connect to a living worker again; the last is repeated."""
+
+
+class Lifecycle:
+    """The operations on machines. ``on_console`` and ``on_reset`` are the bus's."""
+
+    def __init__(self, registry: Registry, broker: BrokerClient, claims: Claims, jobs: Jobs) -> None:
+        self._registry = registry
+        self._broker = broker
+        self._claims = claims
+        self._jobs = jobs
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.on_console: Callable[[Machine], None] = lambda machine: None
+        self.on_reset: Callable[[Machine], None] = lambda machine: None
+
+    # -- start
+
+    async def start(self, machine: Machine, files: dict[str, PassedFile], *, paused: bool) -> None:
+        """From stopped or crashed to running (or paused, before the first instruction).
+
+        Takes over ``files`` (by slot). Raises what the failing step raised; nothing is left then.
+        """
+        try:
+            machine.require("Start", "stopped", "crashed")
+            _check_files(machine, files)
+        except VmbusError:
+            _close_all(files)
+            raise
+        machine.killed = False
+        machine.set_state("starting")
+        job = self._jobs.start(
+            "start", machine.owner, machine.uuid, self._start(machine, files, paused=paused)
+        )
+        machine.job = job
+        await job.wait()
+
+    async def _start(self, machine: Machine, files: dict[str, PassedFile], *, paused: bool) -> None:
+        try:
+            for name, step in self._steps(machine, files, paused=paused):
+                machine.set_state("starting", name)
+                await step()
+            self._registry.write_run(
+                machine, msgspec.structs.replace(_run(machine), started=True, first_run=paused)
+            )
+        except BaseException as error:
+            await self._undo_start(machine, error)
+            raise
+        finally:
+            _close_all(files)
+            machine.job = None
+        if machine.gone.is_set():  # the guest was quicker than this start
+            self._finish_by_record(machine)
+        else:
+            self._store_quietly(machine)
+
+    def _steps(
+        self, machine: Machine, files: dict[str, PassedFile], *, paused: bool
+    ) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
+        return [
+            ("record", lambda: self._record(machine)),
+            ("spawn", lambda: self._spawn(machine)),
+            ("files", lambda: self._hand_over_files(machine, files)),
+            ("network", lambda: self._hand_over_taps(machine)),
+            ("build", lambda: machine.connection().configure(machine.uuid, machine.definition)),
+            ("run", lambda: self._let_go(machine, paused=paused)),
+        ]
+
+    async def _record(self, machine: Machine) -> None:
+        run = Run(
+            machine.uuid,
+            machine.owner,
+            machine.definition,
+            machine.persistent,
+            machine.generation,
+            machine.order,
+        )
+        self._registry.write_run(machine, run)
+        await self._broker.own(machine.uuid, machine.owner)
+
+    async def _spawn(self, machine: Machine) -> None:
+        definition = machine.definition
+        machine.gone.clear()
+        spawning = asyncio.ensure_future(
+            self._broker.spawn(machine.uuid, definition.memory, definition.vcpus, definition.memory_kind)
+        )
+        try:
+            fds = await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            # A worker that is still being made cannot be killed: wait for it, then undo.
+            for fd in await spawning:
+                descriptors.close(fd)
+            raise
+        self._connect(machine, fds)
+        await machine.connection().hello()
+        await self._note_pid(machine)
+
+    async def _hand_over_files(self, machine: Machine, files: dict[str, PassedFile]) -> None:
+        for slot in slots(machine.definition):
+            regular = slot.name in ("kernel", "initrd")
+            if slot.path is None:
+                file = files[slot.name]
+                self._claims.add(machine.uuid, slot.name, file.identity(), writable=slot.writable)
+                await machine.connection().add_file(slot.name, file.fd)
+                continue
+            try:
+                identity = await self._broker.open(machine.uuid, slot.name, slot.path, writable=slot.writable)
+            except VmbusError as error:
+                raise _about(error, slot.name) from None
+            if regular and (identity.mode & 0o170000) != 0o100000:
+                raise VmbusError("InvalidArgument", f"{slot.path} is not a regular file", argument=slot.name)
+            self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
+
+    async def _hand_over_taps(self, machine: Machine) -> None:
+        for nic in machine.definition.nics:
+            try:
+                await self._broker.tap(machine.uuid, f"nic/{nic.id}", nic.bridge, 1)
+            except VmbusError as error:
+                raise _about(error, f"nic/{nic.id}") from None
+
+    async def _let_go(self, machine: Machine, *, paused: bool) -> None:
+        if paused:
+            machine.guest = "paused"
+            machine.set_state("paused")
+            return
+        await machine.connection().run()
+        machine.guest = "running"
+        machine.set_state("running")
+
+    async def _undo_start(self, machine: Machine, error: BaseException) -> None:
+        if machine.worker is not None or not machine.gone.is_set():
+            machine.set_state("stopping", "start-failed", str(error))
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._make_gone(machine)
+        if not machine.gone.is_set():
+            return  # stuck, or no broker: Ended or recover() finishes it
+        reason, detail = "start-failed", str(error)
+        if isinstance(error, asyncio.CancelledError):
+            reason, detail = ("killed", "") if machine.killed else (reason, "the start was cancelled")
+        self._finish(machine, reason, detail)
+
+    async def _make_gone(self, machine: Machine) -> None:
+        """Kill the worker and wait for the proof; returns without it when the worker is stuck or there is no
+        broker."""
+        try:
+            await self._broker.kill(machine.uuid)
+        except VmbusError as error:
+            if error.kind in ("NotFound", "InvalidState"):  # there is no worker
+                self._lost(machine)
+            else:
+                log.warning("%s cannot be killed: %s", machine.uuid, error)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(machine.gone.wait(), END_DEADLINE)
+
+    # -- the other operations
+
+    async def shutdown(self, machine: Machine) -> None:
+        """Press the power button."""
+        machine.require("Shutdown", "running", "stopping")
+        await machine.connection().shutdown()
+
+    def stop(self, machine: Machine, deadline: float) -> Job:
+        """Ask the guest, and end it after ``deadline`` seconds; 0: at once, disks flushed."""
+        machine.require("Stop", "running", "paused")
+        machine.connection()
+        ask = deadline > 0 and machine.state == "running"
+        machine.set_state("stopping", "stop")
+        job = self._jobs.start(
+            "stop", machine.owner, machine.uuid, self._stop(machine, deadline if ask else 0)
+        )
+        machine.job = job
+        return job
+
+    async def _stop(self, machine: Machine, deadline: float) -> None:
+        try:
+            if deadline:
+                with contextlib.suppress(VmbusError):  # a worker that cannot press it is ended all the same
+                    await machine.connection().shutdown()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(machine.gone.wait(), deadline)
+                    return
+            with contextlib.suppress(VmbusError):
+                await machine.connection().stop()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(machine.gone.wait(), END_DEADLINE)
+            if not machine.gone.is_set():
+                await self._make_gone(machine)
+            if not machine.gone.is_set():
+                raise VmbusError("Timeout", "the worker has not ended; StatusFlags says why")
+        except asyncio.CancelledError:
+            if machine.state == "stopping" and not machine.killed and not _has_ended(machine):
+                machine.set_state(machine.guest)
+            raise
+        finally:
+            machine.job = None
+
+    async def kill(self, machine: Machine) -> None:
+        """End the worker now."""
+        machine.require("Kill", "starting", "running", "paused", "stopping")
+        machine.killed = True
+        if machine.job is not None:
+            with contextlib.suppress(VmbusError):
+                await machine.job.cancel()
+        if machine.gone.is_set():
+            return
+        machine.set_state("stopping", "kill")
+        await self._broker.kill(machine.uuid)
+        try:
+            await asyncio.wait_for(machine.gone.wait(), END_DEADLINE)
+        except TimeoutError:
+            raise VmbusError(
+                "Timeout", "the worker was killed and has not ended; it waits in the kernel"
+            ) from None
+
+    async def reset(self, machine: Machine) -> None:
+        """Pull the reset line."""
+        machine.require("Reset", "running", "paused")
+        await machine.connection().reset()
+
+    async def pause(self, machine: Machine) -> None:
+        """Stop the vCPUs."""
+        machine.require("Pause", "running")
+        await machine.connection().pause()
+        await _state_follows(machine, "paused")
+
+    async def resume(self, machine: Machine) -> None:
+        """Let a paused machine go on, or begin."""
+        machine.require("Resume", "paused")
+        worker = machine.connection()
+        if _run(machine).first_run:
+            await worker.run()
+            self._registry.write_run(machine, msgspec.structs.replace(_run(machine), first_run=False))
+            machine.guest = "running"
+            machine.set_state("running")
+            return
+        await worker.resume()
+        await _state_follows(machine, "running")
+
+    async def open_console(self, machine: Machine, *, write: bool, steal: bool) -> int:
+        """One end of a socketpair whose other end is the console hub's; the caller's."""
+        machine.require("OpenConsole", "running", "paused", "stopping")
+        worker = machine.connection()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            mine = descriptors.keep(ours.detach())
+            try:
+                await worker.console(theirs.fileno(), write=write, steal=steal)
+            except BaseException:
+                descriptors.close(mine)
+                raise
+        return mine
+
+    async def stats(self, machine: Machine) -> dict[str, Any]:
+        """What the machine counts, and its worker's memory."""
+        machine.require("GetStats", "running", "paused", "stopping")
+        worker = machine.connection()
+        return {**await worker.stats(), **worker.memory()}
+
+    # -- the worker's side
+
+    def _connect(self, machine: Machine, fds: list[int]) -> None:
+        if machine.worker is not None:
+            machine.worker.close()
+        machine.worker = WorkerClient(
+            fds,
+            last_seq=machine.run.seq if machine.run else 0,
+            on_event=lambda event: self._event(machine, event),
+            on_closed=lambda: self._disconnected(machine),
+        )
+        machine.set_flag("disconnected", on=False)
+
+    async def _note_pid(self, machine: Machine) -> None:
+        for info in await self._broker.workers():
+            if info.uuid == machine.uuid:
+                machine.set_pid(info.pid)
+
+    def _event(self, machine: Machine, event: worker_wire.Event) -> None:
+        worker = machine.worker
+        if worker is None:
+            return
+        if event.kind == "console":
+            self.on_console(machine)
+        elif event.kind == "reset":
+            self.on_reset(machine)
+        elif event.kind == "state":
+            self._guest_state(machine, event.state)
+        run = machine.run
+        if run is not None and event.kind != "console":
+            run = msgspec.structs.replace(run, seq=event.seq)
+            if event.kind == "ended":
+                run = msgspec.structs.replace(
+                    run, end_reason=event.reason or "error", end_detail=event.detail[:1000]
+                )
+            try:
+                self._registry.write_run(machine, run)
+            except VmbusError as error:
+                log.error("%s: an event is not stored and not acknowledged: %s", machine.uuid, error)
+                return
+        worker.acknowledge(event.seq)
+        if event.kind == "ended" and machine.state in ("running", "paused"):
+            machine.set_state("stopping", "ended", event.reason)
+
+    def _guest_state(self, machine: Machine, state: str) -> None:
+        if state not in ("running", "paused"):
+            return
+        machine.guest = "running" if state == "running" else "paused"
+        if machine.state in ("running", "paused"):
+            machine.set_state(machine.guest)
+
+    def _disconnected(self, machine: Machine) -> None:
+        if machine.gone.is_set():
+            return
+        machine.set_flag("disconnected", on=True)
+        if not _being_started(machine):
+            self._spin(self._reconnect(machine))
+
+    async def _reconnect(self, machine: Machine) -> None:
+        attempt = 0
+        while not machine.gone.is_set() and not (machine.worker and machine.worker.open):
+            await asyncio.sleep(RECONNECT[min(attempt, len(RECONNECT) - 1)])
+            attempt += 1
+            if self._broker.connected and not machine.gone.is_set():
+                try:
+                    await self._take_up(machine)
+                except VmbusError as error:
+                    log.info("%s is not reached: %s", machine.uuid, error)
+
+    def ended(self, message: broker_wire.Ended) -> None:
+        """The broker's word that a worker has ended, or is stuck."""
+        machine = self._registry.get(message.uuid)
+        if machine is None:
+            return
+        if message.stuck:
+            machine.set_flag("stuck", on=True)
+            if not _being_started(machine):
+                machine.set_state("stopping", "kill", "the worker was killed and has not ended")
+            return
+        self._lost(machine)
+        if not _being_started(machine):
+            self._finish_by_record(machine)
+
+    def _lost(self, machine: Machine) -> None:
+        """The worker's process is no more."""
+        if machine.worker is not None:
+            machine.worker.close()
+            machine.worker = None
+        machine.set_pid(0)
+        machine.set_flag("stuck", on=False)
+        machine.set_flag("disconnected", on=False)
+        machine.gone.set()
+
+    def _finish_by_record(self, machine: Machine) -> None:
+        run = machine.run
+        if run is not None and not run.started:
+            self._finish(machine, "start-failed", "vmbusd or the broker was restarted during the start")
+        elif run is not None and run.end_reason:
+            self._finish(machine, run.end_reason, run.end_detail)
+        elif machine.killed:
+            self._finish(machine, "killed", "")
+        else:
+            self._finish(machine, "worker-lost", "the worker ended without saying why")
+
+    def _finish(self, machine: Machine, reason: str, detail: str) -> None:
+        """The end is confirmed: nothing of the run is kept."""
+        self._claims.drop(machine.uuid)
+        self._registry.remove_run(machine)
+        clean = reason in CLEAN_ENDS or reason == "start-failed"
+        machine.set_state("stopped" if clean else "crashed", reason, detail)
+        if machine.persistent:
+            self._store_quietly(machine)
+        else:
+            self._registry.remove(machine)
+            self._spin(self._disown(machine))
+
+    def forget(self, machine: Machine) -> None:
+        """Remove a transient machine that has no worker; one that has goes when its worker is gone."""
+        if machine.gone.is_set() and self._registry.get(machine.uuid) is machine:
+            self._registry.remove(machine)
+            self._spin(self._disown(machine))
+
+    async def _disown(self, machine: Machine) -> None:
+        try:
+            await self._broker.disown(machine.uuid)
+        except VmbusError as error:
+            log.warning("%s: its record stays with the broker: %s", machine.uuid, error)
+
+    # -- recovery
+
+    async def recover(self) -> None:
+        """Called at each connection to the broker: match what runs with what we know."""
+        living = {info.uuid: info for info in await self._broker.workers()}
+        for machine in self._registry.all():
+            if machine.gone.is_set():
+                continue
+            info = living.get(machine.uuid)
+            if info is None:
+                self.ended(broker_wire.Ended(uuid=machine.uuid))
+                continue
+            machine.set_pid(info.pid)
+            if _being_started(machine):
+                continue
+            if machine.worker is None or not machine.worker.open:
+                self._claims.load(machine.uuid)
+                self._spin(self._reach(machine))
+            elif _unwanted(machine):
+                self._spin(self._make_gone(machine))
+        for uuid in living.keys() - {machine.uuid for machine in self._registry.all()}:
+            log.error("worker of %s is nobody's: its run record is missing. It is ended", uuid)
+            with contextlib.suppress(VmbusError):
+                await self._broker.kill(uuid)
+
+    async def _reach(self, machine: Machine) -> None:
+        try:
+            await self._take_up(machine)
+        except VmbusError as error:
+            log.info("%s is not reached: %s", machine.uuid, error)
+            machine.set_flag("disconnected", on=True)
+            self._spin(self._reconnect(machine))
+
+    async def _take_up(self, machine: Machine) -> None:
+        """Connect to a living worker and show what it says."""
+        self._connect(machine, await self._broker.connect_worker(machine.uuid))
+        worker = machine.connection()
+        said = await worker.hello()
+        machine.set_flag("restricted", on=worker.restricted)
+        if _unwanted(machine):
+            machine.set_state("stopping", "kill")
+            await self._broker.kill(machine.uuid)
+            return
+        if said.state in ("running", "paused", "configured"):
+            machine.guest = "running" if said.state == "running" else "paused"
+            if machine.state != "stopping" or machine.reason == "recovery":
+                machine.set_state(machine.guest)
+
+    # -- small things
+
+    def _store_quietly(self, machine: Machine) -> None:
+        try:
+            self._registry.store(machine)
+        except VmbusError as error:
+            log.error("%s: its state is not stored: %s", machine.uuid, error)
+
+    def _spin(self, work: Awaitable[None]) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _run(machine: Machine) -> Run:
+    if machine.run is None:
+        raise VmbusError("InvalidState", "the machine has just ended")
+    return machine.run
+
+
+def _being_started(machine: Machine) -> bool:
+    """Whether a start is under way, which then sees to the end of the worker too."""
+    return machine.job is not None and machine.job.kind == "start"
+
+
+def _unwanted(machine: Machine) -> bool:
+    """Whether its worker is what is left of a start that failed, or of a kill that did not get through."""
+    return machine.run is None or not machine.run.started or machine.killed
+
+
+def _has_ended(machine: Machine) -> bool:
+    return machine.run is None or bool(machine.run.end_reason)
+
+
+async def _state_follows(machine: Machine, wanted: str) -> None:
+    """The worker has said done; its event with the new state is on the way."""
+    await machine.reaches(wanted, "stopping", "stopped", "crashed", within=5)
+
+
+def _about(error: VmbusError, argument: str) -> VmbusError:
+    return VmbusError(error.kind, error.message, argument=argument)
+
+
+def _close_all(files: dict[str, PassedFile]) -> None:
+    for file in files.values():
+        file.close()
+
+
+def _check_files(machine: Machine, files: dict[str, PassedFile]) -> None:
+    wanted = {slot.name: slot for slot in slots(machine.definition) if slot.path is None}
+    for name in files:
+        if name not in wanted:
+            known = ", ".join(wanted) or "no slot: all have paths"
+            raise VmbusError(
+                "InvalidArgument", f"no slot to be filled by a file; there is {known}", argument=name
+            )
+    for name, slot in wanted.items():
+        if name not in files:
+            raise VmbusError(
+                "InvalidArgument", "the slot has source fd; pass an open file for it", argument=name
+            )
+        files[name].check(name, writable=slot.writable, regular=name in ("kernel", "initrd"))

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vmbusd: the composition root. Everything is made here, in order, and held together until the end.
+
+It runs as an unprivileged user without any capability. It prints ``ready`` on stderr when it serves its
+name (and tells systemd, where asked). SIGTERM and SIGINT end it; machines go on, and are found again at the
+next start. It also ends, with status 1, when the bus goes away: there is nobody left to serve, and a
+supervisor starts it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import pwd
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Final
+
+from vmbus.bus import LIBRARY, Bus, BusLost, RemoteError
+from vmbus.service import descriptors
+from vmbus.service.broker_client import BrokerClient
+from vmbus.service.claims import Claims
+from vmbus.service.credentials import Credentials
+from vmbus.service.definitions import Definitions
+from vmbus.service.dispatcher import Dispatcher
+from vmbus.service.exports import Exports, Subscribers
+from vmbus.service.files import Files
+from vmbus.service.jobs import Jobs
+from vmbus.service.lifecycle import Lifecycle
+from vmbus.service.parked import Parked
+from vmbus.service.polkit import Polkit
+from vmbus.service.registry import Registry
+from vmbus.wire import contract
+from vmbus.wire.errors import VmbusError
+
+log = logging.getLogger("vmbus.main")
+
+MOST_FILES: Final = 65536
+FIRST_BROKER: Final = 3.0
+"""Seconds that the start waits for the broker, so that machines are shown as they are from the first call
+on."""
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="vmbusd", description="virtual machines on D-Bus, as org.vmbus1")
+    parser.add_argument("--instance", default="system", help="name of this instance (default: system)")
+    parser.add_argument("--run-dir", type=Path, help="default: /run/vmbus/INSTANCE")
+    parser.add_argument("--state-dir", type=Path, help="default: /var/lib/vmbus/INSTANCE")
+    parser.add_argument("--bus-address", help="default: the system bus")
+    parser.add_argument("--bus-name", default="org.vmbus1", help="default: org.vmbus1")
+    found = parser.parse_args(argv)
+    found.run_dir = found.run_dir or Path("/run/vmbus") / found.instance
+    found.state_dir = found.state_dir or Path("/var/lib/vmbus") / found.instance
+    return found
+
+
+async def serve(options: argparse.Namespace) -> int:
+    """Serve until a signal comes or the bus goes; the exit status."""
+    interfaces = contract.load()
+    machines, run = options.state_dir / "machines", options.run_dir / "service"
+    for directory in (machines, run):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    bus = await Bus.connect(options.bus_address)
+    credentials = Credentials(bus)
+    actions = set().union(*(interface.actions() for interface in interfaces.values()))
+    polkit = Polkit(bus, credentials, actions, pwd.getpwuid(os.getuid()).pw_name)
+    subscribers = Subscribers(credentials, polkit)
+    exports = Exports(bus, interfaces, subscribers)
+
+    registry, claims, jobs, parked = Registry(machines, run), Claims(run), Jobs(), Parked()
+    found_machines = asyncio.Event()
+
+    async def recover() -> None:
+        await lifecycle.recover()
+        found_machines.set()
+
+    broker = BrokerClient(
+        options.run_dir / "broker" / "socket",
+        on_connected=recover,
+        on_ended=lambda message: lifecycle.ended(message),  # noqa: PLW0108 (made below),
+    )
+    lifecycle = Lifecycle(registry, broker, claims, jobs)
+    definitions = Definitions(registry, broker)
+    dispatcher = _on_the_bus(
+        options.instance,
+        bus,
+        interfaces,
+        exports,
+        subscribers,
+        credentials,
+        polkit,
+        registry,
+        lifecycle,
+        definitions,
+        jobs,
+        parked,
+        broker,
+    )
+    registry.load()
+    descriptors.begin()
+
+    def on_signal(message: object) -> None:
+        credentials.feed(message)  # type: ignore[arg-type]
+        polkit.feed(message)  # type: ignore[arg-type]
+
+    bus.on_signal = on_signal
+    bus.discard = dispatcher.discard
+    await credentials.begin()
+    await polkit.begin()
+
+    keeper = asyncio.ensure_future(broker.run())
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(found_machines.wait(), FIRST_BROKER)
+    bus.on_call = dispatcher.on_call
+    await bus.request_name(options.bus_name)
+    _say_ready(options)
+    status = await _until_told(bus)
+    keeper.cancel()
+    broker.close()
+    with contextlib.suppress(BusLost):
+        await bus.close()
+    return status
+
+
+def _on_the_bus(
+    instance: str,
+    bus: Bus,
+    interfaces: dict[str, contract.Interface],
+    exports: Exports,
+    subscribers: Subscribers,
+    credentials: Credentials,
+    polkit: Polkit,
+    registry: Registry,
+    lifecycle: Lifecycle,
+    definitions: Definitions,
+    jobs: Jobs,
+    parked: Parked,
+    broker: BrokerClient,
+) -> Dispatcher:
+    # The one place below which api is imported: api depends on service, never the other way.
+    from vmbus.api.host import HostApi, HostObject  # noqa: PLC0415
+    from vmbus.api.job import JobApi  # noqa: PLC0415
+    from vmbus.api.machine import MachineApi  # noqa: PLC0415
+    from vmbus.api.manager import ManagerApi, ManagerObject  # noqa: PLC0415
+    from vmbus.api.publish import Publisher  # noqa: PLC0415
+
+    manager = ManagerApi(registry, definitions, lifecycle, subscribers)
+    handlers = {
+        "org.vmbus1.Manager": manager,
+        "org.vmbus1.Machine": MachineApi(lifecycle, definitions, parked),
+        "org.vmbus1.Job": JobApi(),
+        "org.vmbus1.Host": HostApi(broker, polkit),
+    }
+    Publisher(exports, registry, lifecycle, jobs, parked, manager)
+    exports.add(ManagerObject(instance))
+    exports.add(HostObject())
+    credentials.on_left += [parked.sender_left, manager.sender_left]
+    return Dispatcher(bus, interfaces, handlers, exports, credentials, polkit, Files())
+
+
+async def _until_told(bus: Bus) -> int:
+    loop = asyncio.get_running_loop()
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    waits = {asyncio.ensure_future(told.wait()), asyncio.ensure_future(bus.wait_lost())}
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    if told.is_set():
+        log.info("ending; machines go on")
+        return 0
+    log.error("the bus is gone")
+    return 1
+
+
+def _say_ready(options: argparse.Namespace) -> None:
+    log.info("instance %s serves %s with %s", options.instance, options.bus_name, LIBRARY)
+    print("ready", file=sys.stderr, flush=True)
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
+            notify.connect("\0" + address[1:] if address.startswith("@") else address)
+            notify.send(b"READY=1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program."""
+    options = arguments(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    os.umask(0o077)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MOST_FILES), hard))
+    try:
+        status = asyncio.run(serve(options))
+    except (VmbusError, BusLost, RemoteError, contract.ContractError, OSError) as error:
+        print(f"vmbusd: {error}", file=sys.stderr)
+        status = 1
+    # Threads that hang in close() must not keep the interpreter from ending.
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service's side of one worker: requests, events, and the files of its figures.
+
+The worker is hostile: what it says is checked by the decoder, bounded, and used only as this machine's state.
+It cannot send fds (the channel has no control buffer). Events come at least once; one whose number is not
+above the last acknowledged is acknowledged again and dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from vmbus.service.channel import Channel
+from vmbus.wire import worker as wire
+from vmbus.wire.definition import Definition
+from vmbus.wire.errors import VmbusError
+
+_decoder = msgspec.msgpack.Decoder(wire.Answer)
+
+SUPPORTED: Final = [wire.VERSION]
+"""Versions beyond the lifeline that this service drives: N and N-1, when there is an N-1."""
+BUILD_DEADLINE: Final = 60.0
+"""Seconds for a machine to be built: images are opened, huge pages are touched."""
+
+
+class WorkerClient:
+    """A control connection. ``fds``: the connection, smaps_rollup and perhaps ksm_stat; all are taken
+    over."""
+
+    def __init__(
+        self,
+        fds: list[int],
+        *,
+        last_seq: int,
+        on_event: Callable[[wire.Event], None],
+        on_closed: Callable[[], None],
+    ) -> None:
+        if not fds:
+            raise VmbusError("Internal", "the broker gave no connection to the worker")
+        self._figures = fds[1:]
+        self._seq = last_seq
+        self._on_event = on_event
+        self.restricted = False
+        self._channel: Channel[wire.Result, wire.Event] = Channel(
+            socket.socket(fileno=fds[0]),
+            _decoder,
+            wire.Result,
+            peer="the worker",
+            on_event=self._event,
+            on_closed=on_closed,
+        )
+
+    @property
+    def open(self) -> bool:
+        """Whether the connection stands."""
+        return self._channel.open
+
+    async def _ask(
+        self, make: Callable[[int], msgspec.Struct], *, fds: list[int] | None = None, timeout: float = 10
+    ) -> wire.Result:
+        number = self._channel.number()
+        result, _ = await self._channel.request(make(number), number, fds=fds, timeout=timeout)
+        return result
+
+    async def hello(self) -> wire.Result:
+        """Exchange versions. An older worker is driven by the lifeline alone."""
+        result = await self._ask(lambda n: wire.Hello(id=n, versions=SUPPORTED))
+        if result.lifeline != wire.LIFELINE:
+            raise VmbusError("Restricted", f"the worker's lifeline is version {result.lifeline}")
+        self.restricted = result.version not in SUPPORTED
+        return result
+
+    def acknowledge(self, seq: int) -> None:
+        """Say that all events up to ``seq`` are stored."""
+        self._seq = max(self._seq, seq)
+        with contextlib.suppress(VmbusError):
+            self._channel.send(wire.Ack(id=self._channel.number(), seq=seq))
+
+    async def add_file(self, slot: str, fd: int) -> None:
+        """Hand over a client's file; ``fd`` stays the caller's."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.AddFile(id=n, slot=slot), fds=[fd])
+
+    async def configure(self, uuid: str, definition: Definition) -> None:
+        """Build the machine."""
+        self._unrestricted()
+        await self._ask(
+            lambda n: wire.Configure(id=n, uuid=uuid, definition=definition), timeout=BUILD_DEADLINE
+        )
+
+    async def run(self) -> None:
+        """Let the vCPUs go for the first time."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Run(id=n))
+
+    async def shutdown(self) -> None:
+        """Press the power button."""
+        await self._ask(lambda n: wire.Shutdown(id=n))
+
+    async def stop(self) -> None:
+        """Stop, flush and end."""
+        await self._ask(lambda n: wire.Stop(id=n), timeout=30)
+
+    async def reset(self) -> None:
+        """Pull the reset line."""
+        await self._ask(lambda n: wire.Reset(id=n))
+
+    async def pause(self) -> None:
+        """Stop the vCPUs."""
+        await self._ask(lambda n: wire.Pause(id=n))
+
+    async def resume(self) -> None:
+        """Let them go on."""
+        await self._ask(lambda n: wire.Resume(id=n))
+
+    async def console(self, fd: int, *, write: bool, steal: bool) -> None:
+        """Give the console hub one end of a socketpair; ``fd`` stays the caller's."""
+        await self._ask(lambda n: wire.Console(id=n, write=write, steal=steal), fds=[fd])
+
+    async def stats(self) -> dict[str, Any]:
+        """What the machine counts."""
+        self._unrestricted()
+        return (await self._ask(lambda n: wire.Stats(id=n))).stats
+
+    def memory(self) -> dict[str, int]:
+        """The worker's memory in bytes, from the files that the broker opened: memory-pss, memory-rss,
+        memory-swap, ksm-merged."""
+        found: dict[str, int] = {}
+        for fd in self._figures:
+            try:
+                text = os.pread(fd, 8192, 0).decode("ascii", "replace")
+            except OSError:
+                continue
+            for key, name in (("memory-pss", "Pss"), ("memory-rss", "Rss"), ("memory-swap", "Swap")):
+                if match := re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE):
+                    found[key] = int(match[1]) * 1024
+            if match := re.search(r"^ksm_merging_pages\s+(\d+)", text, re.MULTILINE):
+                found["ksm-merged"] = int(match[1]) * os.sysconf("SC_PAGESIZE")
+        return found
+
+    def close(self) -> None:
+        """Close the connection and the files."""
+        self._channel.close()
+        for fd in self._figures:
+            os.close(fd)
+        self._figures = []
+
+    def _unrestricted(self) -> None:
+        if self.restricted:
+            raise VmbusError(
+                "Restricted", "the worker is older than this service; restart the machine to change it"
+            )
+
+    def _event(self, event: wire.Event) -> None:
+        if event.seq <= self._seq:
+            self.acknowledge(self._seq)
+            return
+        self._on_event(event)
