@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine's definition as people write it: a TOML file, command-line flags, or both (flags win).
+
+Keys are those of the D-Bus definition (docs/dbus-api.md), with two conveniences, both resolved here so
+that the definition holds only facts: sizes may carry a suffix (``512M``), and a disk may be given by the
+path of its active image alone, whose chain is then looked up (``vmbus.cli.chain``). Relative paths are
+taken from the directory of the TOML file, or from the working directory for flags. A missing MAC address
+is made up, locally administered.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from vmbus.cli import chain
+from vmbus.wire.definition import ID_PATTERN, NAME_PATTERN, Definition, Disk
+from vmbus.wire.errors import VmbusError
+
+_SUFFIXES: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_IN_WORDS: Final = {
+    NAME_PATTERN: "a letter or digit, then at most 62 letters, digits, '_', '.' and '-'",
+    ID_PATTERN: "a lower-case letter, then at most 19 lower-case letters, digits and '-'",
+    r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$": "six pairs of lower-case hexadecimal digits with colons between",
+    r"^[A-Za-z0-9_.-]{1,15}$": "the name of a network interface: up to 15 letters, digits, '_', '.', '-'",
+}
+_DISK_FLAG_KEYS: Final = frozenset(
+    {"path", "format", "backing-format", "id", "read-only", "serial", "queues", "source"}
+)
+_NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id"})
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What stood on the command line; None or empty for what did not."""
+
+    name: str | None = None
+    memory: str | None = None
+    vcpus: int | None = None
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str | None = None
+    cpu_model: str | None = None
+    machine_type: str | None = None
+    memory_kind: str | None = None
+    on_reset: str | None = None
+    rng: bool | None = None
+    disks: Sequence[str] = field(default_factory=tuple)
+    nics: Sequence[str] = field(default_factory=tuple)
+
+
+def build(file: str | None, flags: Flags) -> Definition:
+    """The definition that ``file`` (a TOML file, None for none) and ``flags`` describe, chains resolved.
+
+    Raises VmbusError with the key it is about.
+    """
+    tree: dict[str, Any] = {}
+    base = os.getcwd()
+    if file is not None:
+        tree = _load(file)
+        base = os.path.dirname(os.path.abspath(file))
+    _make_paths_absolute(tree, base)
+    _apply(tree, flags)
+    if "memory" in tree:
+        tree["memory"] = size(tree["memory"], argument="memory")
+    for required, flag in (("name", "--name"), ("memory", "--memory"), ("kernel", "--kernel")):
+        if required not in tree:
+            raise VmbusError(
+                "InvalidArgument", f"is missing; give it in the file or with {flag}", argument=required
+            )
+    tree["disks"] = [_disk(disk, index) for index, disk in enumerate(_tables(tree, "disks"))]
+    tree["nics"] = [_nic(nic, index) for index, nic in enumerate(_tables(tree, "nics"))]
+    return parse(tree)
+
+
+def parse(tree: dict[str, Any]) -> Definition:
+    """A tree with the D-Bus keys as a checked Definition; VmbusError names the key that is wrong."""
+    try:
+        definition = msgspec.convert(_underscored(tree, ""), Definition)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        argument = where.rstrip("`").lstrip(".").replace("_", "-")
+        raise VmbusError("InvalidArgument", _plain(message), argument=argument) from None
+    if definition.kernel.source == "path" and definition.kernel.path is None:
+        raise VmbusError(
+            "InvalidArgument", "is missing; there is no boot without a kernel yet", argument="kernel.path"
+        )
+    _refuse_twice("disks", [disk.id for disk in definition.disks])
+    _refuse_twice("nics", [nic.id for nic in definition.nics])
+    return definition
+
+
+def to_tree(definition: Definition) -> dict[str, Any]:
+    """The definition with the D-Bus keys; what has its default is left out."""
+    tree = _hyphened(msgspec.to_builtins(definition))
+    assert isinstance(tree, dict)
+    return tree
+
+
+def for_fds(definition: Definition) -> Definition:
+    """The same machine with every file passed as an fd instead of opened by path (for a transient one)."""
+    kernel = definition.kernel
+    return msgspec.structs.replace(
+        definition,
+        kernel=msgspec.structs.replace(
+            kernel,
+            source="fd",
+            path=None,
+            initrd_path=None,
+            initrd=kernel.initrd or kernel.initrd_path is not None,
+        ),
+        disks=[_disk_for_fds(disk) for disk in definition.disks],
+    )
+
+
+def size(text: object, *, argument: str) -> int:
+    """Bytes from a number or a string like ``512M`` (K, M, G, T: powers of 1024; "B" and "iB" may follow)."""
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    plain = str(text).strip().upper().removesuffix("B").removesuffix("I")
+    factor = _SUFFIXES.get(plain[-1:], 0)
+    digits = plain[:-1] if factor else plain
+    if not digits.isascii() or not digits.isdigit():
+        raise VmbusError(
+            "InvalidArgument",
+            f"{text!r} is not a size; write bytes, or a number with K, M, G or T",
+            argument=argument,
+        )
+    return int(digits) * (factor or 1)
+
+
+def _load(file: str) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as stream:
+            return tomllib.load(stream)
+    except FileNotFoundError:
+        raise VmbusError("NotFound", f"{file} does not exist", argument="file") from None
+    except OSError as error:
+        raise VmbusError("AccessDenied", f"{file}: {error.strerror}", argument="file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise VmbusError("InvalidArgument", f"{file} is not TOML: {error}", argument="file") from None
+
+
+def _make_paths_absolute(node: Any, base: str) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("path", "initrd-path", "data-path") and isinstance(value, str) and value:
+                node[key] = chain.absolute(os.path.join(base, value))
+            else:
+                _make_paths_absolute(value, base)
+    elif isinstance(node, list):
+        for item in node:
+            _make_paths_absolute(item, base)
+
+
+def _apply(tree: dict[str, Any], flags: Flags) -> None:
+    for key, value in (
+        ("name", flags.name),
+        ("memory", flags.memory),
+        ("vcpus", flags.vcpus),
+        ("cpu-model", flags.cpu_model),
+        ("machine-type", flags.machine_type),
+        ("memory-kind", flags.memory_kind),
+        ("on-reset", flags.on_reset),
+        ("rng", flags.rng),
+    ):
+        if value is not None:
+            tree[key] = value
+    for key, value in (("path", flags.kernel), ("initrd-path", flags.initrd)):
+        if value is not None:
+            _kernel(tree)[key] = chain.absolute(value)
+    if flags.cmdline is not None:
+        _kernel(tree)["cmdline"] = flags.cmdline
+    if flags.disks:
+        tree["disks"] = [_from_flag(text, _DISK_FLAG_KEYS, "path", "disk") for text in flags.disks]
+    if flags.nics:
+        tree["nics"] = [_from_flag(text, _NIC_FLAG_KEYS, "bridge", "nic") for text in flags.nics]
+
+
+def _kernel(tree: dict[str, Any]) -> dict[str, Any]:
+    kernel = tree.setdefault("kernel", {})
+    if not isinstance(kernel, dict):
+        raise VmbusError(
+            "InvalidArgument", "is a table with path, initrd-path and cmdline", argument="kernel"
+        )
+    return kernel
+
+
+def _from_flag(text: str, known: frozenset[str], first: str, flag: str) -> dict[str, Any]:
+    """``path=x,format=raw`` as a table; the first field may leave out ``path=``; ``,,`` is a comma."""
+    table: dict[str, Any] = {}
+    for index, part in enumerate(text.replace(",,", "\0").split(",")):
+        key, equals, value = part.replace("\0", ",").partition("=")
+        if index == 0 and (not equals or key not in known):
+            key, value = first, part.replace("\0", ",")
+        elif not equals:
+            value = "yes"
+        if key not in known:
+            raise VmbusError(
+                "InvalidArgument",
+                f"{key!r} is not known; {', '.join(sorted(known))} are",
+                argument=f"--{flag}",
+            )
+        if key in table:
+            raise VmbusError("InvalidArgument", f"{key} is given twice", argument=f"--{flag}")
+        table[key] = _flag_value(key, value, flag)
+    return table
+
+
+def _flag_value(key: str, value: str, flag: str) -> Any:
+    if key == "read-only":
+        words = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+        if value not in words:
+            raise VmbusError("InvalidArgument", f"{key} is yes or no, not {value!r}", argument=f"--{flag}")
+        return words[value]
+    if key == "queues":
+        if not value.isdigit():
+            raise VmbusError("InvalidArgument", f"{key} is a number, not {value!r}", argument=f"--{flag}")
+        return int(value)
+    return chain.absolute(value) if key == "path" else value
+
+
+def _tables(tree: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    found = tree.get(key, [])
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise VmbusError("InvalidArgument", f"is a list of tables: write [[{key}]] before each", argument=key)
+    return found
+
+
+def _disk(table: dict[str, Any], index: int) -> dict[str, Any]:
+    """A disk with its layers; those of a disk given by path are looked up."""
+    disk = {"id": f"disk{index}", **table}
+    if "layers" in disk:
+        for key in ("path", "format", "backing-format"):
+            if key in disk:
+                raise VmbusError(
+                    "InvalidArgument",
+                    "belongs into the layers when there are any",
+                    argument=f"disks[{index}].{key}",
+                )
+        return disk
+    where = f"disks[{index}]"
+    image_format = disk.pop("format", None)
+    if image_format is None:
+        raise VmbusError(
+            "InvalidArgument", "is missing; it is never guessed: qcow2 or raw", argument=f"{where}.format"
+        )
+    backing_format = disk.pop("backing-format", None)
+    path = disk.pop("path", None)
+    if path is None:
+        if disk.get("source") != "fd":
+            raise VmbusError("InvalidArgument", "is missing: where is the image?", argument=f"{where}.path")
+        disk["layers"] = [{"format": image_format}]
+        return disk
+    layers = chain.resolve(
+        str(path), str(image_format), backing_format=backing_format, argument=f"{where}.path"
+    )
+    disk["layers"] = [_hyphened(msgspec.to_builtins(layer)) for layer in layers]
+    return disk
+
+
+def _disk_for_fds(disk: Disk) -> Disk:
+    layers = [msgspec.structs.replace(layer, path=None, data_path=None) for layer in disk.layers]
+    return msgspec.structs.replace(disk, source="fd", layers=layers)
+
+
+def _nic(table: dict[str, Any], index: int) -> dict[str, Any]:
+    return {"id": f"nic{index}", "mac": _new_mac(), **table}
+
+
+def _new_mac() -> str:
+    """A locally administered unicast address (IEEE 802, the two low bits of the first octet: 1, 0)."""
+    octets = bytearray(secrets.token_bytes(6))
+    octets[0] = 0x52
+    return ":".join(f"{octet:02x}" for octet in octets)
+
+
+def _underscored(node: Any, where: str) -> Any:
+    if isinstance(node, dict):
+        for key in node:
+            if "_" in key:
+                raise VmbusError(
+                    "InvalidArgument",
+                    f"is not known; did you mean {key.replace('_', '-')}?",
+                    argument=f"{where}{key}",
+                )
+        return {key.replace("-", "_"): _underscored(value, f"{where}{key}.") for key, value in node.items()}
+    if isinstance(node, list):
+        return [_underscored(item, f"{where.rstrip('.')}[{index}].") for index, item in enumerate(node)]
+    return node
+
+
+def _hyphened(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key.replace("_", "-"): _hyphened(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_hyphened(item) for item in node]
+    return node
+
+
+def _plain(message: str) -> str:
+    """msgspec's sentence in the words of the manual."""
+    unknown = "Object contains unknown field "
+    if message.startswith(unknown):
+        return f"has an unknown key {message.removeprefix(unknown).strip('`').replace('_', '-')!r}"
+    missing = "Object missing required field "
+    if message.startswith(missing):
+        return f"needs the key {message.removeprefix(missing).strip('`').replace('_', '-')!r}"
+    for pattern, words in _IN_WORDS.items():
+        if message.endswith(f"matching regex '{pattern}'"):
+            return f"must be {words}"
+    return message[:1].lower() + message[1:].replace("`", "")
+
+
+def _refuse_twice(argument: str, ids: list[str]) -> None:
+    for one in ids:
+        if ids.count(one) > 1:
+            raise VmbusError("InvalidArgument", f"the id {one!r} is given twice", argument=argument)
