@@ -11,11 +11,11 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
-from vmbus.wire.errors import VmbusError
+from vmbus.wire.errors import KINDS, VmbusError
 
 ROOT: Final = "/org/vmbus1"
 HOST: Final = "/org/vmbus1/host"
@@ -25,9 +25,9 @@ JOB: Final = "org.vmbus1.Job"
 _PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 _OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
 
-MAX_FDS: Final = 16  # a system bus drops the sender of more, without a reply
-
 ENDED: Final = frozenset({"stopped", "crashed"})
+
+T = TypeVar("T")
 
 
 class Bus(Protocol):
@@ -102,7 +102,7 @@ class Remote:
         self, tree: Mapping[str, Any], files: Mapping[str, int], *, paused: bool
     ) -> str:
         """Manager.CreateTransient. ``files`` are fds by slot; they stay the caller's."""
-        fds = _checked(files)
+        fds = list(files.values())
         indices = {slot: index for index, slot in enumerate(files)}
         options = self._variants({"paused": paused})
         body = [self._variants(tree), indices, options]
@@ -125,7 +125,7 @@ class Remote:
 
     async def start(self, path: str, files: Mapping[str, int], *, paused: bool) -> None:
         """Machine.Start; returns when the guest runs."""
-        fds = _checked(files)
+        fds = list(files.values())
         body = [self._variants({"paused": paused}), {slot: index for index, slot in enumerate(files)}]
         await self._bus.call(path, MACHINE, "Start", "a{sv}a{sh}", body, fds=fds)
 
@@ -161,14 +161,27 @@ class Remote:
         """Manager.Version."""
         return str(await self._value(ROOT, _PROPERTIES, "Get", "ss", [MANAGER, "Version"]))
 
-    async def job_failed(self, path: str) -> VmbusError | None:
-        """The error that a job ended with, None if it has none or is gone already."""
-        with contextlib.suppress(VmbusError):
-            found = await self._value(path, _PROPERTIES, "GetAll", "s", [JOB])
-            if found.get("State") == "failed":
-                kind = str(found.get("Error", "")).rpartition(".")[2]
-                return VmbusError(kind or "Internal", str(found.get("Message", "")))
-        return None
+    async def finish(self, job: str) -> None:
+        """Return when a job is done; raises VmbusError as it failed, Cancelled, or Disconnected."""
+        ended = asyncio.Event()
+
+        def changed(_path: str, body: list[Any]) -> None:
+            if body[0] == JOB and body[1].get("State", "running") != "running":
+                ended.set()
+
+        stop = await self._bus.subscribe(job, _PROPERTIES, "PropertiesChanged", changed)
+        try:
+            found = await self._value(job, _PROPERTIES, "GetAll", "s", [JOB])
+            if found["State"] == "running":
+                await _or_gone(self._bus, ended.wait())
+                found = await self._value(job, _PROPERTIES, "GetAll", "s", [JOB])
+        finally:
+            stop()
+        if found["State"] == "failed":
+            kind = str(found.get("Error", "")).rpartition(".")[2]
+            raise VmbusError(kind if kind in KINDS else "Internal", str(found.get("Message", "")))
+        if found["State"] == "cancelled":
+            raise VmbusError("Cancelled", "somebody cancelled it")
 
     @contextlib.asynccontextmanager
     async def watch(self, path: str) -> AsyncIterator[Watch]:
@@ -234,24 +247,13 @@ class Watch:
         Disconnected when vmbusd leaves the bus.
         """
         last = Moment("stopped", "", "the machine is not there any more")
-        gone = asyncio.ensure_future(self._bus.gone())
-        try:
-            while True:
-                news = asyncio.ensure_future(self._news.get())
-                await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not news.done():
-                    news.cancel()
-                    raise VmbusError(
-                        "Disconnected", "vmbusd has left the bus; the machine goes on without it"
-                    )
-                moment = news.result()
-                if moment is None:
-                    return last
-                last = moment
-                if wanted(moment):
-                    return moment
-        finally:
-            gone.cancel()
+        while True:
+            moment = await _or_gone(self._bus, self._news.get())
+            if moment is None:
+                return last
+            last = moment
+            if wanted(moment):
+                return moment
 
     def begin(self, properties: Mapping[str, Any]) -> None:
         """What is so now, beneath what signals have already said."""
@@ -285,12 +287,14 @@ class Watch:
             )
 
 
-def _checked(files: Mapping[str, int]) -> list[int]:
-    if len(files) > MAX_FDS:
-        raise VmbusError(
-            "InvalidArgument",
-            f"{len(files)} files at once: a bus takes at most {MAX_FDS} in one message. Define the machine, "
-            f"so that its files are opened by path, or shorten its chains ('qemu-img commit')",
-            argument="files",
-        )
-    return list(files.values())
+async def _or_gone(bus: Bus, what: Coroutine[Any, Any, T]) -> T:
+    """The result of ``what``, unless vmbusd leaves the bus first: then VmbusError Disconnected."""
+    result, gone = asyncio.ensure_future(what), asyncio.ensure_future(bus.gone())
+    try:
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
+        raise VmbusError("Disconnected", "vmbusd has left the bus; machines go on without it")
+    finally:
+        result.cancel()
+        gone.cancel()

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vmbusctl's command line. The man page and the shell completions are made from this parser (docs/make)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NoReturn
+
+import vmbus
+
+STATES: Final = ("stopped", "starting", "running", "paused", "stopping", "crashed")
+Completion = Literal["machine", "file", "directory", "none"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb: its sentence, examples with what they do, and what adds its arguments."""
+
+    name: str
+    summary: str
+    detail: str
+    examples: Sequence[tuple[str, str]]
+    arguments: Callable[[argparse.ArgumentParser], None]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line that say where help is."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"vmbusctl: {message} (see '{self.prog} --help')\n")
+
+
+class Format(argparse.RawDescriptionHelpFormatter):
+    """Two columns, the first narrow enough for 80 characters."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=96)
+
+
+def parser() -> Parser:
+    """The whole command line."""
+    top = Parser(
+        prog="vmbusctl",
+        description="Define, run and watch virtual machines of vmbus.",
+        epilog="Every command has its own help with examples: vmbusctl COMMAND --help. More: man vmbusctl.",
+        formatter_class=Format,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"vmbusctl {vmbus.__version__}")
+    _common(top)
+    verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for command in COMMANDS:
+        sub = verbs.add_parser(
+            command.name,
+            help=command.summary,
+            description=f"{command.summary[:1].upper()}{command.summary[1:]}.\n\n{command.detail}".strip(),
+            epilog="examples:\n" + "\n".join(f"  {line}\n      {what}" for line, what in command.examples),
+            formatter_class=Format,
+            allow_abbrev=False,
+        )
+        command.arguments(sub)
+        _common(sub)
+    return top
+
+
+def completion_of(action: argparse.Action) -> Completion:
+    """What a shell offers for the value of this argument."""
+    found: Completion = getattr(action, "vmbus_completion", "none")
+    return found
+
+
+def _common(to: argparse.ArgumentParser) -> None:
+    """Options that may stand before or after the command."""
+    group = to.add_argument_group("common options")
+    add = group.add_argument
+    add(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="one JSON document; errors as JSON too",
+    )
+    add(
+        "--bus-address",
+        metavar="ADDRESS",
+        default=argparse.SUPPRESS,
+        help="D-Bus address of the bus (default: DBUS_SYSTEM_BUS_ADDRESS, else the system bus)",
+    )
+    add(
+        "--bus-name",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="bus name of the vmbusd to talk to (default: org.vmbus1)",
+    )
+    add(
+        "--no-ask",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="fail rather than let polkit ask somebody for a password",
+    )
+    add(
+        "--no-autostart",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="fail when vmbusd is not running, rather than let the bus start it",
+    )
+
+
+def _completed(action: argparse.Action, kind: Completion) -> None:
+    action.vmbus_completion = kind  # type: ignore[attr-defined]
+
+
+def _machine(to: argparse.ArgumentParser) -> None:
+    _completed(to.add_argument("machine", metavar="MACHINE", help="a name of yours, or a UUID"), "machine")
+
+
+def _machines(to: argparse.ArgumentParser) -> None:
+    action = to.add_argument("machines", metavar="MACHINE", nargs="+", help="names of yours, or UUIDs")
+    _completed(action, "machine")
+
+
+def _description(to: argparse.ArgumentParser) -> None:
+    """What a machine is: file and flags of define and run."""
+    _completed(
+        to.add_argument("file", metavar="FILE", nargs="?", help="a TOML file; see vmbus-machine(5)"), "file"
+    )
+    group = to.add_argument_group("the machine (each wins over the file)")
+    add = group.add_argument
+    add("--name", help="unique among your machines")
+    add("--memory", metavar="SIZE", help="bytes, or with K, M, G, T: 512M")
+    add("--vcpus", metavar="N", type=int, help="1 to 16 (default 1)")
+    _completed(add("--kernel", metavar="PATH", help="a bzImage or PVH ELF kernel"), "file")
+    _completed(add("--initrd", metavar="PATH", help="its initial RAM disk"), "file")
+    add("--cmdline", metavar="TEXT", help="its command line")
+    add(
+        "--disk",
+        metavar="PATH,format=F[,...]",
+        action="append",
+        default=[],
+        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, read-only; may be "
+        "repeated, in order; a comma in a path is written twice",
+    )
+    add(
+        "--nic",
+        metavar="BRIDGE[,mac=M]",
+        action="append",
+        default=[],
+        help="a network interface on that bridge: mac=, id=; may be repeated",
+    )
+    add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
+    add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")
+    add("--memory-kind", choices=("mergeable", "shareable", "huge"), help="default mergeable")
+    add("--on-reset", choices=("restart", "end"), help="what a reset by the guest does (default restart)")
+    add("--no-rng", action="store_true", help="no virtio random number generator")
+
+
+def _define(to: argparse.ArgumentParser) -> None:
+    _description(to)
+    to.add_argument("--dry-run", action="store_true", help="show what would be defined; ask nobody")
+
+
+def _run(to: argparse.ArgumentParser) -> None:
+    _description(to)
+    to.add_argument("--detach", action="store_true", help="leave it running, with no console here")
+
+
+def _list(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--all", action="store_true", help="other users' machines too")
+    to.add_argument("--names", action="store_true", help="names alone, one a line")
+
+
+def _show(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("--stats", action="store_true", help="with its counters and memory")
+
+
+def _start(to: argparse.ArgumentParser) -> None:
+    _machines(to)
+    to.add_argument("--paused", action="store_true", help="stop before the first guest instruction")
+    action = to.add_argument(
+        "--file",
+        metavar="SLOT=PATH",
+        action="append",
+        default=[],
+        dest="files",
+        help='open PATH here and pass it for a slot with source = "fd" (one machine only)',
+    )
+    _completed(action, "file")
+    to.add_argument("--console", action="store_true", help="attach to its console (one machine only)")
+
+
+def _stop(to: argparse.ArgumentParser) -> None:
+    _machines(to)
+    to.add_argument(
+        "--deadline",
+        metavar="SECONDS",
+        type=float,
+        default=60.0,
+        help="how long the guest gets to power off (default 60); 0: none",
+    )
+    to.add_argument("--no-wait", action="store_true", help="return at once")
+
+
+def _shutdown(to: argparse.ArgumentParser) -> None:
+    action = to.add_argument("machines", metavar="MACHINE", nargs="*", help="names of yours, or UUIDs")
+    _completed(action, "machine")
+    to.add_argument(
+        "--all", action="store_true", help="all running machines that you may see (for root: all there are)"
+    )
+    to.add_argument("--wait", metavar="SECONDS", type=float, help="wait so long for them to stop")
+
+
+def _console(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("--read-only", action="store_true", help="only look")
+    to.add_argument("--steal", action="store_true", help="take the place of who writes there now")
+
+
+def _wait(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument(
+        "--state", choices=STATES, default="stopped", help="the state to wait for (default stopped)"
+    )
+    to.add_argument("--timeout", metavar="SECONDS", type=float, help="give up after so long (default: never)")
+
+
+def _nothing(_to: argparse.ArgumentParser) -> None:
+    pass
+
+
+COMMANDS: Final[Sequence[Command]] = (
+    Command(
+        "define",
+        "store a machine",
+        "The machine is described by a TOML file, by flags, or by both. The backing chain of each "
+        "disk is looked up now, as you,\nand shown: a start opens these files and no others.",
+        (
+            ("vmbusctl define web.toml", "store the machine that web.toml describes"),
+            (
+                "vmbusctl define --name web --memory 512M --kernel vmlinuz --disk web.qcow2,format=qcow2",
+                "the same with flags",
+            ),
+            ("vmbusctl define web.toml --name web2 --dry-run", "look at the chain and the definition only"),
+        ),
+        _define,
+    ),
+    Command(
+        "run",
+        "run a machine that is forgotten when it ends, with its console here",
+        "Its files are opened here, by you, and passed on: at most 16, counting every image of every chain.\n"
+        "^] leaves the console; the machine goes on. Status 0 if the guest powered off, 8 if it crashed.",
+        (
+            (
+                "vmbusctl run --name try --memory 256M --kernel vmlinuz --cmdline console=ttyS0",
+                "boot a kernel and look at it",
+            ),
+            ("vmbusctl run web.toml --name try --detach", "the machine of web.toml, in the background"),
+        ),
+        _run,
+    ),
+    Command(
+        "list",
+        "list machines",
+        "Your own; root's list is everybody's. Without a terminal there is no heading.",
+        (("vmbusctl list", "your machines"), ("vmbusctl list --all --json", "everybody's, for a program")),
+        _list,
+    ),
+    Command(
+        "show",
+        "show a machine",
+        "",
+        (
+            ("vmbusctl show web", "state and definition"),
+            ("vmbusctl show web --stats --json", "for a program"),
+        ),
+        _show,
+    ),
+    Command(
+        "start",
+        "start machines",
+        "Returns when the guest runs, or says why it does not.",
+        (
+            ("vmbusctl start web", "start it"),
+            ("vmbusctl start web --console", "and see it boot"),
+            ("vmbusctl start web --file disk/data/0=./data.qcow2", "with a file of yours for a slot"),
+        ),
+        _start,
+    ),
+    Command(
+        "stop",
+        "stop machines: power button, deadline, then the plug (disks flushed)",
+        "",
+        (
+            ("vmbusctl stop web", "give the guest 60 seconds"),
+            ("vmbusctl stop web --deadline 0", "end it now, its disks flushed"),
+        ),
+        _stop,
+    ),
+    Command(
+        "shutdown",
+        "press the power button",
+        "What the guest makes of it is its own affair; see stop.",
+        (
+            ("vmbusctl shutdown web", "press and return"),
+            ("vmbusctl shutdown --all --wait 90", "all of them, and wait"),
+        ),
+        _shutdown,
+    ),
+    Command(
+        "kill",
+        "end machines at once; what the guest had not flushed is lost",
+        "",
+        (("vmbusctl kill web", "pull the plug"),),
+        _machines,
+    ),
+    Command("reset", "pull the reset line", "", (("vmbusctl reset web", "as the reset button"),), _machines),
+    Command("pause", "stop the vCPUs", "", (("vmbusctl pause web", "until resume"),), _machines),
+    Command("resume", "let paused machines go on", "", (("vmbusctl resume web", "go on"),), _machines),
+    Command(
+        "console",
+        "attach to the serial console; ^] leaves",
+        "First comes the last output (up to 64 KiB). Many may look, one may write.",
+        (
+            ("vmbusctl console web", "read and write"),
+            ("vmbusctl console web --read-only </dev/null >web.log", "record it"),
+        ),
+        _console,
+    ),
+    Command(
+        "wait",
+        "wait for a state",
+        "Ends with status 7 after the timeout, and 8 when the machine crashed instead.",
+        (
+            ("vmbusctl wait web", "until it is stopped"),
+            ("vmbusctl wait web --state running --timeout 10", "up to ten seconds"),
+        ),
+        _wait,
+    ),
+    Command(
+        "undefine",
+        "forget stopped machines; their images stay",
+        "",
+        (("vmbusctl undefine web", "forget it"),),
+        _machines,
+    ),
+    Command("host", "show what this host can do", "", (("vmbusctl host", "KVM, CPUs, memory"),), _nothing),
+)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; exits with status 2 if it is wrong, 0 after --help."""
+    defaults: dict[str, Any] = {
+        "json": False,
+        "bus_address": None,
+        "bus_name": "org.vmbus1",
+        "no_ask": False,
+        "no_autostart": False,
+    }
+    found = parser().parse_args(arguments)
+    for key, value in defaults.items():
+        if not hasattr(found, key):
+            setattr(found, key, value)
+    return found
