@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from vmbus.cli import chain, console, description, files, output
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
+from vmbus.wire import dbus_form
 from vmbus.wire.definition import Definition
 from vmbus.wire.errors import VmbusError
 
@@ -27,11 +28,10 @@ Action = Callable[[Remote, argparse.Namespace], Awaitable[int]]
 async def define(remote: Remote, arguments: argparse.Namespace) -> int:
     """Resolve, show, store."""
     definition = description.build(arguments.file, _flags(arguments))
-    tree = description.to_tree(definition)
-    path = await remote.define(tree)
+    path = await remote.define(definition)
     uuid = _uuid(path)
     if arguments.json:
-        output.print_json({"uuid": uuid, "path": path, "definition": tree})
+        output.print_json({"uuid": uuid, "path": path, "definition": dbus_form.plain(definition)})
         return 0
     _show_chains(definition)
     print(f"defined {definition.name} ({uuid})")
@@ -42,10 +42,10 @@ def dry_run(arguments: argparse.Namespace) -> int:
     """Resolve and show, without a bus."""
     definition = description.build(arguments.file, _flags(arguments))
     if arguments.json:
-        output.print_json({"definition": description.to_tree(definition)})
+        output.print_json({"definition": dbus_form.plain(definition)})
     else:
         _show_chains(definition)
-        output.print_fields(_flat(description.to_tree(definition)))
+        output.print_fields(_flat(dbus_form.plain(definition)))
     return 0
 
 
@@ -53,8 +53,9 @@ async def run(remote: Remote, arguments: argparse.Namespace) -> int:
     """A transient machine on files opened here, with its console."""
     definition = description.build(arguments.file, _flags(arguments))
     with files.opened(files.all_of(definition)) as fds:
-        tree = description.to_tree(description.for_fds(definition))
-        path = await remote.create_transient(tree, fds, paused=not arguments.detach)
+        path = await remote.create_transient(
+            description.for_fds(definition), fds, paused=not arguments.detach
+        )
     if arguments.detach:
         if arguments.json:
             output.print_json({"uuid": _uuid(path), "path": path})
@@ -119,7 +120,7 @@ async def start(remote: Remote, arguments: argparse.Namespace) -> int:
         wanted = {}
         if arguments.files:
             known = (await remote.machine(path)).properties.get("Definition", {})
-            wanted = files.given(description.parse(dict(known)), arguments.files)
+            wanted = files.given(dbus_form.parse(known), arguments.files)
         with files.opened(wanted) as fds:
             await remote.start(path, fds, paused=arguments.paused or arguments.console)
         if arguments.console:
@@ -211,7 +212,7 @@ async def wait(remote: Remote, arguments: argparse.Namespace) -> int:
 
 async def host(remote: Remote, arguments: argparse.Namespace) -> int:
     """What the host can do, and which vmbusd answers."""
-    found = {**await remote.capabilities(), "version": await remote.version()}
+    found = dict(await remote.capabilities())
     if arguments.json:
         output.print_json(found)
         return 0

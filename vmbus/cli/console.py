@@ -118,8 +118,8 @@ def _raw(fd: int) -> Iterator[None]:
         tty.setraw(fd, termios.TCSANOW)
         yield
     finally:
-        # At once, not when the output has drained (a terminal that takes none would keep us here); and what was
-        # typed for the guest is not for the shell. A terminal that was hung up needs neither.
+        # At once, not when the output has drained (a terminal that takes none would keep us here); and what
+        # was typed for the guest is not for the shell. A terminal that was hung up needs neither.
         with contextlib.suppress(termios.error):
             termios.tcsetattr(fd, termios.TCSANOW, before)
             termios.tcflush(fd, termios.TCIFLUSH)

@@ -20,16 +20,11 @@ from typing import Any, Final
 import msgspec
 
 from vmbus.cli import chain
-from vmbus.wire.definition import ID_PATTERN, NAME_PATTERN, Definition, Disk
+from vmbus.wire import dbus_form
+from vmbus.wire.definition import Definition, Disk
 from vmbus.wire.errors import VmbusError
 
 _SUFFIXES: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_IN_WORDS: Final = {
-    NAME_PATTERN: "a letter or digit, then at most 62 letters, digits, '_', '.' and '-'",
-    ID_PATTERN: "a lower-case letter, then at most 19 lower-case letters, digits and '-'",
-    r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$": "six pairs of lower-case hexadecimal digits with colons between",
-    r"^[A-Za-z0-9_.-]{1,15}$": "the name of a network interface: up to 15 letters, digits, '_', '.', '-'",
-}
 _DISK_FLAG_KEYS: Final = frozenset(
     {"path", "format", "backing-format", "id", "read-only", "serial", "queues", "source"}
 )
@@ -76,31 +71,7 @@ def build(file: str | None, flags: Flags) -> Definition:
             )
     tree["disks"] = [_disk(disk, index) for index, disk in enumerate(_tables(tree, "disks"))]
     tree["nics"] = [_nic(nic, index) for index, nic in enumerate(_tables(tree, "nics"))]
-    return parse(tree)
-
-
-def parse(tree: dict[str, Any]) -> Definition:
-    """A tree with the D-Bus keys as a checked Definition; VmbusError names the key that is wrong."""
-    try:
-        definition = msgspec.convert(_underscored(tree, ""), Definition)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$")
-        argument = where.rstrip("`").lstrip(".").replace("_", "-")
-        raise VmbusError("InvalidArgument", _plain(message), argument=argument) from None
-    if definition.kernel.source == "path" and definition.kernel.path is None:
-        raise VmbusError(
-            "InvalidArgument", "is missing; there is no boot without a kernel yet", argument="kernel.path"
-        )
-    _refuse_twice("disks", [disk.id for disk in definition.disks])
-    _refuse_twice("nics", [nic.id for nic in definition.nics])
-    return definition
-
-
-def to_tree(definition: Definition) -> dict[str, Any]:
-    """The definition with the D-Bus keys; what has its default is left out."""
-    tree = _hyphened(msgspec.to_builtins(definition))
-    assert isinstance(tree, dict)
-    return tree
+    return dbus_form.parse(tree)
 
 
 def for_fds(definition: Definition) -> Definition:
@@ -261,7 +232,7 @@ def _disk(table: dict[str, Any], index: int) -> dict[str, Any]:
     layers = chain.resolve(
         str(path), str(image_format), backing_format=backing_format, argument=f"{where}.path"
     )
-    disk["layers"] = [_hyphened(msgspec.to_builtins(layer)) for layer in layers]
+    disk["layers"] = [dbus_form.plain(layer) for layer in layers]
     return disk
 
 
@@ -279,46 +250,3 @@ def _new_mac() -> str:
     octets = bytearray(secrets.token_bytes(6))
     octets[0] = 0x52
     return ":".join(f"{octet:02x}" for octet in octets)
-
-
-def _underscored(node: Any, where: str) -> Any:
-    if isinstance(node, dict):
-        for key in node:
-            if "_" in key:
-                raise VmbusError(
-                    "InvalidArgument",
-                    f"is not known; did you mean {key.replace('_', '-')}?",
-                    argument=f"{where}{key}",
-                )
-        return {key.replace("-", "_"): _underscored(value, f"{where}{key}.") for key, value in node.items()}
-    if isinstance(node, list):
-        return [_underscored(item, f"{where.rstrip('.')}[{index}].") for index, item in enumerate(node)]
-    return node
-
-
-def _hyphened(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key.replace("_", "-"): _hyphened(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_hyphened(item) for item in node]
-    return node
-
-
-def _plain(message: str) -> str:
-    """msgspec's sentence in the words of the manual."""
-    unknown = "Object contains unknown field "
-    if message.startswith(unknown):
-        return f"has an unknown key {message.removeprefix(unknown).strip('`').replace('_', '-')!r}"
-    missing = "Object missing required field "
-    if message.startswith(missing):
-        return f"needs the key {message.removeprefix(missing).strip('`').replace('_', '-')!r}"
-    for pattern, words in _IN_WORDS.items():
-        if message.endswith(f"matching regex '{pattern}'"):
-            return f"must be {words}"
-    return message[:1].lower() + message[1:].replace("`", "")
-
-
-def _refuse_twice(argument: str, ids: list[str]) -> None:
-    for one in ids:
-        if ids.count(one) > 1:
-            raise VmbusError("InvalidArgument", f"the id {one!r} is given twice", argument=argument)

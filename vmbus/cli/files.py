@@ -57,7 +57,7 @@ def given(definition: Definition, assignments: list[str]) -> dict[str, tuple[str
         if name not in by_fd:
             known = ", ".join(sorted(by_fd)) or 'none; declare it with source = "fd"'
             raise VmbusError(
-                "InvalidArgument", f"{name!r} is not a slot that takes a file: {known}", argument="--file"
+                "InvalidArgument", f"{name!r} takes no file; these do: {known}", argument="--file"
             )
         wanted[name] = (path, by_fd[name].writable)
     return wanted

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -20,7 +19,7 @@ def print_json(document: Any) -> None:
 def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Columns as wide as their widest cell; no header when stdout is not a terminal's, as scripts want it."""
     cells = [[printable(str(cell)) for cell in row] for row in rows]
-    lines = [list(header), *cells] if os.isatty(sys.stdout.fileno()) else cells
+    lines = [list(header), *cells] if sys.stdout.isatty() else cells
     widths = [max((len(line[column]) for line in lines), default=0) for column in range(len(header))]
     for line in lines:
         text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))

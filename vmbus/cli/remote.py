@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vmbusd's objects as vmbusctl sees them: one method here for one on the bus, in Python's types.
 
-Everything goes through ``Bus``, the four operations of a D-Bus connection that a client needs;
-vmbus.bus.Client has them, and so have the fakes of the tests.
+Everything goes through ``Connection``: vmbus.bus.Client with what a command-line program needs besides
+(connection.py), or the fake of the tests.
 """
 
 from __future__ import annotations
@@ -11,53 +11,51 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
+from vmbus.wire.definition import Definition
 from vmbus.wire.errors import KINDS, VmbusError
 
 ROOT: Final = "/org/vmbus1"
 HOST: Final = "/org/vmbus1/host"
-MANAGER: Final = "org.vmbus1.Manager"
-MACHINE: Final = "org.vmbus1.Machine"
-JOB: Final = "org.vmbus1.Job"
-_PROPERTIES: Final = "org.freedesktop.DBus.Properties"
-_OBJECT_MANAGER: Final = "org.freedesktop.DBus.ObjectManager"
-
 ENDED: Final = frozenset({"stopped", "crashed"})
 
 T = TypeVar("T")
+Handler = Callable[[str, str, list[Any]], None]
+"""Told of interface, member and body of a signal."""
 
 
-class Bus(Protocol):
-    """A connection to the bus, speaking to one vmbusd."""
+class Connection(Protocol):
+    """A connection to the bus, speaking to one vmbusd. Everything raises VmbusError and nothing else."""
 
-    async def call(
-        self,
-        path: str,
-        interface: str,
-        member: str,
-        signature: str,
-        body: Sequence[Any],
-        *,
-        fds: Sequence[int] = (),
-    ) -> tuple[list[Any], list[int]]:
-        """Call and return body and fds (the caller's to close). Variants are unwrapped. Raises VmbusError."""
+    async def call(self, path: str, method: str, *args: Any) -> Any:
+        """Call "Machine.Start"; None, one value or a list of values. fds in and out as they are."""
         ...
 
-    async def subscribe(
-        self, path: str | None, interface: str, member: str, callback: Callable[[str, list[Any]], None]
-    ) -> Callable[[], None]:
-        """Call back with path and body for each such signal of vmbusd; returns what ends that."""
+    async def get_all(self, path: str, interface: str) -> dict[str, Any]:
+        """The properties of "Machine" (or another) that the caller may see."""
+        ...
+
+    async def managed_objects(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """All objects: path, interface, property, value."""
+        ...
+
+    async def watch(self, path: str, handler: Handler) -> None:
+        """Tell ``handler`` of each signal of the object at ``path``, as long as the connection lives."""
         ...
 
     async def gone(self) -> None:
         """Return when vmbusd has left the bus, or the bus is gone."""
         ...
 
-    def variant(self, signature: str, value: Any) -> Any:
-        """A value for a ``v``."""
+    def form(self, definition: Definition) -> dict[str, Any]:
+        """The definition as an ``a{sv}``."""
+        ...
+
+    def flags(self, **flags: bool) -> dict[str, Any]:
+        """Boolean options as an ``a{sv}``."""
         ...
 
 
@@ -81,7 +79,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Moment:
-    """A machine's state at one moment, as a watch reports it."""
+    """A machine's state at one moment, with its reason where the caller may know it."""
 
     state: str
     reason: str
@@ -91,92 +89,87 @@ class Moment:
 class Remote:
     """vmbusd, over one connection."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._call = connection.call
 
-    async def define(self, tree: Mapping[str, Any]) -> str:
+    async def define(self, definition: Definition) -> str:
         """Manager.DefineMachine; the new machine's path."""
-        return str(await self._value(ROOT, MANAGER, "DefineMachine", "a{sv}", [self._variants(tree)]))
+        return str(await self._call(ROOT, "Manager.DefineMachine", self._connection.form(definition)))
 
     async def create_transient(
-        self, tree: Mapping[str, Any], files: Mapping[str, int], *, paused: bool
+        self, definition: Definition, files: Mapping[str, int], *, paused: bool
     ) -> str:
         """Manager.CreateTransient. ``files`` are fds by slot; they stay the caller's."""
-        fds = list(files.values())
-        indices = {slot: index for index, slot in enumerate(files)}
-        options = self._variants({"paused": paused})
-        body = [self._variants(tree), indices, options]
-        return str(await self._value(ROOT, MANAGER, "CreateTransient", "a{sv}a{sh}a{sv}", body, fds=fds))
+        form, options = self._connection.form(definition), self._connection.flags(paused=paused)
+        return str(await self._call(ROOT, "Manager.CreateTransient", form, dict(files), options))
 
     async def find(self, name: str) -> str:
         """The path of the caller's machine ``name``, or of the one with that UUID."""
-        return str(await self._value(ROOT, MANAGER, "GetMachine", "s", [name]))
+        return str(await self._call(ROOT, "Manager.GetMachine", name))
 
     async def machine(self, path: str) -> Machine:
         """What the caller may see of a machine."""
-        return Machine(path, await self._value(path, _PROPERTIES, "GetAll", "s", [MACHINE]))
+        return Machine(path, await self._connection.get_all(path, "Machine"))
 
     async def machines(self, *, everyone: bool) -> list[Machine]:
-        """The caller's machines, or all that there are; in the order of their names."""
-        objects = await self._value(ROOT, _OBJECT_MANAGER, "GetManagedObjects", "", [])
-        found = [Machine(path, known[MACHINE]) for path, known in objects.items() if MACHINE in known]
-        own = [machine for machine in found if everyone or machine.properties["Owner"] == os.getuid()]
-        return sorted(own, key=lambda machine: (machine.properties["Owner"], machine.name))
+        """The caller's machines, or all that there are; by owner and name. Root's are everybody's."""
+        objects = await self._connection.managed_objects()
+        found = [
+            Machine(path, interfaces["org.vmbus1.Machine"])
+            for path, interfaces in objects.items()
+            if "org.vmbus1.Machine" in interfaces
+        ]
+        mine = os.getuid()
+        shown = [one for one in found if everyone or mine in (0, one.properties["Owner"])]
+        return sorted(shown, key=lambda one: (one.properties["Owner"], one.name))
 
     async def start(self, path: str, files: Mapping[str, int], *, paused: bool) -> None:
         """Machine.Start; returns when the guest runs."""
-        fds = list(files.values())
-        body = [self._variants({"paused": paused}), {slot: index for index, slot in enumerate(files)}]
-        await self._bus.call(path, MACHINE, "Start", "a{sv}a{sh}", body, fds=fds)
+        await self._call(path, "Machine.Start", self._connection.flags(paused=paused), dict(files))
 
     async def act(self, path: str, method: str) -> None:
         """A method of Machine without arguments or result: Shutdown, Kill, Reset, Pause, Resume, Undefine."""
-        await self._bus.call(path, MACHINE, method, "", [])
+        await self._call(path, f"Machine.{method}")
 
     async def stop(self, path: str, deadline_seconds: float) -> str:
         """Machine.Stop; the path of its job."""
-        return str(await self._value(path, MACHINE, "Stop", "t", [round(deadline_seconds * 1e6)]))
+        return str(await self._call(path, "Machine.Stop", round(deadline_seconds * 1e6)))
 
     async def console(self, path: str, *, write: bool, steal: bool) -> socket.socket:
         """Machine.OpenConsole; the caller closes the socket."""
-        options = self._variants({"write": write, "steal": steal})
-        _, fds = await self._bus.call(path, MACHINE, "OpenConsole", "a{sv}", [options])
-        for extra in fds[1:]:
-            os.close(extra)
-        if not fds:
-            raise VmbusError("Internal", "vmbusd answered without a console")
-        return socket.socket(fileno=fds[0])
+        options = self._connection.flags(write=write, steal=steal)
+        return socket.socket(fileno=await self._call(path, "Machine.OpenConsole", options))
 
     async def stats(self, path: str) -> Mapping[str, Any]:
         """Machine.GetStats."""
-        found: Mapping[str, Any] = await self._value(path, MACHINE, "GetStats", "", [])
+        found: Mapping[str, Any] = await self._call(path, "Machine.GetStats")
         return found
 
     async def capabilities(self) -> Mapping[str, Any]:
-        """Host.GetCapabilities."""
-        found: Mapping[str, Any] = await self._value(HOST, "org.vmbus1.Host", "GetCapabilities", "", [])
-        return found
-
-    async def version(self) -> str:
-        """Manager.Version."""
-        return str(await self._value(ROOT, _PROPERTIES, "Get", "ss", [MANAGER, "Version"]))
+        """Host.GetCapabilities, with the version of vmbusd."""
+        found: Mapping[str, Any] = await self._call(HOST, "Host.GetCapabilities")
+        return {**found, "version": (await self._connection.get_all(ROOT, "Manager"))["Version"]}
 
     async def finish(self, job: str) -> None:
         """Return when a job is done; raises VmbusError as it failed, Cancelled, or Disconnected."""
         ended = asyncio.Event()
 
-        def changed(_path: str, body: list[Any]) -> None:
-            if body[0] == JOB and body[1].get("State", "running") != "running":
+        def told(_interface: str, member: str, body: list[Any]) -> None:
+            news = body[1] if member == "PropertiesChanged" else {}
+            if news.get("State", "running") != "running":
                 ended.set()
 
-        stop = await self._bus.subscribe(job, _PROPERTIES, "PropertiesChanged", changed)
+        await self._connection.watch(job, told)
         try:
-            found = await self._value(job, _PROPERTIES, "GetAll", "s", [JOB])
+            found = await self._connection.get_all(job, "Job")
             if found["State"] == "running":
-                await _or_gone(self._bus, ended.wait())
-                found = await self._value(job, _PROPERTIES, "GetAll", "s", [JOB])
-        finally:
-            stop()
+                await self._or_gone(ended.wait())
+                found = await self._connection.get_all(job, "Job")
+        except VmbusError as error:
+            if error.kind == "NotFound":  # a finished job is kept for half a minute only
+                return
+            raise
         if found["State"] == "failed":
             kind = str(found.get("Error", "")).rpartition(".")[2]
             raise VmbusError(kind if kind in KINDS else "Internal", str(found.get("Message", "")))
@@ -185,58 +178,37 @@ class Remote:
 
     @contextlib.asynccontextmanager
     async def watch(self, path: str) -> AsyncIterator[Watch]:
-        """The states of a machine from now on, with their reasons where the caller may know them."""
-        watch = Watch(self._bus)
-        stop_changes = await self._bus.subscribe(path, _PROPERTIES, "PropertiesChanged", watch.changed)
-        stop_removals = await self._bus.subscribe(
-            ROOT, _OBJECT_MANAGER, "InterfacesRemoved", watch.removed(path)
-        )
+        """The states of a machine from now on."""
+        watch = Watch(self._or_gone)
+        await self._connection.watch(path, watch.told)
+        await self._connection.watch(ROOT, watch.told_by_manager(path))
+        await self._call(ROOT, "Manager.Subscribe")
         try:
-            await self._bus.call(ROOT, MANAGER, "Subscribe", "", [])
-            with contextlib.suppress(VmbusError):  # not there any more: the removal says so
-                watch.begin((await self.machine(path)).properties)
-            yield watch
+            watch.begin((await self.machine(path)).properties)
+        except VmbusError as error:
+            if error.kind != "NotFound":
+                raise
+            watch.removed()
+        yield watch
+
+    async def _or_gone(self, what: Coroutine[Any, Any, T]) -> T:
+        """The result of ``what``, unless vmbusd leaves the bus first: then VmbusError Disconnected."""
+        result, gone = asyncio.ensure_future(what), asyncio.ensure_future(self._connection.gone())
+        try:
+            await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if result.done():
+                return result.result()
+            raise VmbusError("Disconnected", "vmbusd has left the bus; machines go on without it")
         finally:
-            stop_changes()
-            stop_removals()
-
-    async def _value(
-        self,
-        path: str,
-        interface: str,
-        member: str,
-        signature: str,
-        body: Sequence[Any],
-        *,
-        fds: Sequence[int] = (),
-    ) -> Any:
-        answer, extra = await self._bus.call(path, interface, member, signature, body, fds=fds)
-        for fd in extra:
-            os.close(fd)
-        if not answer:
-            raise VmbusError("Internal", f"vmbusd answered {member} without a value")
-        return answer[0]
-
-    def _variants(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: self._variant(value) for key, value in tree.items()}
-
-    def _variant(self, value: Any) -> Any:
-        if isinstance(value, bool):
-            return self._bus.variant("b", value)
-        if isinstance(value, int):
-            return self._bus.variant("t", value)
-        if isinstance(value, str):
-            return self._bus.variant("s", value)
-        if isinstance(value, dict):
-            return self._bus.variant("a{sv}", self._variants(value))
-        return self._bus.variant("aa{sv}", [self._variants(item) for item in value])
+            result.cancel()
+            gone.cancel()
 
 
 class Watch:
     """The states that a machine goes through; made by Remote.watch."""
 
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
+    def __init__(self, or_gone: Callable[[Coroutine[Any, Any, Any]], Coroutine[Any, Any, Any]]) -> None:
+        self._or_gone = or_gone
         self._known: dict[str, Any] = {}
         self._news: asyncio.Queue[Moment | None] = asyncio.Queue()
 
@@ -248,7 +220,7 @@ class Watch:
         """
         last = Moment("stopped", "", "the machine is not there any more")
         while True:
-            moment = await _or_gone(self._bus, self._news.get())
+            moment: Moment | None = await self._or_gone(self._news.get())
             if moment is None:
                 return last
             last = moment
@@ -260,41 +232,26 @@ class Watch:
         self._known = {**properties, **self._known}
         self._tell()
 
-    def changed(self, _path: str, body: list[Any]) -> None:
-        """PropertiesChanged."""
-        interface, values, _ = body
-        if interface == MACHINE and values:
-            self._known.update(values)
+    def told(self, _interface: str, member: str, body: list[Any]) -> None:
+        """A signal of the machine."""
+        if member == "PropertiesChanged" and body[0] == "org.vmbus1.Machine" and body[1]:
+            self._known.update(body[1])
             self._tell()
 
-    def removed(self, path: str) -> Callable[[str, list[Any]], None]:
-        """InterfacesRemoved, of ``path``."""
+    def told_by_manager(self, path: str) -> Handler:
+        """What hears of the removal of ``path``."""
 
-        def callback(_manager: str, body: list[Any]) -> None:
-            if body[0] == path:
-                self._news.put_nowait(None)
+        def told(_interface: str, member: str, body: list[Any]) -> None:
+            if member == "InterfacesRemoved" and body[0] == path:
+                self.removed()
 
-        return callback
+        return told
+
+    def removed(self) -> None:
+        """The machine is not there any more."""
+        self._news.put_nowait(None)
 
     def _tell(self) -> None:
         if "State" in self._known:
-            self._news.put_nowait(
-                Moment(
-                    str(self._known["State"]),
-                    str(self._known.get("StateReason", "")),
-                    str(self._known.get("StateDetail", "")),
-                )
-            )
-
-
-async def _or_gone(bus: Bus, what: Coroutine[Any, Any, T]) -> T:
-    """The result of ``what``, unless vmbusd leaves the bus first: then VmbusError Disconnected."""
-    result, gone = asyncio.ensure_future(what), asyncio.ensure_future(bus.gone())
-    try:
-        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if result.done():
-            return result.result()
-        raise VmbusError("Disconnected", "vmbusd has left the bus; machines go on without it")
-    finally:
-        result.cancel()
-        gone.cancel()
+            news = (str(self._known.get(key, "")) for key in ("State", "StateReason", "StateDetail"))
+            self._news.put_nowait(Moment(*news))

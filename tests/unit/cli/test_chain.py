@@ -41,7 +41,7 @@ def header(
     sizes = struct.pack(">QIIQQIIQ", 1 << 20, 0, 1, 65536, 131072, 1, 0, 0)
     features = struct.pack(">QQQII", 0, 0, 0, 4, 104)
     head = names + sizes + features
-    return bytearray(head.ljust(112, b"\0") + b"\0" * 8 + backing).ljust(1 << 16, b"\0")  # type: ignore[return-value]
+    return bytearray(head.ljust(112, b"\0") + b"\0" * 8 + backing).ljust(1 << 16, b"\0")
 
 
 @needs_qemu_img

@@ -55,8 +55,8 @@ def desk() -> Iterator[Desk]:
     pid, terminal = pty.fork()
     if pid == 0:
         guest.close()
-        # Exit status 100 + the ending's number, so that the test sees what attach returned. An alarm ends a child
-        # that a failed test leaves behind.
+        # Exit status 100 + the ending's number, so that the test sees what attach returned. An alarm ends a
+        # child that a failed test leaves behind.
         signal.alarm(30)
         try:
             os._exit(100 + ENDINGS.index(console.attach(ours)))
@@ -142,10 +142,13 @@ def test_what_a_guest_left_on_the_screen_is_undone(desk: Desk) -> None:
 
 def test_a_guest_that_does_not_read_holds_up_the_keyboard_and_not_the_screen(desk: Desk) -> None:
     desk.guest.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    os.set_blocking(desk.terminal, False)
     for _ in range(400):
-        if not select.select([], [desk.terminal], [], 0.2)[1]:
-            break
-        os.write(desk.terminal, b"k" * 4000)
+        try:
+            os.write(desk.terminal, b"k" * 4000)
+        except BlockingIOError:
+            if not select.select([], [desk.terminal], [], 0.2)[1]:
+                break
     desk.guest.sendall(b"still here")
     assert b"still here" in desk.read_until(b"still here")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from vmbus.cli import description
 from vmbus.cli.description import Flags
-from vmbus.wire.definition import slots
+from vmbus.wire.definition import Definition, slots
 from vmbus.wire.errors import VmbusError
 
 GOOD = """
@@ -44,6 +45,17 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def as_written(definition: Definition) -> object:
+    """What is not a default, with the keys of D-Bus."""
+
+    def kebab(node: object) -> object:
+        if isinstance(node, dict):
+            return {key.replace("_", "-"): kebab(value) for key, value in node.items()}
+        return [kebab(item) for item in node] if isinstance(node, list) else node
+
+    return kebab(msgspec.to_builtins(definition))
+
+
 def refused(file: Path | None, flags: Flags) -> VmbusError:
     with pytest.raises(VmbusError) as caught:
         description.build(str(file) if file else None, flags)
@@ -53,7 +65,7 @@ def refused(file: Path | None, flags: Flags) -> VmbusError:
 def test_a_file_gives_every_key_and_paths_are_taken_from_its_directory(place: Path) -> None:
     found = description.build(str(place / "web.toml"), Flags())
 
-    assert description.to_tree(found) == {
+    assert as_written(found) == {
         "name": "web",
         "memory": 512 << 20,
         "vcpus": 2,
@@ -124,21 +136,21 @@ def test_sizes_are_bytes_or_carry_a_power_of_1024(text: str | int, count: int) -
 @pytest.mark.parametrize(
     ("flags", "argument", "words"),
     [
-        (Flags(name="a/b"), "name", "letter or digit"),
+        (Flags(name="a/b"), "name", "begins with a letter or digit"),
         (Flags(memory="much"), "memory", "K, M, G or T"),
-        (Flags(memory="0"), "memory", "1048576"),
+        (Flags(memory="0"), "memory", "0 is not in 1048576"),
         (Flags(memory="1048577"), "memory", "multiple"),
-        (Flags(vcpus=0), "vcpus", ">= 1"),
-        (Flags(vcpus=1000), "vcpus", "<= 16"),
-        (Flags(cpu_model="Ö"), "cpu-model", "regex"),
-        (Flags(machine_type="q35"), "machine-type", "vmbus-0|q35"),
+        (Flags(vcpus=0), "vcpus", "not in 1–16"),
+        (Flags(vcpus=1000), "vcpus", "not in 1–16"),
+        (Flags(cpu_model="Ö"), "cpu-model", "lower-case"),
+        (Flags(machine_type="q35"), "machine-type", "vmbus-0"),
         (Flags(disks=["x"]), "disks[0].format", "never guessed"),
         (Flags(disks=["x,format=vdi"]), "disks[0].path", "'vdi'"),
         (Flags(disks=["x,format=raw,format=raw"]), "--disk", "twice"),
         (Flags(disks=["x,size=1"]), "--disk", "'size' is not known"),
         (Flags(disks=["x,queues=many"]), "--disk", "number"),
         (Flags(nics=["br0,mac=AA:00:00:00:00:01"]), "nics[0].mac", "lower-case"),
-        (Flags(nics=["br0,id=a", "br1,id=a"]), "nics", "twice"),
+        (Flags(nics=["br0,id=a", "br1,id=a"]), "nics[1].id", "twice"),
     ],
 )
 def test_each_mistake_is_refused_with_the_argument_that_it_is_about(
@@ -146,17 +158,17 @@ def test_each_mistake_is_refused_with_the_argument_that_it_is_about(
 ) -> None:
     error = refused(place / "web.toml", flags)
     assert error.argument == argument
-    assert any(word in error.message for word in words.split("|")), error.message
+    assert words in error.message
 
 
 @pytest.mark.parametrize(
     ("old", "new", "argument", "words"),
     [
         ('name = "web"', "", "name", "missing"),
-        ("vcpus = 2", "cores = 2", "", "unknown key 'cores'"),
+        ("vcpus = 2", "cores = 2", "cores", "no such key"),
         ("vcpus = 2", "cpu_model = 2", "cpu_model", "did you mean cpu-model"),
-        ("vcpus = 2", 'vcpus = "two"', "vcpus", "expected int"),
-        ("[kernel]", "[kernel]\nimage = 1", "kernel", "unknown key 'image'"),
+        ("vcpus = 2", 'vcpus = "two"', "vcpus", "not an integer"),
+        ("[kernel]", "[kernel]\nimage = 1", "kernel.image", "no such key"),
         ('path = "vmlinuz"', "", "kernel.path", "missing"),
         ("[[disks]]", "[disks]", "disks", "[[disks]]"),
         ('format = "raw"', "", "disks[0].format", "never guessed"),
