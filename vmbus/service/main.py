@@ -19,6 +19,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
@@ -184,7 +185,7 @@ async def _until_told(bus: Bus) -> int:
 
 def _say_ready(options: argparse.Namespace) -> None:
     log.info("instance %s serves %s with %s", options.instance, options.bus_name, LIBRARY)
-    print("ready", file=sys.stderr, flush=True)
+    log.info("ready")
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
@@ -192,10 +193,26 @@ def _say_ready(options: argparse.Namespace) -> None:
             notify.send(b"READY=1")
 
 
+class _OneLine(logging.Formatter):
+    """One line an entry, with the time; what others sent cannot forge a second one. Tracebacks follow indented."""
+
+    converter = time.gmtime
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = super().format(record).split("\n")
+        clean = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
+        return "\n    ".join(clean)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The program."""
     options = arguments(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     os.umask(0o077)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MOST_FILES), hard))

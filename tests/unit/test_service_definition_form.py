@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The D-Bus form of a definition: what is taken, what is refused and how the refusal reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vmbus.wire import dbus_form
+from vmbus.wire.definition import Definition, Disk, Kernel, Layer, Nic
+from vmbus.wire.errors import VmbusError
+
+LEAST: dict[str, Any] = {"name": "one", "memory": 64 << 20, "kernel": {"path": "/boot/vmlinuz"}}
+DISK = {"id": "root", "layers": [{"format": "qcow2", "path": "/images/root.qcow2"}]}
+
+
+def refusal(**changes: Any) -> VmbusError:
+    with pytest.raises(VmbusError) as caught:
+        dbus_form.parse({**LEAST, **changes})
+    assert caught.value.kind == "InvalidArgument"
+    return caught.value
+
+
+def test_the_least_definition_gets_the_defaults() -> None:
+    definition = dbus_form.parse(LEAST)
+    assert definition == Definition(name="one", memory=64 << 20, kernel=Kernel(path="/boot/vmlinuz"))
+    assert definition.vcpus == 1
+
+
+def test_what_is_built_is_parsed_to_the_same() -> None:
+    definition = Definition(
+        name="full",
+        memory=1 << 30,
+        kernel=Kernel(path="/k", initrd_path="/i", cmdline="console=ttyS0"),
+        vcpus=4,
+        memory_kind="shareable",
+        disks=[
+            Disk(
+                id="root",
+                layers=[
+                    Layer(format="qcow2", path="/a", backing_name="b.qcow2"),
+                    Layer(format="qcow2", path="/b", data_name="b.raw", data_path="/b.raw"),
+                ],
+                serial="S1",
+                queues=2,
+            )
+        ],
+        nics=[Nic(id="net", mac="52:54:00:00:00:01", bridge="br0")],
+        rng=False,
+        on_reset="end",
+    )
+    assert dbus_form.parse(dbus_form.plain(definition)) == definition
+
+
+def test_signatures_are_those_of_the_documentation() -> None:
+    form = dbus_form.build(dbus_form.parse({**LEAST, "disks": [DISK]}))
+    signatures = {key: signature for key, (signature, _) in form.items()}
+    assert signatures["memory"] == "t"
+    assert signatures["vcpus"] == "u"
+    assert signatures["kernel"] == "a{sv}"
+    assert signatures["disks"] == "aa{sv}"
+    assert signatures["rng"] == "b"
+
+
+@pytest.mark.parametrize("vcpus", [0, 17, 1000])
+def test_a_number_of_vcpus_that_cannot_be_names_the_range(vcpus: int) -> None:
+    assert str(refusal(vcpus=vcpus)) == f"vcpus: {vcpus} is not in 1–16"
+
+
+@pytest.mark.parametrize("memory", [0, -1, 1 << 43])
+def test_memory_out_of_range_is_refused(memory: int) -> None:
+    assert refusal(memory=memory).argument == "memory"
+
+
+def test_memory_that_is_no_multiple_of_a_mebibyte_is_refused() -> None:
+    assert "not a multiple of 1048576" in str(refusal(memory=(64 << 20) + 1))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "-x", "a b", "a\n", "x" * 64, "a\0b"])
+def test_a_name_that_cannot_be_is_refused(name: str) -> None:
+    assert refusal(name=name).argument == "name"
+
+
+def test_an_unknown_key_is_refused_with_what_it_may_have_meant() -> None:
+    assert str(refusal(vcpu=2)) == "vcpu: there is no such key; did you mean vcpus?"
+
+
+def test_an_unknown_key_inside_a_disk_is_named_with_its_place() -> None:
+    assert refusal(disks=[{**DISK, "read_only": True}]).argument == "disks[0].read_only"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("memory", "64M"),
+        ("memory", True),
+        ("vcpus", 1.0),
+        ("rng", 1),
+        ("disks", {}),
+        ("kernel", "/boot/vmlinuz"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(key: str, value: Any) -> None:
+    assert refusal(**{key: value}).argument == key
+
+
+@pytest.mark.parametrize("missing", ["name", "memory", "kernel"])
+def test_what_is_required_is_named_when_it_is_missing(missing: str) -> None:
+    with pytest.raises(VmbusError) as caught:
+        dbus_form.parse({key: value for key, value in LEAST.items() if key != missing})
+    assert caught.value.argument == missing
+
+
+@pytest.mark.parametrize(
+    ("disk", "argument"),
+    [
+        ({"id": "root", "layers": []}, "disks[0].layers"),
+        ({"id": "Root", "layers": DISK["layers"]}, "disks[0].id"),
+        ({"id": "root", "layers": [{"format": "vmdk", "path": "/a"}]}, "disks[0].layers[0].format"),
+        ({"id": "root", "layers": [{"format": "qcow2"}]}, "disks[0].layers[0].path"),
+        ({"id": "root", "layers": [{"format": "qcow2", "path": "a"}]}, "disks[0].layers[0].path"),
+        (
+            {"id": "root", "layers": [{"format": "qcow2", "path": "/a", "backing-name": "b"}]},
+            "disks[0].layers",
+        ),
+        (
+            {"id": "root", "layers": [{"format": "qcow2", "path": "/a"}, {"format": "raw", "path": "/b"}]},
+            "disks[0].layers[0].backing-name",
+        ),
+        (
+            {"id": "root", "layers": [{"format": "raw", "path": "/a", "data-name": "b", "data-path": "/b"}]},
+            "disks[0].layers[0].format",
+        ),
+        (
+            {"id": "root", "layers": [{"format": "qcow2", "path": "/a", "data-name": "b"}]},
+            "disks[0].layers[0].data-path",
+        ),
+        ({"id": "root", "source": "fd", "layers": DISK["layers"]}, "disks[0].layers[0].path"),
+    ],
+)
+def test_a_disk_that_contradicts_itself_is_refused(disk: dict[str, Any], argument: str) -> None:
+    assert refusal(disks=[disk]).argument == argument
+
+
+def test_two_devices_of_one_name_are_refused() -> None:
+    assert refusal(disks=[DISK, DISK]).argument == "disks[1].id"
+
+
+def test_a_group_mac_address_is_refused() -> None:
+    nic = {"id": "net", "mac": "53:54:00:00:00:01", "bridge": "br0"}
+    assert refusal(nics=[nic]).argument == "nics[0].mac"
+
+
+def test_a_kernel_by_fd_has_no_path() -> None:
+    assert refusal(kernel={"source": "fd", "path": "/k"}).argument == "kernel.source"
+    assert dbus_form.parse({**LEAST, "kernel": {"source": "fd"}}).kernel.path is None
