@@ -194,15 +194,11 @@ def _say_ready(options: argparse.Namespace) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """One line an entry, with the time; what others sent cannot forge a second one. Tracebacks follow indented."""
-
-    converter = time.gmtime
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    """One line an entry, with the time; what others sent cannot forge a second one. Tracebacks are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
-        lines = super().format(record).split("\n")
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        lines = f"{stamp} {super().format(record)}".split("\n")
         clean = ("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
         return "\n    ".join(clean)
 
