@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Children of the broker: whatever may block (NSS, a user's file system, rtnl) runs in one.
 
-A child is a fork of the broker that keeps only the descriptors it is handed, reports one typed value or one
-named error over a socketpair, and has a deadline. At the deadline the waiting task gets Timeout and the child
-SIGKILL; a child that hangs in the kernel stays *stuck* and counted until its pidfd says that it has ended, so
-one user can hold at most PER_USER of them, and all users together IN_ALL. Further work of that user queues.
+A child is a fork of the broker that keeps only the descriptors it is handed, gives root up (``become``) as
+soon as it can, reports one typed value or one named error over a socketpair, and has a deadline. At the
+deadline the waiting task gets Timeout and the child SIGKILL; a child that hangs in the kernel stays *stuck*
+and counted until its pidfd says that it has ended, so one user can hold at most PER_USER of them, and all
+together IN_ALL. Further work for that user queues.
+
+Code that needs no uid 0 lives in ``vmbus.broker.dropped`` and is imported only after ``become``.
 """
 
 from __future__ import annotations
@@ -15,120 +18,113 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any, Final, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 import prctl
 
 from vmbus.broker import syscalls
-from vmbus.broker.loop import Loop, Pending, Task, wait
-from vmbus.broker.steps import log
+from vmbus.broker.loop import Loop, Pending, Task
 from vmbus.wire.errors import KINDS, VmbusError
 from vmbus.wire.packet import LIMIT
 
-PER_USER: Final = 4
-IN_ALL: Final = 64
-DEADLINE: Final = 10.0  # seconds
+PER_USER = 4
+IN_ALL = 64
+DEADLINE = 10.0  # seconds
+NOBODY = 65534
 
 T = TypeVar("T")
 
 
-class _Failed(msgspec.Struct, tag="failed"):
-    kind: str
-    message: str
-    argument: str
+class _Report(msgspec.Struct):
+    value: msgspec.Raw = msgspec.Raw(b"\xc0")
+    error: tuple[str, str, str] | None = None  # kind, message, argument
 
 
 class Channel:
     """The child's side: where it reports, and the descriptors that it kept, in the order they were given."""
 
     def __init__(self, sock: socket.socket, fds: list[int]) -> None:
-        self.socket = sock
-        self.fds = fds
+        self.socket, self.fds = sock, fds
 
     def report(self, value: Any) -> None:
         """Hand the value to the broker."""
-        self.socket.send(b"+" + msgspec.msgpack.encode(value))
+        self._send(_Report(value=msgspec.Raw(msgspec.msgpack.encode(value))))
 
-    def fail(self, error: VmbusError) -> None:
+    def fail(self, kind: str, message: str, argument: str = "") -> None:
         """Hand an error to the broker."""
-        failed = _Failed(error.kind, error.message[:2000], error.argument)
-        self.socket.send(b"-" + msgspec.msgpack.encode(failed))
+        self._send(_Report(error=(kind, message[:4000], argument)))
+
+    def _send(self, report: _Report) -> None:
+        self.socket.send(msgspec.msgpack.encode(report))
+
+
+Work = Callable[[Channel], None]
 
 
 class Child(Generic[T]):
-    """A running child. ``reported`` is its value or error, ``gone`` is settled when the process has ended."""
+    """A running child. ``reported``: its value or error; ``gone``: its exit status or signal, at its end."""
 
-    def __init__(
-        self, loop: Loop, run: Callable[[Channel], None], kind: type[T], fds: list[int], deadline: float
-    ) -> None:
+    def __init__(self, loop: Loop, work: Work, kind: type[T], fds: list[int], deadline: float) -> None:
         self.reported: Pending[T] = Pending()
         self.gone: Pending[int] = Pending()
         self._loop = loop
-        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._kind = kind
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.pid = os.fork()
-        if self.pid == 0:
-            _child(theirs, fds, run)
+        pid = os.fork()
+        if pid == 0:
+            _child(theirs, fds, work)
         theirs.close()
-        self._pidfd = os.pidfd_open(self.pid)
+        self._pidfd = os.pidfd_open(pid)
         self._timer = loop.later(deadline, self._too_late)
         loop.watch(self.socket.fileno(), self._read)
         loop.watch(self._pidfd, self._ended)
 
     def _read(self) -> None:
-        try:
-            data = self.socket.recv(LIMIT, socket.MSG_DONTWAIT)
-        except OSError:
-            data = b""
-        try:
-            if data[:1] == b"+":
-                self.reported.settle(self._decoder.decode(data[1:]))
-                return
-            if data[:1] == b"-":
-                failed = msgspec.msgpack.decode(data[1:], type=_Failed)
-                kind = failed.kind if failed.kind in KINDS else "Internal"
-                self.reported.settle(error=VmbusError(kind, failed.message, argument=failed.argument))
-                return
-        except (msgspec.MsgspecError, ValueError) as error:
-            self.reported.settle(
-                error=VmbusError("Internal", f"a child of the broker reported nonsense: {error}")
-            )
         self._loop.unwatch(self.socket.fileno())
+        try:
+            report = msgspec.msgpack.decode(self.socket.recv(LIMIT, socket.MSG_DONTWAIT), type=_Report)
+            if report.error is None:
+                self.reported.settle(msgspec.msgpack.decode(report.value, type=self._kind))
+            else:
+                kind, message, argument = report.error
+                known = kind if kind in KINDS else "Internal"
+                self.reported.fail(VmbusError(known, message, argument=argument))
+        except (OSError, msgspec.MsgspecError, ValueError):
+            self.reported.fail(VmbusError("Internal", "a child of the broker ended without a report"))
 
     def _too_late(self) -> None:
-        self.reported.settle(error=VmbusError("Timeout", "the operation did not end within its deadline"))
+        self.reported.fail(VmbusError("Timeout", "the operation did not end within its deadline"))
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _ended(self) -> None:
-        self._read()
-        self._loop.unwatch(self._pidfd)
+        if not self.reported.settled:
+            self._read()
         self._loop.unwatch(self.socket.fileno())
+        self._loop.unwatch(self._pidfd)
         ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         os.close(self._pidfd)
         self.socket.close()
         self._timer.cancel()
-        self.reported.settle(error=VmbusError("Internal", "a child of the broker ended without a report"))
         self.gone.settle(ended.si_status if ended is not None else 0)
 
 
-def _child(sock: socket.socket, fds: list[int], run: Callable[[Channel], None]) -> NoReturn:
+def _child(sock: socket.socket, fds: list[int], work: Work) -> NoReturn:
     status = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        kept = _keep_only([sock.fileno(), *fds])
-        sock.detach()
+        kept = _keep_only([sock.detach(), *fds])
         channel = Channel(socket.socket(fileno=kept[0]), kept[1:])
         prctl.set_pdeathsig(signal.SIGKILL)
         try:
-            run(channel)
+            work(channel)
             status = 0
         except VmbusError as error:
-            channel.fail(error)
-        except OSError as error:
-            channel.fail(VmbusError("Internal", str(error)))
+            channel.fail(error.kind, error.message, error.argument)
+        except Exception as error:
+            channel.fail("Internal", f"{type(error).__name__}: {error}")
     finally:
         os._exit(status)
 
@@ -138,12 +134,24 @@ def _keep_only(fds: list[int]) -> list[int]:
     base = 3 + len(fds)
     copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, base) for fd in fds]
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    for number in range(3):
-        os.dup2(null, number, inheritable=True)
-    for index, copy in enumerate(copies):
-        os.dup2(copy, 3 + index, inheritable=False)
+    for number, fd in enumerate([null, null, null, *copies]):
+        os.dup2(fd, number, inheritable=number < 3)
     syscalls.close_from(base)
     return list(range(3, base))
+
+
+def become(uid: int, gids: list[int], capability: int = -1) -> None:
+    """Be ``uid`` with ``gids`` (the first is its own) for good; keep at most one capability."""
+    prctl.set_keepcaps(capability >= 0)
+    os.setgroups(gids[:65536])
+    os.setresgid(gids[0], gids[0], gids[0])
+    os.setresuid(uid, uid, uid)
+    if capability >= 0:
+        prctl.cap_permitted.limit(capability)
+        prctl.set_caps((capability, prctl.CAP_EFFECTIVE, True))
+    prctl.set_no_new_privs(True)
+    prctl.set_pdeathsig(signal.SIGKILL)  # the change of uid cleared it
+    os.umask(0o077)
 
 
 class Crew:
@@ -152,71 +160,38 @@ class Crew:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._busy: collections.Counter[int] = collections.Counter()
-        self._queue: collections.deque[tuple[int, Pending[None]]] = collections.deque()
+        self._queue: list[tuple[int, Pending[None]]] = []
 
-    def busy(self, user: int) -> int:
-        """How many children work for ``user`` (uid; 0 for the broker itself), stuck ones included."""
-        return self._busy[user]
-
-    def run(
-        self,
-        user: int,
-        run: Callable[[Channel], None],
-        kind: type[T],
-        fds: list[int],
-        deadline: float = DEADLINE,
-    ) -> Task[T]:
-        """Fork a child for ``user`` when there is room, and wait for its report.
+    def run(self, user: int, work: Work, kind: type[T], fds: list[int]) -> Task[T]:
+        """Fork a child for ``user`` (uid; 0: the broker itself) when there is room, and wait for its report.
 
         Raises VmbusError: the child's, or Timeout for one that did not report, or found no room, in time.
         """
-        yield from wait(self._room(user, deadline))
-        child = Child(self._loop, run, kind, fds, deadline)
+        turn: Pending[None] = Pending()
+        self._queue.append((user, turn))
+        timer = self._loop.later(DEADLINE, lambda: self._give_up(user, turn))
+        self._admit()
+        yield from turn
+        timer.cancel()
+        child = Child(self._loop, work, kind, fds, DEADLINE)
         child.gone.when_settled(lambda: self._left(user))
-        value = yield from wait(child.reported)
+        value = yield from child.reported
         return value
 
-    def _has_room(self, user: int) -> bool:
-        return self._busy[user] < PER_USER and self._busy.total() < IN_ALL
-
-    def _room(self, user: int, deadline: float) -> Pending[None]:
-        turn: Pending[None] = Pending()
-        if self._has_room(user):
-            self._busy[user] += 1
-            turn.settle()
-            return turn
-        entry = (user, turn)
-        self._queue.append(entry)
-
-        def give_up() -> None:
-            if entry in self._queue:
+    def _admit(self) -> None:
+        for entry in list(self._queue):
+            user, turn = entry
+            if self._busy[user] < PER_USER and self._busy.total() < IN_ALL:
+                self._busy[user] += 1
                 self._queue.remove(entry)
-                message = (
-                    f"{self._busy[user]} earlier operations for this user have not ended; a file system hangs"
-                )
-                turn.settle(error=VmbusError("Timeout", message))
+                turn.settle(None)
 
-        self._loop.later(deadline, give_up)
-        return turn
+    def _give_up(self, user: int, turn: Pending[None]) -> None:
+        self._queue.remove((user, turn))
+        message = f"{self._busy[user]} earlier operations for this user have not ended; a file system hangs"
+        turn.fail(VmbusError("Timeout", message))
 
     def _left(self, user: int) -> None:
         self._busy[user] -= 1
-        if not self._busy[user]:
-            del self._busy[user]
-        for entry in list(self._queue):
-            if self._has_room(entry[0]):
-                self._queue.remove(entry)
-                self._busy[entry[0]] += 1
-                entry[1].settle()
-
-
-def in_background(task_result: Pending[Any], what: str) -> None:
-    """Nobody waits for this one: log its failure."""
-
-    def settled() -> None:
-        try:
-            task_result.result()
-        except VmbusError as error:
-            log(f"{what}: {error.kind}: {error}")
-
-    task_result.when_settled(settled)
+        self._busy += collections.Counter()  # forgets those without any
+        self._admit()

@@ -4,16 +4,12 @@
 A VM fd made here would be of no use to it: KVM ties a VM to the memory of the process that made it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
-from typing import Final
 
 from vmbus.wire.errors import VmbusError
 
-_KVM_GET_API_VERSION: Final = 0xAE00  # include/uapi/linux/kvm.h
-_API_VERSION: Final = 12
+_KVM_GET_API_VERSION, _API_VERSION = 0xAE00, 12  # include/uapi/linux/kvm.h
 
 
 def open_kvm() -> int:

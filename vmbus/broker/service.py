@@ -8,40 +8,32 @@ request never arrive (and, from Linux 6.16 on, cannot even be sent). No send wai
 is dropped. At most IN_FLIGHT requests are worked on at a time; the next ones stay in the socket.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket
 import struct
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
 from vmbus.broker.loop import Loop, start
-from vmbus.broker.requests import Requests, close
+from vmbus.broker.requests import Requests
 from vmbus.broker.steps import log
 from vmbus.wire import packet
 from vmbus.wire.broker import Ended, Hello, Reply, Request
 
-IN_FLIGHT: Final = 64
-_SO_PASSRIGHTS: Final = 83  # include/uapi/asm-generic/socket.h, Linux 6.16
+IN_FLIGHT = 64
+_SO_PASSRIGHTS = 83  # include/uapi/asm-generic/socket.h, Linux 6.16
 
 
 def listen(directory: Path, group: int) -> socket.socket:
     """Bind ``directory``/socket: root and ``group`` may reach it. Replaces a socket of before."""
     directory.mkdir(mode=0o750, parents=True, exist_ok=True)
     os.chown(directory, 0, group)
-    directory.chmod(0o750)
     path = directory / "socket"
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    previous = os.umask(0o777)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(previous)
+    listener.bind(str(path))
     os.chown(path, 0, group)
     path.chmod(0o660)
     listener.listen(8)
@@ -62,10 +54,7 @@ class Service:
             self._peer.send(ended, [])
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
+        connection, _ = self._listener.accept()
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         pid, uid, _ = struct.unpack("iII", credentials)
         if uid != self._uid:
@@ -83,33 +72,28 @@ class _Peer:
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._greeted = False
         self._in_flight = 0
-        self._open = True
-        with contextlib.suppress(
-            OSError
-        ):  # an older kernel drops fds on receipt, for want of a control buffer
+        with contextlib.suppress(OSError):  # before Linux 6.16 fds are dropped on receipt
             connection.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
         loop.watch(connection.fileno(), self._readable)
         log(f"{name}: connected")
 
     def end(self, why: str) -> None:
-        """Close the connection; what is being worked on goes on, its reply is dropped."""
-        if self._open:
-            self._open = False
+        """Close the connection; what is being worked on goes on, its reply is dropped. Idempotent."""
+        if self._connection.fileno() >= 0:
             log(f"{self._name}: {why}")
             self._loop.unwatch(self._connection.fileno())
             self._connection.close()
 
     def send(self, message: Reply | Ended, fds: list[int]) -> None:
-        """Send without waiting, and close ``fds``."""
+        """Send without waiting, and close ``fds``: sockets and files of /proc, whose close never blocks."""
         try:
-            if self._open:
+            if self._connection.fileno() >= 0:
                 packet.send(self._connection, message, fds)
-        except BlockingIOError:
-            self.end("does not read its replies")
         except OSError as error:
-            self.end(f"gone ({error.strerror})")
+            self.end(f"gone, or does not read its replies ({error.strerror})")
         finally:
-            close(fds)
+            for fd in fds:
+                os.close(fd)
 
     def _readable(self) -> None:
         try:
@@ -117,13 +101,11 @@ class _Peer:
             if received is None:
                 self.end("closed")
                 return
-            request, _ = received
+            request = received[0]
             if not self._greeted and not isinstance(request, Hello):
                 raise packet.Violation("hello comes first")
-        except BlockingIOError:
-            return
         except (packet.Violation, OSError) as error:
-            self.end(f"ended for breaking the protocol: {error}")
+            self.end(f"ended: {error}")
             return
         self._in_flight += 1
         if self._in_flight == IN_FLIGHT:
@@ -131,11 +113,11 @@ class _Peer:
         answered = start(self._requests.answer(self._name, request))
 
         def reply() -> None:
-            self._in_flight -= 1
             message, fds = answered.result()
             self._greeted = self._greeted or message.version > 0  # only the reply to a good Hello has one
             self.send(message, fds)
-            if self._open and self._in_flight == IN_FLIGHT - 1:
+            self._in_flight -= 1
+            if self._in_flight == IN_FLIGHT - 1 and self._connection.fileno() >= 0:
                 self._loop.watch(self._connection.fileno(), self._readable)
 
         answered.when_settled(reply)

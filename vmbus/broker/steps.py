@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Privileged steps, and the audit log that prints them.
 
-A privileged operation is a list of steps. Each can say what it does before it is done, do it, and undo it.
+A privileged operation is a list of steps. Each says what it does before it is done, does it, and undoes it.
 ``carry_out`` does them in order and, when one fails, undoes those before it in reverse; a worker keeps the
 steps that made it, and its end undoes them.
 """
 
-from __future__ import annotations
-
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -24,19 +22,17 @@ class Step(Protocol):
         """Do it. Raises OSError or VmbusError, having changed nothing."""
 
     def undo(self) -> None:
-        """Take it back; idempotent, and complete as far as that is possible."""
+        """Take it back. Idempotent."""
 
 
 def carry_out(steps: Sequence[Step]) -> None:
     """Execute ``steps`` in order; all or nothing."""
-    done: list[Step] = []
-    try:
-        for step in steps:
+    for index, step in enumerate(steps):
+        try:
             step.execute()
-            done.append(step)
-    except BaseException:
-        take_back(done)
-        raise
+        except BaseException:
+            take_back(steps[:index])
+            raise
 
 
 def take_back(steps: Sequence[Step]) -> None:
@@ -48,17 +44,10 @@ def take_back(steps: Sequence[Step]) -> None:
             log(f"cannot undo '{step.describe()}': {error}")
 
 
-def describe(steps: Iterable[Step]) -> str:
-    """The plan in one line."""
-    return "; ".join(step.describe() for step in steps)
-
-
 def log(line: str) -> None:
     """One line on stderr, with the time; control characters cannot forge another line."""
     safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     try:
-        sys.stderr.write(f"{stamp} {safe}\n")
-        sys.stderr.flush()
-    except OSError:  # the log's reader is gone; the broker's work does not depend on it
-        pass
+        sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {safe}\n")
+    except OSError:
+        return  # the log's reader is gone; the broker's work does not depend on it

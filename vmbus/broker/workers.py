@@ -12,58 +12,53 @@ one, with the next epoch.
 A uid, a directory and a cgroup are free again only when the pidfd has signalled and the cgroup is empty.
 """
 
-from __future__ import annotations
-
 import functools
 import os
-import re
 import resource
 import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
-from vmbus.broker import cgroup, kvm, root, spawn, steps, tap
-from vmbus.broker.children import Channel, Child, Crew, in_background
-from vmbus.broker.loop import Loop, Task, Timer, start, wait
+from vmbus.broker import cgroup, kvm, spawn, steps, tap
+from vmbus.broker.children import Child, Crew
+from vmbus.broker.loop import Loop, Task, Timer, start
 from vmbus.broker.policy import Policy, size
 from vmbus.broker.steps import Step, log
-from vmbus.broker.uids import Uids
+from vmbus.broker.uids import Survey, Uids
 from vmbus.wire import packet
 from vmbus.wire.broker import Ended, WorkerInfo
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
 
-STUCK_AFTER: Final = 5.0  # seconds from SIGKILL
-_LOG_LIMIT: Final = 64 * 1024  # bytes of a worker's own words that reach the log
-_RETRY: Final = 0.1  # seconds between two looks at a cgroup that is not empty yet
+STUCK_AFTER = 5.0  # seconds from SIGKILL
+_LOG_LIMIT = 64 * 1024  # bytes of a worker's own words that reach the log
+_RETRY = 0.1  # seconds between two looks at a cgroup that is not empty yet
+_SPARE_RETRY = 10.0  # seconds until a spare worker is tried again after one failed
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What is kept of a worker. ``owner`` -1: a spare one."""
+    """What is kept of a worker."""
 
-    pid: int
-    start_time: int
-    boot_id: str
-    worker_uid: int
-    owner: int
-    epoch: int
-    memory: int
-    vcpus: int
-    cgroup: str
+    owner: int  # uid; -1 for a spare one
+    memory: int = 0  # bytes, of the guest
+    vcpus: int = 1
+    epoch: int = 0
+    pid: int = 0
+    start_time: int = 0
+    boot_id: str = ""
+    worker_uid: int = 0
+    cgroup: str = ""
 
 
 class Worker:
     """A living worker process."""
 
     def __init__(self, name: str, record: Record, directory: spawn.WorkerDirectory) -> None:
-        self.made_for = name
-        self.name = name  # the machine's uuid, or "spare-UID"
-        self.record = record
-        self.directory = directory
+        self.name = self.born_as = name  # the machine's uuid, or "spare-…"
+        self.record, self.directory = record, directory
         self.group = cgroup.WorkerCgroup(Path(record.cgroup)) if record.cgroup else None
         self.pidfd = os.pidfd_open(record.pid)
         self.killed: Timer | None = None
@@ -74,145 +69,134 @@ class Worker:
     def save(self, **changes: int) -> None:
         """Write the record, with ``changes``, atomically."""
         self.record = msgspec.structs.replace(self.record, **changes)
-        _write(self.directory.path, self.record)
+        draft = self.directory.path / ".record.json"
+        draft.write_bytes(msgspec.json.encode(self.record))
+        draft.replace(self.directory.path / "record.json")
 
-    def steps(self) -> list[Step]:
-        """What its end undoes."""
-        return [self.directory, *([self.group] if self.group is not None else [])]
+    def connect(self, greeting: Greeting) -> socket.socket:
+        """A new connection that begins with ``greeting``, the caller's. Raises Disconnected."""
+        connection = self.directory.connect()
+        packet.send(connection, greeting)
+        return connection
 
-
-def _write(directory: Path, record: Record) -> None:
-    draft = directory / ".record.json"
-    draft.write_bytes(msgspec.json.encode(record))
-    draft.replace(directory / "record.json")
+    def connect_control(self) -> list[int]:
+        """A control connection with the next epoch, and the figures; the caller's. Raises Disconnected."""
+        self.save(epoch=self.record.epoch + 1)
+        connection = self.connect(Greeting(role="control", epoch=self.record.epoch))
+        try:
+            figures = spawn.open_figures(self.record.pid)
+        except OSError as error:
+            connection.close()
+            raise VmbusError("Disconnected", f"the worker is not there ({error.strerror})") from None
+        return [connection.detach(), *figures]
 
 
 class Workers:
     """All workers of one instance."""
 
     def __init__(
-        self, loop: Loop, crew: Crew, uids: Uids, *, run: Path, instance: str, base: Path | None, spares: int
+        self, loop: Loop, crew: Crew, uids: Uids, survey: Survey, instance: str, *, run: Path, base: Path
     ) -> None:
-        self._loop, self._crew, self._uids = loop, crew, uids
-        self._instance = instance
-        self._directory = run / "workers"
-        self._place = run / "root"
-        self._image = root.Image()
-        self.cgroups = cgroup.Cgroups(base)
+        """``run``: the instance's run directory; ``base``: a delegated cgroup v2, if it is one."""
+        self._loop, self._crew, self._uids, self._survey, self._instance = loop, crew, uids, survey, instance
+        self._directory, self._place = run / "workers", run / "root"
+        self.note = cgroup.delegated(base)
+        self._base = None if self.note else base
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._wanted_spares = spares
         self._spares: list[Worker] = []
-        self._making_spares = 0
+        self._wanted_spares = 0
         self._live: dict[str, Worker] = {}
         self._starting: dict[str, Record] = {}
         self.ended: Callable[[Ended], None] = lambda _: None
         for directory in (self._directory, self._place):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    # -- what is there ------------------------------------------------------------------------------
-
     def get(self, uuid: str) -> Worker:
         """The worker of ``uuid``. Raises InvalidState when it has none."""
-        worker = self._live.get(uuid)
-        if worker is None:
+        if uuid not in self._live:
             raise VmbusError("InvalidState", f"machine {uuid} has no worker; start it first", argument="uuid")
-        return worker
+        return self._live[uuid]
 
-    def has(self, uuid: str) -> bool:
-        """Whether ``uuid`` has a worker, be it one that is being made or is stuck."""
-        return uuid in self._live or uuid in self._starting
+    def must_not_have(self, uuid: str) -> None:
+        """Raises InvalidState if ``uuid`` has a worker, be it one that is being made or is stuck."""
+        if uuid in self._live or uuid in self._starting:
+            raise VmbusError("InvalidState", f"machine {uuid} has a worker; end it first", argument="uuid")
 
     def listed(self) -> list[WorkerInfo]:
         """The living workers that belong to a machine."""
-        return [
-            WorkerInfo(uuid, w.record.pid, w.record.worker_uid, w.record.owner, w.group is not None)
-            for uuid, w in sorted(self._live.items())
-        ]
+        found = sorted(self._live.items())
+        records = [(uuid, worker.record) for uuid, worker in found]
+        return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in records]
 
     def used_by(self, owner: int) -> tuple[int, int, int]:
         """Memory, vCPUs and number of the machines that ``owner`` has running or starting."""
-        records = [w.record for w in self._live.values()] + list(self._starting.values())
+        records = [*(worker.record for worker in self._live.values()), *self._starting.values()]
         mine = [record for record in records if record.owner == owner]
-        return sum(r.memory for r in mine), sum(r.vcpus for r in mine), len(mine)
+        return sum(record.memory for record in mine), sum(record.vcpus for record in mine), len(mine)
 
-    # -- a start ------------------------------------------------------------------------------------
+    # A start.
 
     def provide(self, uuid: str, owner: int, memory: int, vcpus: int, policy: Policy) -> Task[list[int]]:
         """A worker for ``uuid``: reply fds as wire.broker.Spawn says, the caller's. Quota was checked.
 
         Counts against the owner from the first moment, so that two requests at once cannot both pass.
         """
-        wanted = Record(0, 0, self._boot, 0, owner, 0, memory, vcpus, "")
-        self._starting[uuid] = wanted
+        self._starting[uuid] = wanted = Record(owner, memory, vcpus)
+        whole = memory + size(policy.workers.overhead)
         try:
-            overhead = size(policy.workers.overhead)
-            worker = self._spares.pop() if self._spares else None
-            if worker is None:
-                worker = yield from self._make(uuid, wanted, memory + overhead)
+            if self._spares:
+                worker = self._spares.pop()
+                worker.name, path = uuid, self._directory / uuid
+                worker.directory.path.rename(path)
+                worker.directory.path = path
+                self._loop.later(0.5, self._replenish)
             else:
-                self._rename(worker, uuid)
-            try:
-                self._bound(worker, memory, vcpus, overhead)
-                worker.save(owner=owner, memory=memory, vcpus=vcpus)
-                self._live[uuid] = worker
-                return self.connect(worker)
-            except BaseException:
-                self._live[uuid] = worker
-                self.kill(worker)
-                raise
+                worker = yield from self._make(uuid, wanted, whole)
         finally:
             del self._starting[uuid]
-            self._loop.later(0.5, self.replenish)
+        self._live[uuid] = worker
+        try:
+            self._bound(worker, whole, vcpus)
+            worker.save(owner=owner, memory=memory, vcpus=vcpus)
+            return worker.connect_control()
+        except BaseException:
+            self.kill(worker)
+            raise
 
-    def _make(self, name: str, wanted: Record, memory: int) -> Task[Worker]:
+    def _make(self, name: str, wanted: Record, whole: int) -> Task[Worker]:
         uid = self._uids.take()
         directory = spawn.WorkerDirectory(self._directory / name)
-        base = self.cgroups.base
-        group = cgroup.WorkerCgroup(base / f"worker-{uid}") if base is not None else None
-        made: list[Step] = [directory, *([group] if group is not None else [])]
-        fds: list[int] = []
+        made: list[Step] = [directory]
+        if self._base is not None:
+            made.append(cgroup.WorkerCgroup(self._base / f"worker-{uid}"))
+        group = str(self._base / f"worker-{uid}") if self._base is not None else ""
+        limits = cgroup.limits(0 if group else whole, wanted.vcpus)
+        index = uid - self._uids.range.start  # two categories make a label its own
+        label = self._survey.label.format(index % 512, 512 + index // 512)
+        plan = spawn.Plan(uid, self._survey.image, str(self._place), limits, group, label)
+        words, words_write = os.pipe2(os.O_CLOEXEC)
+        fds = [words_write]
         try:
-            fds.append(kvm.open_kvm())
             steps.carry_out(made)
-            assert directory.listener is not None
-            plan = spawn.Plan(
-                uid=uid,
-                image=self._image,
-                place=str(self._place),
-                limits=cgroup.limits(memory, wanted.vcpus, address_space=group is None and wanted.owner >= 0),
-                cgroup=group.path if group is not None else None,
-                context=spawn.selinux_context(self._uids.index(uid)),
-            )
-            log(f"spawn {name}: {steps.describe(made)}; {plan.describe()}")
-            log_read, log_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            os.set_blocking(log_write, True)
-            fds.extend((directory.listener.fileno(), log_write))
-            kvm_fd, listener, words = fds
-
+            fds.append(kvm.open_kvm())
+            log(f"spawn {name}: {'; '.join(step.describe() for step in made)}; {plan.describe()}")
+            self._follow(words, name)
+            kept = [directory.listener.fileno(), fds[1], words_write]
             stage = functools.partial(spawn.stage, plan)
-            child = Child(self._loop, stage, spawn.Started, [listener, kvm_fd, words], spawn.IMPORT_DEADLINE)
-            self._follow(log_read, name)
-            started = yield from wait(child.reported)
-            record = msgspec.structs.replace(
-                wanted,
-                pid=started.pid,
-                start_time=spawn.start_time(started.pid),
-                worker_uid=uid,
-                cgroup=str(group.path) if group is not None else "",
-            )
-            _write(directory.path, record)
+            child = Child(self._loop, stage, spawn.Started, kept, spawn.IMPORT_DEADLINE)
+            pid = (yield from child.reported).pid
+            record = msgspec.structs.replace(wanted, pid=pid, start_time=spawn.start_time(pid), cgroup=group)
+            record = msgspec.structs.replace(record, boot_id=self._boot, worker_uid=uid)
             worker = Worker(name, record, directory)
+            worker.save()
         except BaseException as error:
             steps.take_back(made)
             if not (isinstance(error, VmbusError) and error.kind == "Timeout"):
-                self._uids.free(
-                    uid
-                )  # after a timeout a process may still be there: that uid is not used again
+                self._uids.free(uid)  # after a timeout a process may still have it
             raise
         finally:
-            if directory.listener is not None:
-                directory.listener.close()
-            for fd in (fds[0], fds[2]) if len(fds) == 3 else fds[:1]:
+            directory.listener.close()
+            for fd in fds:
                 os.close(fd)
         worker.stager = child
         child.gone.when_settled(lambda: self._staged(worker, child))
@@ -225,82 +209,66 @@ class Workers:
             log(f"worker {worker.name}: its root was not taken away; ending it")
             self.kill(worker)
 
-    def _rename(self, worker: Worker, uuid: str) -> None:
-        target = self._directory / uuid
-        worker.directory.path.rename(target)
-        worker.directory.path, worker.name = target, uuid
-
-    def _bound(self, worker: Worker, memory: int, vcpus: int, overhead: int) -> None:
+    def _bound(self, worker: Worker, whole: int, vcpus: int) -> None:
         if worker.group is not None:
-            worker.group.limit(memory + overhead, vcpus)
-            return
-        if worker.made_for == worker.name:
-            return  # it was born with its limits
-        bounds = cgroup.limits(memory + overhead, vcpus, address_space=True)
-        try:
-            cgroup.apply_limits(worker.record.pid, {resource.RLIMIT_AS: bounds[resource.RLIMIT_AS]})
-        except PermissionError:  # a broker without CAP_SYS_RESOURCE
-            log(f"worker {worker.name}: RLIMIT_AS stays as it was at its start")
+            worker.group.limit(whole, vcpus)
+        elif worker.name != worker.born_as:
+            bound = cgroup.limits(whole, vcpus)[resource.RLIMIT_AS]
+            try:
+                cgroup.apply_limits(worker.record.pid, {resource.RLIMIT_AS: bound})
+            except PermissionError:  # a broker without CAP_SYS_RESOURCE
+                log(f"worker {worker.name}: a spare one, whose address space stays unbounded")
 
-    def connect(self, worker: Worker) -> list[int]:
-        """A new control connection with the next epoch, and the figures. The fds are the caller's."""
-        connection = spawn.connect(worker.directory.path)
-        try:
-            worker.save(epoch=worker.record.epoch + 1)
-            packet.send(connection, Greeting(role="control", epoch=worker.record.epoch))
-            figures = spawn.open_figures(worker.record.pid)
-        except OSError as error:
-            connection.close()
-            raise VmbusError("Disconnected", f"the worker is not there any more ({error.strerror})") from None
-        return [connection.detach(), *figures]
+    def _follow(self, fd: int, name: str) -> None:
+        """Log what a worker writes on its stderr, up to _LOG_LIMIT bytes; then it writes to nobody."""
+        left = _LOG_LIMIT
 
-    def inlet(self, worker: Worker) -> socket.socket:
-        """A connection that will bring one file; the caller's. Raises Disconnected."""
-        connection = spawn.connect(worker.directory.path)
-        try:
-            packet.send(connection, Greeting(role="inlet"))
-        except OSError as error:
-            connection.close()
-            raise VmbusError("Disconnected", f"the worker is not there any more ({error.strerror})") from None
-        return connection
+        def read() -> None:
+            nonlocal left
+            words = os.read(fd, 4096)
+            left -= len(words)
+            for line in words.splitlines():
+                log(f"worker {name} says: {line.decode(errors='backslashreplace')}")
+            if not words or left <= 0:
+                self._loop.unwatch(fd)
+                os.close(fd)
 
-    def replenish(self) -> None:
-        """Make spare workers until there are as many as wanted, one after the other."""
-        if len(self._spares) + self._making_spares >= self._wanted_spares:
-            return
-        self._making_spares += 1
-        start(self._make_spare())
+        self._loop.watch(fd, read)
+
+    # Spares.
+
+    def keep_spares(self, count: int) -> None:
+        """Have ``count`` workers ready, from now on."""
+        self._wanted_spares = count
+        self._replenish()
+
+    def _replenish(self) -> None:
+        if len(self._spares) < self._wanted_spares and "spare" not in self._starting:
+            self._starting["spare"] = Record(-1)
+            start(self._make_spare())
 
     def _make_spare(self) -> Task[None]:
         again = 0.0
         try:
-            name = f"spare-{os.urandom(8).hex()}"
-            worker = yield from self._make(name, Record(0, 0, self._boot, 0, -1, 0, 0, 1, ""), 0)
+            worker = yield from self._make(f"spare-{os.urandom(8).hex()}", self._starting["spare"], 0)
             self._spares.append(worker)
         except (VmbusError, OSError) as error:
             log(f"no spare worker: {error}")
-            again = 10.0
+            again = _SPARE_RETRY
         finally:
-            self._making_spares -= 1
-        self._loop.later(again, self.replenish)
+            del self._starting["spare"]
+        self._loop.later(again, self._replenish)
 
-    # -- an end -------------------------------------------------------------------------------------
+    # An end.
 
     def kill(self, worker: Worker) -> None:
         """End it now; ``Ended`` follows, with ``stuck`` first if the kernel does not let go of it."""
-        if worker.ended:
+        if worker.ended or worker.killed is not None:
             return
+        worker.killed = self._loop.later(STUCK_AFTER, lambda: self._stuck(worker))
+        signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
         if worker.group is not None:
-            try:
-                worker.group.kill()
-            except OSError as error:
-                log(f"worker {worker.name}: {error}")
-        try:
-            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        if worker.killed is None:
-            worker.killed = self._loop.later(STUCK_AFTER, lambda: self._stuck(worker))
+            worker.group.kill()
 
     def _stuck(self, worker: Worker) -> None:
         log(f"worker {worker.name} (pid {worker.record.pid}) was killed and goes on: stuck in the kernel")
@@ -312,19 +280,20 @@ class Workers:
         self._loop.unwatch(worker.pidfd)
         if worker.killed is not None:
             worker.killed.cancel()
-        self._reap(worker)
+        if worker in self._spares:
+            self._spares.remove(worker)
+            self._loop.later(_SPARE_RETRY, self._replenish)
+        if worker.stager is None:  # it was adopted: nobody's child
+            os.close(worker.pidfd)
+        else:  # until that ends, the worker is its child and not ours
+            worker.stager.gone.when_settled(lambda: self._reap(worker))
         self._tidy(worker)
 
     def _reap(self, worker: Worker) -> None:
-        try:
-            ended = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:  # the stager's, until that ends; or a former broker's
-            if worker.stager is not None and not worker.stager.gone.settled:
-                worker.stager.gone.when_settled(lambda: self._reap(worker))
-                return
-            ended = None
-        how = f"code {ended.si_code}, status {ended.si_status}" if ended is not None else "how is not known"
-        log(f"worker {worker.name} (pid {worker.record.pid}, uid {worker.record.worker_uid}) ended: {how}")
+        ended = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED | os.WNOHANG)
+        if ended is not None:
+            how = "exit status" if ended.si_code == os.CLD_EXITED else "signal"
+            log(f"worker {worker.name} (pid {worker.record.pid}) ended: {how} {ended.si_status}")
         os.close(worker.pidfd)
 
     def _tidy(self, worker: Worker) -> None:
@@ -334,91 +303,54 @@ class Workers:
         except OSError:
             self._loop.later(_RETRY, lambda: self._tidy(worker))
             return
-        steps.take_back(worker.steps())
+        steps.take_back([worker.directory])
         self._uids.free(worker.record.worker_uid)
-        if worker in self._spares:
-            self._spares.remove(worker)
-            self._loop.later(10.0, self.replenish)
         if self._live.pop(worker.name, None) is not None:
             self.ended(Ended(uuid=worker.name))
         if worker.taps:
-            self.sweep_taps()
+            self._sweep_taps()
 
-    def sweep_taps(self) -> None:
+    def _sweep_taps(self) -> None:
         """Delete every tap of this instance whose machine has no worker."""
-        keep = set(self._live)
+        work = functools.partial(tap.sweep, self._instance, set(self._live))
+        start(self._crew.run(0, work, int, []))
 
-        def run(channel: Channel) -> None:
-            tap.delete(self._instance, keep, channel)
-
-        in_background(start(self._crew.run(0, run, int, [])), "taps of ended machines")
-
-    # -- after a restart ----------------------------------------------------------------------------
+    # After a restart.
 
     def adopt(self) -> None:
         """Find the workers of before; remove what nobody owns. Only this instance's are looked at."""
         for path in sorted(self._directory.iterdir()):
             directory = spawn.WorkerDirectory(path)
-            record = self._recorded(path)
-            worker = self._found(path.name, record, directory) if record is not None else None
+            directory.listener.close()
+            try:
+                record = msgspec.json.decode((path / "record.json").read_bytes(), type=Record)
+            except (OSError, msgspec.MsgspecError, ValueError):
+                record = Record(-1)
+            worker = self._found(path.name, record, directory)
             if worker is None:
-                group = (
-                    cgroup.WorkerCgroup(Path(record.cgroup)) if record is not None and record.cgroup else None
-                )
-                log(f"worker {path.name}: gone; removing its {directory.describe()}")
-                steps.take_back([directory, *([group] if group is not None else [])])
+                log(f"worker {path.name}: gone; removing {directory.describe()} {record.cgroup}")
+                groups = [cgroup.WorkerCgroup(Path(record.cgroup))] if record.cgroup else []
+                steps.take_back([directory, *groups])
                 continue
-            self._uids.hold(worker.record.worker_uid)
-            self._loop.watch(worker.pidfd, lambda worker=worker: self._died(worker))  # type: ignore[misc]
-            log(f"worker {worker.name}: adopted, pid {worker.record.pid}, uid {worker.record.worker_uid}")
-            if worker.record.owner < 0:
+            log(f"worker {worker.name}: adopted, pid {record.pid}, uid {record.worker_uid}")
+            self._uids.hold(record.worker_uid)
+            self._loop.watch(worker.pidfd, functools.partial(self._died, worker))
+            if record.owner < 0:
                 self.kill(worker)  # a spare one; its age is not known
             else:
-                worker.taps = 1
+                worker.taps = 1  # it may have some
                 self._live[worker.name] = worker
-        self.sweep_taps()
-        self.replenish()
-
-    def _recorded(self, path: Path) -> Record | None:
-        try:
-            return msgspec.json.decode((path / "record.json").read_bytes(), type=Record)
-        except (OSError, msgspec.MsgspecError):
-            return None
+        self._sweep_taps()
 
     def _found(self, name: str, record: Record, directory: spawn.WorkerDirectory) -> Worker | None:
         if record.boot_id != self._boot:
             return None
         try:
             worker = Worker(name, record, directory)
+            seen = spawn.start_time(record.pid), spawn.real_uid(record.pid)
         except OSError:
             return None
-        try:
-            same = spawn.start_time(record.pid) == record.start_time
-            if same and spawn.real_uid(record.pid) == record.worker_uid:
-                return worker
-        except OSError:
-            pass
-        os.close(worker.pidfd)
-        return None
-
-    # -- its words ----------------------------------------------------------------------------------
-
-    def _follow(self, fd: int, name: str) -> None:
-        """Log what a worker writes on its stderr, up to _LOG_LIMIT bytes; then it writes to nobody."""
-        left = _LOG_LIMIT
-
-        def read() -> None:
-            nonlocal left
-            try:
-                words = os.read(fd, 4096)
-            except BlockingIOError:
-                return
-            left -= len(words)
-            for line in re.split(rb"[\r\n]+", words):
-                if line:
-                    log(f"worker {name} says: {line.decode(errors='backslashreplace')}")
-            if not words or left <= 0:
-                self._loop.unwatch(fd)
-                os.close(fd)
-
-        self._loop.watch(fd, read)
+        if seen != (record.start_time, record.worker_uid):
+            os.close(worker.pidfd)
+            return None
+        return worker

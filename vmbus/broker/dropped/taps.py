@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tap on an allowed bridge, made by a child that keeps CAP_NET_ADMIN only, and sent straight to the worker.
+
+Its fds keep a tap alive, but whoever holds one can make it persistent: so it is deleted by its index when the
+machine has ended. It carries a mark (ifalias ``vmbus:INSTANCE:UUID``), and only what carries the instance's
+mark is ever swept. TUNSETIFF, the bridge's ioctls and the deletion take rtnl, which may be held for long:
+hence a child. Numbers from include/uapi/linux/{if_tun,if,sockios,if_link,rtnetlink,netlink}.h.
+"""
+
+import fcntl
+import os
+import socket
+import struct
+from pathlib import Path
+
+from vmbus.broker.children import Channel
+from vmbus.broker.steps import Step, carry_out, take_back
+from vmbus.broker.tap import Made, Wanted
+from vmbus.wire import packet
+from vmbus.wire.errors import VmbusError
+from vmbus.wire.inlet import Delivery
+
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
+_SIOCBRADDIF, _IFF_UP = 0x89A2, 0x1
+_RTM_NEWLINK, _RTM_DELLINK, _IFLA_IFALIAS = 16, 17, 20
+_NLM_F_REQUEST, _NLM_F_ACK = 1, 4
+_NET = Path("/sys/class/net")
+
+
+class _MakeTap:
+    """Step: the tap itself, a queue for each of ``fds`` (opened /dev/net/tun)."""
+
+    def __init__(self, name: str, fds: list[int]) -> None:
+        self.name, self.fds = name, fds
+
+    def describe(self) -> str:
+        return f"tap {self.name} with {len(self.fds)} queue(s)"
+
+    def execute(self) -> None:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if len(self.fds) > 1 else 0)
+        for fd in self.fds:
+            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", self.name.encode(), flags))
+
+    def undo(self) -> None:
+        for fd in self.fds:  # a tap that is not persistent goes with its last fd
+            os.close(fd)
+
+
+class _Join:
+    """Step: mark the tap, bring it up, make it a port of the bridge. The tap's end takes that along."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+
+    def describe(self) -> str:
+        return f"{self.wanted.name} a port of bridge {self.wanted.bridge}, marked {self.wanted.mark}, up"
+
+    def execute(self) -> None:
+        index = socket.if_nametoindex(self.wanted.name)
+        mark = self.wanted.mark.encode()
+        alias = struct.pack("HH", 4 + len(mark), _IFLA_IFALIAS) + mark + bytes(-len(mark) % 4)
+        _netlink(_RTM_NEWLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP) + alias)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            fcntl.ioctl(sock, _SIOCBRADDIF, struct.pack("16si20x", self.wanted.bridge.encode(), index))
+
+    def undo(self) -> None:
+        pass
+
+
+def make(wanted: Wanted, slot: str, channel: Channel) -> None:
+    """Kept: the inlet, and /dev/net/tun once a queue. Reports ``Made``. Raises VmbusError."""
+    inlet, *queues = channel.fds
+    if not (_NET / wanted.bridge / "bridge").is_dir():
+        raise VmbusError("NotFound", f"there is no bridge '{wanted.bridge}' on this host", argument="bridge")
+    steps: list[Step] = [_MakeTap(wanted.name, queues), _Join(wanted)]
+    try:
+        carry_out(steps)
+    except OSError as error:
+        message = f"no tap on bridge '{wanted.bridge}': {error.strerror}"
+        raise VmbusError("Unavailable", message, argument="bridge") from None
+    try:
+        index = socket.if_nametoindex(wanted.name)
+        packet.send(socket.socket(fileno=inlet), Delivery(slot=slot), queues)
+    except OSError as error:
+        take_back(steps)
+        raise VmbusError("Disconnected", f"the worker does not take the tap: {error.strerror}") from None
+    channel.report(Made("; ".join(step.describe() for step in steps), index))
+
+
+def sweep(instance: str, keep: set[str], channel: Channel) -> None:
+    """Delete every tap of ``instance`` whose machine is not in ``keep``. Reports how many there were."""
+    gone = 0
+    for entry in _NET.iterdir() if _NET.is_dir() else ():
+        try:
+            mark = (entry / "ifalias").read_text().strip().split(":")
+            index = int((entry / "ifindex").read_text())
+        except (OSError, ValueError):
+            continue
+        if mark[:2] == ["vmbus", instance] and len(mark) == 3 and mark[2] not in keep:
+            _netlink(_RTM_DELLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, 0, 0))
+            gone += 1
+    channel.report(gone)
+
+
+def _netlink(kind: int, body: bytes) -> None:
+    """One rtnetlink request, acknowledged. Raises OSError; that the interface has gone is fine."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
+        sock.send(struct.pack("IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_ACK, 1, 0) + body)
+        (negative,) = struct.unpack_from("i", sock.recv(4096), 16)
+    if negative and kind != _RTM_DELLINK:
+        raise OSError(-negative, os.strerror(-negative))
