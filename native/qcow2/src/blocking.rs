@@ -8,14 +8,14 @@ use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::mailbox::{Mailbox, Waiter};
-use crate::plan::{CommitIo, CommitStep, Stop};
+use crate::plan::{CommitIo, CommitStep, Planned, Stop};
 use crate::ring::event_fd;
 use crate::state::State;
 
 /// Call `plan` until it comes through, seeing to what stops it.
 pub(crate) fn run<T>(
     image: &Image,
-    mut plan: impl FnMut(&mut State, &Waiter) -> std::result::Result<T, Stop>,
+    mut plan: impl FnMut(&mut State, &Waiter) -> Planned<T>,
 ) -> Result<T> {
     let mailbox = new_mailbox()?;
     loop {

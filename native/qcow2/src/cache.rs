@@ -12,7 +12,8 @@
 //! | dirty      | newer than on disk, with a class            | `take_dirty`                        |
 //! | committing | being written (it may be dirty again)       | `committed`                         |
 //!
-//! Only clean, unpinned blocks are evicted; the writer keeps the number of dirty ones down by
+//! Only clean, unpinned blocks are evicted, and only where a plan stops (a miss) or a commit ends: within
+//! one plan, what was fetched stays. The writer keeps the number of dirty ones down by
 //! committing (see commit.rs). Blocks are shared with the commit that writes them: modifying one
 //! then copies it, so a commit writes the state that it took, never a later one.
 
@@ -22,7 +23,7 @@ use std::sync::Arc;
 use crate::buffer::Buffer;
 use crate::error::Result;
 use crate::mailbox::Waiter;
-use crate::plan::{Need, Stop};
+use crate::plan::{Need, Planned, Stop};
 use crate::types::HostOffset;
 
 /// A block's content.
@@ -95,15 +96,12 @@ impl Cache {
     }
 
     /// The block named by `need`; if it is absent the caller must read it.
-    pub(crate) fn fetch(
-        &mut self,
-        need: Need,
-        waiter: &Waiter,
-    ) -> std::result::Result<&Block, Stop> {
+    pub(crate) fn fetch(&mut self, need: Need, waiter: &Waiter) -> Planned<&Block> {
         let key = (need.layer, need.offset.0);
         let place = match self.places.get(&key) {
             Some(place) => *place,
             None => {
+                self.trim();
                 self.insert(key, None, None);
                 return Err(Stop::Load(need));
             }
@@ -124,6 +122,12 @@ impl Cache {
             // The map names only live entries.
             None => Err(Stop::Load(need)),
         }
+    }
+
+    /// A block, if it is here.
+    pub(crate) fn peek(&self, layer: usize, offset: HostOffset) -> Option<&Block> {
+        let place = *self.places.get(&(layer, offset.0))?;
+        self.entries.get(place)?.as_ref()?.block.as_ref()
     }
 
     /// What was read for a `Stop::Load`.
@@ -250,6 +254,7 @@ impl Cache {
                 self.dirty += usize::from(newly);
             }
         }
+        self.trim();
     }
 
     /// Drop everything (deactivation, or a re-read of all metadata).
@@ -270,9 +275,6 @@ impl Cache {
     }
 
     fn insert(&mut self, key: Key, block: Option<Block>, dirty: Option<Class>) {
-        if self.places.len() >= self.capacity {
-            self.evict();
-        }
         let entry = Entry {
             key,
             block,
@@ -305,8 +307,14 @@ impl Cache {
         }
     }
 
-    /// Second chance: the first clean block that was not used since the hand last passed.
-    fn evict(&mut self) {
+    /// Make room for one more block.
+    fn trim(&mut self) {
+        while self.places.len() >= self.capacity && self.evict() {}
+    }
+
+    /// Second chance: the first clean block that was not used since the hand last passed. False when
+    /// there is none.
+    fn evict(&mut self) -> bool {
         for _ in 0..2 * self.entries.len() {
             self.hand = if self.hand + 1 < self.entries.len() {
                 self.hand + 1
@@ -326,8 +334,10 @@ impl Cache {
             if std::mem::replace(&mut entry.used, false) {
                 continue;
             }
-            return self.remove(self.hand);
+            self.remove(self.hand);
+            return true;
         }
+        false
     }
 }
 
@@ -378,7 +388,8 @@ mod tests {
         for n in 1..1000 {
             cache.put(0, HostOffset(n * 512), Buffer::zeroed(512), None);
         }
-        assert!(cache.places.len() <= 65);
+        cache.committed(&[], true);
+        assert!(cache.places.len() <= 64);
         assert_eq!(cache.fetch(need(0), &waiter).unwrap().bytes()[0], 9);
     }
 

@@ -51,12 +51,6 @@ struct Running {
     syncing: bool,
 }
 
-impl Commits {
-    pub(crate) fn running(&self) -> bool {
-        self.running.is_some()
-    }
-}
-
 impl State {
     /// Wait for the end of a commit; with `fresh`, of one that begins after now. A step means that the
     /// caller drives a new commit.

@@ -18,7 +18,8 @@ use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
 use crate::mailbox::Waiter;
-use crate::plan::{CommitStep, Extents, Need, Stop, WriteStep, ZeroStep};
+use crate::plan::{CommitStep, Extents, Need, Planned, Stop, WriteStep, ZeroStep};
+use crate::qcow2::zero::Zeroing;
 use crate::state::State;
 use crate::types::Format;
 
@@ -127,7 +128,7 @@ impl Image {
         if self.options.locks {
             self.take_locks()?;
         }
-        match state.activate(&self.files, &self.options) {
+        match state.activate(&self.files) {
             Ok(()) => {
                 self.size.store(state.size(), Ordering::Release);
                 Ok(())
@@ -211,21 +212,11 @@ impl Image {
         self.lock().epochs.leave(epoch);
     }
 
-    pub(crate) fn plan_read(
-        &self,
-        at: u64,
-        len: u64,
-        waiter: &Waiter,
-    ) -> std::result::Result<Extents, Stop> {
+    pub(crate) fn plan_read(&self, at: u64, len: u64, waiter: &Waiter) -> Planned<Extents> {
         self.ready()?.plan_read(at, len, waiter)
     }
 
-    pub(crate) fn plan_write(
-        &self,
-        at: u64,
-        len: u64,
-        waiter: &Waiter,
-    ) -> std::result::Result<WriteStep, Stop> {
+    pub(crate) fn plan_write(&self, at: u64, len: u64, waiter: &Waiter) -> Planned<WriteStep> {
         self.ready()?.plan_write(&self.files, at, len, waiter)
     }
 
@@ -233,12 +224,10 @@ impl Image {
         &self,
         at: u64,
         len: u64,
-        required: bool,
-        unmap: bool,
+        how: Zeroing,
         waiter: &Waiter,
-    ) -> std::result::Result<ZeroStep, Stop> {
-        self.ready()?
-            .plan_zero(&self.files, at, len, required, unmap, waiter)
+    ) -> Planned<ZeroStep> {
+        self.ready()?.plan_zero(&self.files, at, len, how, waiter)
     }
 
     pub(crate) fn finish(&self, ticket: u64, ok: bool) {
@@ -261,7 +250,7 @@ impl Image {
         self.lock().commit_next(result)
     }
 
-    fn ready(&self) -> std::result::Result<MutexGuard<'_, State>, Stop> {
+    fn ready(&self) -> Planned<MutexGuard<'_, State>> {
         let state = self.lock();
         if state.active {
             Ok(state)

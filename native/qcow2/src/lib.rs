@@ -16,7 +16,6 @@
 //! Bytes that come from an image or a guest never lead to a panic: the format code is held to
 //! lints against indexing and unwrapping, and every size is checked where it is read.
 
-#![allow(dead_code)]
 #![deny(
     clippy::indexing_slicing,
     clippy::unwrap_used,
@@ -35,6 +34,7 @@
 
 mod blocking;
 mod buffer;
+mod bytes;
 mod cache;
 mod commit;
 mod compress;
@@ -47,6 +47,7 @@ mod image;
 mod locks;
 mod mailbox;
 mod plan;
+mod qcow2;
 mod request;
 mod ring;
 mod slab;

@@ -176,3 +176,6 @@ pub(crate) enum CommitStep {
     /// It has ended and everybody has been told; if `again`, more asked meanwhile: begin anew.
     Done { again: bool },
 }
+
+/// What a planning function gives: a plan, or why there is none yet.
+pub(crate) type Planned<T> = Result<T, Stop>;

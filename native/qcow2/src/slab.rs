@@ -64,16 +64,6 @@ impl<T> Slab<T> {
         self.len -= 1;
         Some(value)
     }
-
-    pub(crate) fn keys(&self) -> Vec<u64> {
-        let live = self
-            .places
-            .iter()
-            .enumerate()
-            .filter(|(_, (_, value))| value.is_some());
-        live.map(|(place, (generation, _))| key(place as u32, *generation))
-            .collect()
-    }
 }
 
 fn key(place: u32, generation: u32) -> u64 {

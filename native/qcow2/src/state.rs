@@ -7,12 +7,19 @@
 use crate::cache::Cache;
 use crate::commit::Commits;
 use crate::epoch::Epochs;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::image::OpenOptions;
 use crate::mailbox::Waiter;
-use crate::plan::{push_extent, Extent, Extents, FileId, Source, Stop, WriteStep, ZeroStep};
-use crate::types::{Format, HostOffset};
+use crate::plan::{
+    push_extent, Extent, Extents, FileId, Planned, Source, Stop, WriteStep, ZeroStep,
+};
+use crate::qcow2::alloc::Writer;
+use crate::qcow2::header::{autoclear, field};
+use crate::qcow2::mapping::Mapping;
+use crate::qcow2::zero::Zeroing;
+use crate::qcow2::{Geometry, Qcow2};
+use crate::types::{Format, GuestCluster, HostOffset};
 
 /// A layer as the caller describes it.
 pub(crate) struct Described {
@@ -27,6 +34,8 @@ pub(crate) struct Described {
 pub(crate) enum Layer {
     /// The bytes as they are.
     Raw(Raw),
+    /// QEMU's format.
+    Qcow2(Box<Qcow2>),
 }
 
 /// A raw image.
@@ -43,6 +52,8 @@ pub(crate) struct State {
     pub(crate) cache: Cache,
     pub(crate) epochs: Epochs,
     pub(crate) commits: Commits,
+    /// What writing to a qcow2 layer needs; none while inactive, read-only or raw.
+    pub(crate) writer: Option<Writer>,
     /// The first failed fdatasync (commit.rs).
     pub(crate) failed: Option<Error>,
 }
@@ -54,25 +65,31 @@ impl State {
         options: &OpenOptions,
     ) -> Result<State> {
         let mut layers = Vec::new();
-        for layer in described {
-            let file = files
-                .get(layer.file)
-                .ok_or_else(|| Error::invalid("no such file in the chain"))?;
-            match layer.format {
-                Format::Raw => layers.push(Layer::Raw(Raw {
+        for (number, layer) in described.into_iter().enumerate() {
+            let file = files.get(layer.file).ok_or_else(no_file)?;
+            layers.push(match layer.format {
+                Format::Raw if layer.backing_name.is_some() || layer.data != layer.file => {
+                    return Err(Error::new(
+                        Kind::InvalidArgument,
+                        "a raw image has no backing and no data file",
+                    ));
+                }
+                Format::Raw => Layer::Raw(Raw {
                     file: layer.file,
                     size: file.len()?,
-                })),
-                Format::Qcow2 => return Err(Error::unsupported("qcow2 images")),
-            }
+                }),
+                Format::Qcow2 => Layer::Qcow2(Box::new(Qcow2::open(number, files, &layer)?)),
+            });
         }
+        check_chain(&layers)?;
         Ok(State {
             active: false,
             read_only: options.read_only,
             layers,
-            cache: Cache::new(options.cache / 4096),
+            cache: Cache::new((options.cache / 4096).max(2048)),
             epochs: Epochs::default(),
             commits: Commits::default(),
+            writer: None,
             failed: None,
         })
     }
@@ -80,27 +97,69 @@ impl State {
     pub(crate) fn size(&self) -> u64 {
         match self.layers.first() {
             Some(Layer::Raw(raw)) => raw.size,
+            Some(Layer::Qcow2(qcow2)) => qcow2.header.size,
             None => 0,
         }
     }
 
-    pub(crate) fn activate(&mut self, files: &[BlockFile], _options: &OpenOptions) -> Result<()> {
+    pub(crate) fn activate(&mut self, files: &[BlockFile]) -> Result<()> {
         self.cache.clear();
+        self.writer = None;
         for layer in &mut self.layers {
             match layer {
-                Layer::Raw(raw) => {
-                    let file = files
-                        .get(raw.file)
-                        .ok_or_else(|| Error::invalid("no such file in the chain"))?;
-                    raw.size = file.len()?;
-                }
+                Layer::Raw(raw) => raw.size = files.get(raw.file).ok_or_else(no_file)?.len()?,
+                Layer::Qcow2(qcow2) => qcow2.reread(files)?,
             }
+        }
+        check_chain(&self.layers)?;
+        if !self.read_only {
+            self.open_writer(files)?;
         }
         self.active = true;
         Ok(())
     }
 
-    pub(crate) fn inactivate(&mut self, _files: &[BlockFile]) -> Result<()> {
+    fn open_writer(&mut self, files: &[BlockFile]) -> Result<()> {
+        let Some(Layer::Qcow2(qcow2)) = self.layers.first_mut() else {
+            return Ok(());
+        };
+        qcow2.check_writable()?;
+        let file = files.get(qcow2.geometry.file).ok_or_else(no_file)?;
+        let data = files.get(qcow2.geometry.data).ok_or_else(no_file)?;
+        if !file.writable || !data.writable {
+            return Err(Error::new(
+                Kind::InvalidArgument,
+                "the image file was opened read-only",
+            ));
+        }
+        if file.alignment as u64 > qcow2.geometry.block() {
+            return Err(Error::unsupported(
+                "clusters smaller than what direct I/O on this file system can write",
+            ));
+        }
+        let mut writer = Writer::open(qcow2.geometry, file, qcow2)?;
+        // What this version does not keep up to date must not be believed afterwards.
+        let keep = qcow2.header.autoclear & autoclear::DATA_FILE_RAW;
+        let stale = qcow2.header.autoclear != keep;
+        qcow2.header.autoclear = keep;
+        if stale {
+            crate::bytes::put64(writer.header.bytes_mut(), field::AUTOCLEAR, keep);
+        }
+        self.writer = Some(writer);
+        if stale {
+            self.cache_header()?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn inactivate(&mut self, files: &[BlockFile]) -> Result<()> {
+        if let Some(writer) = self.writer.take() {
+            let file = files.get(writer.geometry.file).ok_or_else(no_file)?;
+            if file.regular && file.len()? > writer.used_len() {
+                file.set_len(writer.used_len())?;
+                file.sync()?;
+            }
+        }
         self.cache.clear();
         self.active = false;
         Ok(())
@@ -109,17 +168,31 @@ impl State {
     /// The files that a commit syncs: the image, and the data file where that is another.
     pub(crate) fn written_files(&self) -> (Option<FileId>, Option<FileId>) {
         match self.layers.first() {
-            Some(Layer::Raw(raw)) if !self.read_only => (Some(raw.file), None),
-            _ => (None, None),
+            _ if self.read_only => (None, None),
+            Some(Layer::Raw(raw)) => (Some(raw.file), None),
+            Some(Layer::Qcow2(qcow2)) => {
+                let geometry = qcow2.geometry;
+                (
+                    Some(geometry.file),
+                    geometry.external_data().then_some(geometry.data),
+                )
+            }
+            None => (None, None),
         }
     }
 
-    pub(crate) fn plan_read(
-        &mut self,
-        at: u64,
-        len: u64,
-        waiter: &Waiter,
-    ) -> std::result::Result<Extents, Stop> {
+    /// The L1 table of a qcow2 layer: offset and entries.
+    pub(crate) fn l1(&self, layer: usize) -> Option<(HostOffset, u64)> {
+        match self.layers.get(layer)? {
+            Layer::Raw(_) => None,
+            Layer::Qcow2(qcow2) => Some((
+                HostOffset(qcow2.header.l1_offset),
+                u64::from(qcow2.header.l1_entries),
+            )),
+        }
+    }
+
+    pub(crate) fn plan_read(&mut self, at: u64, len: u64, waiter: &Waiter) -> Planned<Extents> {
         let mut extents = Extents::new();
         self.resolve(0, at, len, waiter, &mut extents)?;
         Ok(extents)
@@ -131,17 +204,20 @@ impl State {
         layer: usize,
         at: u64,
         len: u64,
-        _waiter: &Waiter,
+        waiter: &Waiter,
         extents: &mut Extents,
-    ) -> std::result::Result<(), Stop> {
-        match self.layers.get(layer) {
-            None => push_extent(
-                extents,
-                Extent {
-                    len,
-                    source: Source::Zero,
-                },
-            ),
+    ) -> Planned<()> {
+        let (size, geometry) = match self.layers.get(layer) {
+            None => {
+                push_extent(
+                    extents,
+                    Extent {
+                        len,
+                        source: Source::Zero,
+                    },
+                );
+                return Ok(());
+            }
             Some(Layer::Raw(raw)) => {
                 let inside = raw.size.saturating_sub(at).min(len);
                 let source = Source::File {
@@ -162,60 +238,147 @@ impl State {
                         source: Source::Zero,
                     },
                 );
+                return Ok(());
             }
+            Some(Layer::Qcow2(qcow2)) => (qcow2.header.size, qcow2.geometry),
+        };
+        let end = at + size.saturating_sub(at).min(len);
+        self.resolve_qcow2(&geometry, at, end, waiter, extents)?;
+        push_extent(
+            extents,
+            Extent {
+                len: at + len - end,
+                source: Source::Zero,
+            },
+        );
+        Ok(())
+    }
+
+    fn resolve_qcow2(
+        &mut self,
+        geometry: &Geometry,
+        start: u64,
+        end: u64,
+        waiter: &Waiter,
+        extents: &mut Extents,
+    ) -> Planned<()> {
+        let size = geometry.cluster();
+        let mut at = start;
+        // Neighbours that are not in this layer are looked up below in one go.
+        let mut below = None;
+        while at < end {
+            let cluster = GuestCluster(at >> geometry.cluster_bits);
+            let skip = at % size;
+            let len = (size - skip).min(end - at);
+            let mapping = self.lookup(geometry, cluster, waiter)?;
+            if mapping == Mapping::Unallocated {
+                below.get_or_insert(at);
+                at += len;
+                continue;
+            }
+            if let Some(from) = below.take() {
+                self.resolve(geometry.layer + 1, from, at - from, waiter, extents)?;
+            }
+            let source = match mapping {
+                Mapping::Unallocated | Mapping::Zero { .. } => Source::Zero,
+                Mapping::Data { host, .. } => Source::File {
+                    file: geometry.data,
+                    offset: host.plus(skip),
+                },
+                Mapping::Compressed { host, stored } => Source::Compressed {
+                    file: geometry.file,
+                    offset: host,
+                    stored,
+                    codec: geometry.codec,
+                    cluster_size: size,
+                    skip,
+                },
+            };
+            push_extent(extents, Extent { len, source });
+            at += len;
+        }
+        if let Some(from) = below {
+            self.resolve(geometry.layer + 1, from, end - from, waiter, extents)?;
         }
         Ok(())
     }
 
     pub(crate) fn plan_write(
         &mut self,
-        _files: &[BlockFile],
+        files: &[BlockFile],
         at: u64,
         len: u64,
-        _waiter: &Waiter,
-    ) -> std::result::Result<WriteStep, Stop> {
+        waiter: &Waiter,
+    ) -> Planned<WriteStep> {
         match self.layers.first() {
             Some(Layer::Raw(raw)) => Ok(WriteStep::InPlace {
                 file: raw.file,
                 offset: HostOffset(at),
                 len,
             }),
-            None => Err(Stop::Fail(Error::invalid("the chain is empty"))),
+            Some(Layer::Qcow2(qcow2)) => {
+                let geometry = qcow2.geometry;
+                self.plan_write_qcow2(&geometry, files, at, len, waiter)
+            }
+            None => Err(Stop::Fail(no_file())),
         }
     }
 
     pub(crate) fn plan_zero(
         &mut self,
-        _files: &[BlockFile],
+        files: &[BlockFile],
         at: u64,
         len: u64,
-        _required: bool,
-        unmap: bool,
-        _waiter: &Waiter,
-    ) -> std::result::Result<ZeroStep, Stop> {
+        how: Zeroing,
+        waiter: &Waiter,
+    ) -> Planned<ZeroStep> {
         match self.layers.first() {
             Some(Layer::Raw(raw)) => Ok(ZeroStep::Fallocate {
                 file: raw.file,
                 offset: HostOffset(at),
                 len,
-                punch: unmap,
+                punch: how.unmap,
             }),
-            None => Err(Stop::Fail(Error::invalid("the chain is empty"))),
+            Some(Layer::Qcow2(qcow2)) => {
+                let geometry = qcow2.geometry;
+                self.plan_zero_qcow2(&geometry, files, at, len, how, waiter)
+            }
+            None => Err(Stop::Fail(no_file())),
         }
     }
 
-    pub(crate) fn finish(&mut self, _ticket: u64, _ok: bool) {}
-
-    pub(crate) fn freed_at_begin(&mut self) {}
-
-    pub(crate) fn freed_at_end(&mut self, _ok: bool) {}
-
-    pub(crate) fn release_freed(&mut self, _waiter: &Waiter) -> std::result::Result<(), Stop> {
-        Ok(())
+    /// A plan stopped half way and is content with what it has: whoever would have read the block
+    /// does not.
+    pub(crate) fn drop_stop(&mut self, stop: Stop) {
+        if let Stop::Load(need) = stop {
+            self.cache.supply(
+                need,
+                Err(Error::new(Kind::InvalidState, "not read after all")),
+            );
+        }
     }
+}
 
-    /// Whether a commit would change anything on the disk.
-    pub(crate) fn unsettled(&self) -> bool {
-        self.cache.has_dirty()
+/// Below a raw image, and below a qcow2 image that names no backing file, there is nothing.
+fn check_chain(layers: &[Layer]) -> Result<()> {
+    for (number, layer) in layers.iter().enumerate() {
+        let names_backing = match layer {
+            Layer::Raw(_) => false,
+            Layer::Qcow2(qcow2) => qcow2.header.backing_name.is_some(),
+        };
+        let has_backing = number + 1 < layers.len();
+        if names_backing != has_backing {
+            let message = if names_backing {
+                "a backing file is missing from the chain"
+            } else {
+                "the chain has a layer that nothing names"
+            };
+            return Err(Error::new(Kind::BackingChanged, message));
+        }
     }
+    Ok(())
+}
+
+fn no_file() -> Error {
+    Error::invalid("no such file in the chain")
 }

@@ -34,8 +34,10 @@ use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::mailbox::{Mailbox, Waiter};
 use crate::plan::{
-    Allocation, CommitIo, CommitStep, Extents, FileId, Need, Source, Stop, WriteStep, ZeroStep,
+    Allocation, CommitIo, CommitStep, Extents, FileId, Need, Planned, Source, Stop, WriteStep,
+    ZeroStep,
 };
+use crate::qcow2::zero::Zeroing;
 use crate::request::{Completion, Op, Request};
 use crate::ring::{event_fd, Ring};
 use crate::slab::Slab;
@@ -348,7 +350,7 @@ impl Engine {
         rest: u64,
         image: &Image,
         waiter: &Waiter,
-    ) -> std::result::Result<(), Stop> {
+    ) -> Planned<()> {
         let Some(task) = self.tasks.get_mut(key) else {
             return Ok(());
         };
@@ -361,7 +363,7 @@ impl Engine {
         }
         let unmap = !matches!(task.op, Op::WriteZeroes { unmap: false });
         let required = task.op != Op::Discard;
-        match image.plan_zero(at, rest, required, unmap, waiter)? {
+        match image.plan_zero(at, rest, Zeroing { required, unmap }, waiter)? {
             ZeroStep::Done { len } => task.planned += len,
             ZeroStep::Write { len } => task.zeros_until = at + len,
             ZeroStep::Fallocate {

@@ -1,0 +1,632 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Host clusters: finding free ones, giving them back, and growing the refcount structures.
+//!
+//! Free clusters below the image's end are found by scanning the refcounts from a cursor; behind the
+//! end the file grows (block devices end at their capacity). A cluster taken from behind the end of
+//! a regular file is *fresh*: it was never used and reads as zeros, since the file is lengthened
+//! before the cluster is handed out. It stays fresh only for that first use.
+//!
+//! A cluster's life:
+//!
+//! | state     | refcount on disk | who may point to it on disk | leaves it when                                   |
+//! |-----------|------------------|------------------------------|--------------------------------------------------|
+//! | free      | 0                | nobody                       | allocated: count 1 in memory                     |
+//! | allocated | 0 or 1           | nobody                       | a commit wrote the count, a later phase the link |
+//! | used      | ≥ 1              | a table                      | unlinked in memory: `freed`                      |
+//! | freed     | ≥ 1              | perhaps the table still      | a commit wrote the table without it              |
+//! | waiting   | ≥ 1              | nobody                       | all requests planned before have ended           |
+//! | released  | 1 or 0           | nobody                       | count 0 in memory: free                          |
+//!
+//! Whenever the power goes, the count on disk is at least the number of pointers on disk.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use crate::buffer::Buffer;
+use crate::bytes::{put32, put64};
+use crate::cache::Class;
+use crate::error::{Error, Kind, Result};
+use crate::file::BlockFile;
+use crate::mailbox::Waiter;
+use crate::plan::{Planned, Stop};
+use crate::qcow2::header::field;
+use crate::qcow2::{refcount, Geometry};
+use crate::state::State;
+use crate::types::{GuestCluster, HostCluster, HostOffset};
+
+/// The file is lengthened by at least this many bytes, and by at most `GROW_MAX`.
+const GROW_MIN: u64 = 1 << 20;
+const GROW_MAX: u64 = 64 << 20;
+/// More freed runs than this wait for a commit before more is freed.
+const FREED_MAX: usize = 65_536;
+
+/// What writing to the active qcow2 layer needs in memory.
+pub(crate) struct Writer {
+    pub(crate) geometry: Geometry,
+    /// The first block of the header, to be changed in place.
+    pub(crate) header: Buffer,
+    /// The refcount table: offsets of refcount blocks, 0 for none.
+    pub(crate) reftable: Vec<u64>,
+    reftable_offset: HostOffset,
+    /// Offsets of all refcount blocks, for the overlap check.
+    refblocks: HashSet<u64>,
+    /// The next cluster behind all that were ever used.
+    end: u64,
+    /// The file's length, in bytes.
+    file_len: u64,
+    regular: bool,
+    /// Below this nothing is free.
+    cursor: u64,
+    pub(crate) freed: Freed,
+    pub(crate) tickets: HashMap<u64, crate::qcow2::write::Ticket>,
+    pub(crate) next_ticket: u64,
+    /// Guest clusters with an allocation under way, and its ticket.
+    pub(crate) busy: HashMap<GuestCluster, u64>,
+}
+
+/// Freed clusters on their way (see the table above).
+#[derive(Default)]
+pub(crate) struct Freed {
+    freed: Vec<std::ops::Range<u64>>,
+    committing: Vec<std::ops::Range<u64>>,
+    waiting: VecDeque<(u64, std::ops::Range<u64>)>,
+}
+
+impl Freed {
+    /// The clusters of `range` lose one pointer.
+    pub(crate) fn push(&mut self, range: std::ops::Range<u64>) {
+        match self.freed.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => self.freed.push(range),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.freed.is_empty() && self.committing.is_empty() && self.waiting.is_empty()
+    }
+}
+
+/// Newly allocated clusters.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run {
+    pub(crate) first: HostCluster,
+    pub(crate) count: u64,
+    pub(crate) fresh: bool,
+}
+
+impl Run {
+    pub(crate) fn offset(&self, geometry: &Geometry) -> HostOffset {
+        HostOffset(self.first.0 << geometry.cluster_bits)
+    }
+}
+
+impl Writer {
+    pub(crate) fn open(
+        geometry: Geometry,
+        file: &BlockFile,
+        layer: &crate::qcow2::Qcow2,
+    ) -> Result<Writer> {
+        let mut header = Buffer::zeroed(geometry.block() as usize);
+        file.read_at(header.bytes_mut(), 0)?;
+        let reftable = refcount::read_table(file, &layer.header)?;
+        let refblocks = reftable
+            .iter()
+            .copied()
+            .filter(|offset| *offset != 0)
+            .collect();
+        let file_len = file.len()?;
+        let clusters = if file.regular {
+            file_len.div_ceil(geometry.cluster())
+        } else {
+            file_len >> geometry.cluster_bits
+        };
+        Ok(Writer {
+            geometry,
+            header,
+            reftable,
+            reftable_offset: HostOffset(layer.header.reftable_offset),
+            refblocks,
+            end: clusters,
+            file_len,
+            regular: file.regular,
+            cursor: 0,
+            freed: Freed::default(),
+            tickets: HashMap::new(),
+            next_ticket: 1,
+            busy: HashMap::new(),
+        })
+    }
+
+    /// Bytes of the file up to the end of its last cluster in use or handed out.
+    pub(crate) fn used_len(&self) -> u64 {
+        self.end << self.geometry.cluster_bits
+    }
+
+    /// Cover clusters up to `end` with file, growing in steps.
+    fn lengthen(&mut self, files: &[BlockFile], end: u64) -> Result<()> {
+        let wanted = end
+            .checked_shl(self.geometry.cluster_bits)
+            .filter(|len| *len < 1 << 55);
+        let wanted = wanted.ok_or_else(|| {
+            Error::new(
+                Kind::NoSpace,
+                "the image file would be larger than the format allows",
+            )
+        })?;
+        if wanted > self.file_len {
+            let file = files
+                .get(self.geometry.file)
+                .ok_or_else(|| Error::invalid("no such file in the chain"))?;
+            let step = (self.file_len / 16).clamp(GROW_MIN, GROW_MAX);
+            let len = (wanted + step).next_multiple_of(self.geometry.cluster());
+            // A file system may refuse the step (a file size limit) and yet have room for what is needed.
+            file.set_len(len).or_else(|_| file.set_len(wanted))?;
+            self.file_len = file.len()?;
+        }
+        Ok(())
+    }
+
+    /// The overlap check: a cluster about to be handed out must not hold metadata that is in use.
+    fn check_overlap(&self, run: Run, l1: (HostOffset, u64)) -> Result<()> {
+        let bits = self.geometry.cluster_bits;
+        let clash = |offset: u64, len: u64| {
+            let (first, last) = (
+                offset >> bits,
+                offset.saturating_add(len).div_ceil(1 << bits),
+            );
+            run.first.0 < last && first < run.first.0 + run.count
+        };
+        let tables = clash(0, 1)
+            || clash(l1.0 .0, l1.1 * 8)
+            || clash(self.reftable_offset.0, self.reftable.len() as u64 * 8);
+        let blocks = (run.first.0..run.first.0 + run.count)
+            .any(|cluster| self.refblocks.contains(&(cluster << bits)));
+        if tables || blocks {
+            let message = format!(
+                "the refcounts call cluster {:#x} free, but it holds metadata: run check -r all",
+                run.first.0
+            );
+            return Err(Error::invalid(message));
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    /// Allocate up to `max` clusters in a row. The counts are 1 in memory afterwards; the caller
+    /// links the clusters.
+    pub(crate) fn allocate(
+        &mut self,
+        files: &[BlockFile],
+        max: u64,
+        waiter: &Waiter,
+    ) -> Planned<Run> {
+        if self.cache.crowded() {
+            return Err(Stop::Commit);
+        }
+        self.release_freed(waiter)?;
+        loop {
+            let run = self.find(max, waiter)?;
+            let geometry = self.geometry()?;
+            if self.ensure_counted(files, run.first, run.first, waiter)? {
+                continue;
+            }
+            // All counts of the run stand in one cached block: fetch it before anything changes.
+            self.refcount(&geometry, run.first, waiter)?;
+            return self.take(files, run);
+        }
+    }
+
+    /// Allocate `count` clusters in a row, for a table.
+    pub(crate) fn allocate_area(
+        &mut self,
+        files: &[BlockFile],
+        count: u64,
+        waiter: &Waiter,
+    ) -> Planned<Run> {
+        if self.cache.crowded() {
+            return Err(Stop::Commit);
+        }
+        let geometry = self.geometry()?;
+        let writer = self.writer()?;
+        let mut start = if writer.regular {
+            writer.end
+        } else {
+            writer.cursor
+        };
+        let mut at = start;
+        while at < start.saturating_add(count) {
+            let writer = self.writer()?;
+            if !writer.regular && start + count > writer.end {
+                return Err(Stop::Fail(full()));
+            }
+            if self.ensure_counted(files, HostCluster(at), HostCluster(start), waiter)? {
+                start = start.max(self.writer()?.end.min(start + 1));
+                at = start;
+                continue;
+            }
+            if self.refcount(&geometry, HostCluster(at), waiter)? != 0 {
+                start = at + 1;
+            }
+            at += 1;
+        }
+        self.take(
+            files,
+            Run {
+                first: HostCluster(start),
+                count,
+                fresh: false,
+            },
+        )
+    }
+
+    /// Make sure that a refcount block covers `cluster`; a new one goes to the free cluster `place`.
+    /// True when something was made, and free clusters must be looked for again.
+    fn ensure_counted(
+        &mut self,
+        files: &[BlockFile],
+        cluster: HostCluster,
+        place: HostCluster,
+        waiter: &Waiter,
+    ) -> Planned<bool> {
+        let geometry = self.geometry()?;
+        let index = cluster.0 / geometry.refblock_entries();
+        if index >= self.writer()?.reftable.len() as u64 {
+            self.grow_reftable(files, index, waiter)?;
+            return Ok(true);
+        }
+        if self.count_place(&geometry, cluster).is_some() {
+            return Ok(false);
+        }
+        // The new block counts itself, unless an older one counts its place.
+        self.refcount(&geometry, place, waiter)?;
+        self.new_refblock(files, place, index)?;
+        Ok(true)
+    }
+
+    /// Hand out a free run whose counts are all in the cache.
+    fn take(&mut self, files: &[BlockFile], run: Run) -> Planned<Run> {
+        let geometry = self.geometry()?;
+        let l1 = self.l1(geometry.layer).unwrap_or((HostOffset(0), 0));
+        let writer = self.writer()?;
+        writer.check_overlap(run, l1)?;
+        let end = run.first.0 + run.count;
+        if writer.regular {
+            writer.lengthen(files, end)?;
+        }
+        let fresh = writer.regular && run.first.0 >= writer.end;
+        writer.end = writer.end.max(end);
+        if writer.cursor == run.first.0 {
+            writer.cursor = end;
+        }
+        for cluster in run.first.0..end {
+            self.set_refcount(&geometry, HostCluster(cluster), 1);
+        }
+        Ok(Run { fresh, ..run })
+    }
+
+    /// A free run whose counts stand in one cached block.
+    fn find(&mut self, max: u64, waiter: &Waiter) -> Planned<Run> {
+        let geometry = self.geometry()?;
+        loop {
+            let writer = self.writer()?;
+            let (end, at) = (writer.end, writer.cursor);
+            if at >= end && !writer.regular {
+                return Err(Stop::Fail(full()));
+            }
+            let limit = if at >= end { u64::MAX } else { end };
+            let (start, free) = self.scan(&geometry, at, limit, max, waiter)?;
+            self.writer()?.cursor = start;
+            if free > 0 {
+                return Ok(Run {
+                    first: HostCluster(start),
+                    count: free.min(max),
+                    fresh: false,
+                });
+            }
+        }
+    }
+
+    /// Within one block of counts from `at`, below `limit`: the first free cluster and how many
+    /// follow (at most `max`); with none free, where to go on.
+    fn scan(
+        &mut self,
+        geometry: &Geometry,
+        at: u64,
+        limit: u64,
+        max: u64,
+        waiter: &Waiter,
+    ) -> Planned<(u64, u64)> {
+        let per_block = geometry.refblock_entries();
+        let Some(place) = self.count_place(geometry, HostCluster(at)) else {
+            // No refcount block: all that it would cover is free.
+            let until = (at / per_block + 1).saturating_mul(per_block).min(limit);
+            return Ok((at, (until - at).min(max)));
+        };
+        let order = geometry.refcount_order;
+        let block = self.cache.fetch(place.need, waiter)?;
+        let here = ((geometry.block() * 8) >> order) - place.index;
+        let counts =
+            (0..here.min(limit - at)).map(|n| get_count(block.bytes(), order, place.index + n));
+        let mut start = at;
+        let mut free = 0;
+        for count in counts {
+            match (count, free) {
+                (0, _) => free += 1,
+                (_, 0) => start += 1,
+                _ => break,
+            }
+            if free >= max {
+                break;
+            }
+        }
+        Ok((start, free))
+    }
+
+    /// Put a refcount block for table entry `index` into the free cluster `at`, which it covers itself.
+    fn new_refblock(&mut self, files: &[BlockFile], at: HostCluster, index: u64) -> Planned<()> {
+        let geometry = self.geometry()?;
+        let l1 = self.l1(geometry.layer).unwrap_or((HostOffset(0), 0));
+        let offset = HostOffset(at.0 << geometry.cluster_bits);
+        let writer = self.writer()?;
+        writer.check_overlap(
+            Run {
+                first: at,
+                count: 1,
+                fresh: false,
+            },
+            l1,
+        )?;
+        if writer.regular {
+            writer.lengthen(files, at.0 + 1)?;
+        }
+        writer.end = writer.end.max(at.0 + 1);
+        if let Some(entry) = writer.reftable.get_mut(index as usize) {
+            *entry = offset.0;
+        }
+        writer.refblocks.insert(offset.0);
+        self.put_zero_table(&geometry, offset);
+        self.set_refcount(&geometry, at, 1);
+        self.reftable_dirty(index, Class::RefcountTable)
+    }
+
+    /// A cluster of zeros in the cache, which nothing on disk points to yet.
+    pub(crate) fn put_zero_table(&mut self, geometry: &Geometry, offset: HostOffset) {
+        let block = geometry.block();
+        for n in 0..geometry.cluster() / block {
+            let zeros = Buffer::zeroed(block as usize);
+            self.cache.put(
+                geometry.layer,
+                offset.plus(n * block),
+                zeros,
+                Some(Class::Unreferenced),
+            );
+        }
+    }
+
+    /// Put the block of the refcount table with entry `index` into the cache, dirty.
+    fn reftable_dirty(&mut self, index: u64, class: Class) -> Planned<()> {
+        let geometry = self.geometry()?;
+        let block = geometry.block();
+        let writer = self.writer()?;
+        let first = index * 8 / block * block / 8;
+        let offset = writer.reftable_offset.plus(first * 8);
+        let mut content = Buffer::zeroed(block as usize);
+        let entries = writer
+            .reftable
+            .iter()
+            .skip(first as usize)
+            .take(block as usize / 8);
+        entries
+            .enumerate()
+            .for_each(|(n, entry)| put64(content.bytes_mut(), n * 8, *entry));
+        self.cache.put(geometry.layer, offset, content, Some(class));
+        Ok(())
+    }
+
+    /// Move the refcount table to behind the end of the image, large enough for entry `index` and
+    /// half as much again. Table and the refcount blocks for its own place are laid out together.
+    fn grow_reftable(&mut self, files: &[BlockFile], index: u64, waiter: &Waiter) -> Planned<()> {
+        let geometry = self.geometry()?;
+        let (cluster, per_block) = (geometry.cluster(), geometry.refblock_entries());
+        let writer = self.writer()?;
+        if !writer.regular {
+            return Err(Stop::Fail(Error::unsupported(
+                "growing the refcount table on a block device",
+            )));
+        }
+        let entries_per_cluster = cluster / 8;
+        let start = writer.end;
+        let mut table_clusters = (index + 1 + index / 2).div_ceil(entries_per_cluster);
+        let mut blocks;
+        loop {
+            // Refcount blocks for all clusters from `start` to the end of the new area, as far as
+            // they are missing; the area contains them, so go round until it fits.
+            blocks = 0;
+            let mut missing: Vec<u64>;
+            loop {
+                let last = (start + table_clusters + blocks - 1) / per_block;
+                missing = (start / per_block..=last)
+                    .filter(|n| {
+                        writer
+                            .reftable
+                            .get(*n as usize)
+                            .is_none_or(|offset| *offset == 0)
+                    })
+                    .collect();
+                if missing.len() as u64 <= blocks {
+                    break;
+                }
+                blocks = missing.len() as u64;
+            }
+            let needed = ((start + table_clusters + blocks) / per_block + 1)
+                .max(index + 1)
+                .div_ceil(entries_per_cluster);
+            if needed <= table_clusters {
+                break;
+            }
+            table_clusters = needed;
+        }
+        if table_clusters * cluster > (8 << 20).max(cluster) {
+            return Err(Stop::Fail(Error::new(
+                Kind::NoSpace,
+                "the refcount table would be larger than the format's readers take",
+            )));
+        }
+        let end = start + table_clusters + blocks;
+        // Counts that stand in blocks that exist already are fetched before anything changes.
+        for cluster in start..end {
+            self.refcount(&geometry, HostCluster(cluster), waiter)?;
+        }
+        let writer = self.writer()?;
+        writer.lengthen(files, end)?;
+        writer.end = end;
+        let old = (writer.reftable_offset, writer.reftable.len() as u64 * 8);
+        writer
+            .reftable
+            .resize((table_clusters * entries_per_cluster) as usize, 0);
+        writer.reftable_offset = HostOffset(start << geometry.cluster_bits);
+        let mut place = start + table_clusters;
+        for n in start / per_block..=(end - 1) / per_block {
+            let writer = self.writer()?;
+            let Some(entry) = writer.reftable.get_mut(n as usize) else {
+                break;
+            };
+            if *entry == 0 && place < end {
+                let offset = HostOffset(place << geometry.cluster_bits);
+                *entry = offset.0;
+                writer.refblocks.insert(offset.0);
+                self.put_zero_table(&geometry, offset);
+                place += 1;
+            }
+        }
+        for cluster in start..end {
+            self.set_refcount(&geometry, HostCluster(cluster), 1);
+        }
+        let writer = self.writer()?;
+        let (offset, entries) = (writer.reftable_offset, writer.reftable.len() as u64);
+        put64(writer.header.bytes_mut(), field::REFTABLE_OFFSET, offset.0);
+        put32(
+            writer.header.bytes_mut(),
+            field::REFTABLE_CLUSTERS,
+            table_clusters as u32,
+        );
+        writer
+            .freed
+            .push(refcount::clusters(&geometry, old.0, old.1));
+        self.cache
+            .forget(geometry.layer, old.0, old.1, geometry.block());
+        for first in (0..entries).step_by((geometry.block() / 8) as usize) {
+            self.reftable_dirty(first, Class::Unreferenced)?;
+        }
+        self.header_dirty()
+    }
+
+    /// Write the header's first block with the next commit.
+    pub(crate) fn header_dirty(&mut self) -> Planned<()> {
+        Ok(self.cache_header()?)
+    }
+
+    /// As [`State::header_dirty`], outside of a plan.
+    pub(crate) fn cache_header(&mut self) -> Result<()> {
+        let writer = self.writer()?;
+        let (layer, header) = (writer.geometry.layer, writer.header.clone());
+        self.cache
+            .put(layer, HostOffset(0), header, Some(Class::Header));
+        Ok(())
+    }
+
+    /// Whether something must be committed before more is freed.
+    pub(crate) fn too_much_freed(&self) -> bool {
+        self.writer
+            .as_ref()
+            .is_some_and(|writer| writer.freed.freed.len() > FREED_MAX)
+    }
+
+    /// A commit takes the unlinked mappings along.
+    pub(crate) fn freed_at_begin(&mut self) {
+        if let Some(writer) = &mut self.writer {
+            let freed = std::mem::take(&mut writer.freed.freed);
+            writer.freed.committing.extend(freed);
+        }
+    }
+
+    /// The commit has ended: what it unlinked waits for the requests planned before, or for the next.
+    pub(crate) fn freed_at_end(&mut self, ok: bool) {
+        let Some(writer) = &mut self.writer else {
+            return;
+        };
+        let freed = std::mem::take(&mut writer.freed.committing);
+        if freed.is_empty() {
+            return;
+        }
+        if ok {
+            let epoch = self.epochs.close();
+            writer
+                .freed
+                .waiting
+                .extend(freed.into_iter().map(|range| (epoch, range)));
+        } else {
+            writer.freed.freed.extend(freed);
+        }
+    }
+
+    /// Count down what nobody can use any more.
+    pub(crate) fn release_freed(&mut self, waiter: &Waiter) -> Planned<()> {
+        loop {
+            let Some(writer) = &mut self.writer else {
+                return Ok(());
+            };
+            let geometry = writer.geometry;
+            let Some((epoch, range)) = writer.freed.waiting.front_mut() else {
+                return Ok(());
+            };
+            if !self.epochs.passed(*epoch) {
+                return Ok(());
+            }
+            if range.is_empty() {
+                writer.freed.waiting.pop_front();
+                continue;
+            }
+            let cluster = range.start;
+            let left = self.adjust_refcount(&geometry, HostCluster(cluster), false, waiter)?;
+            let writer = self.writer()?;
+            if left == 0 {
+                writer.cursor = writer.cursor.min(cluster);
+            }
+            if let Some((_, range)) = writer.freed.waiting.front_mut() {
+                range.start += 1;
+            }
+        }
+    }
+
+    /// Whether a commit would change anything on the disk.
+    pub(crate) fn unsettled(&self) -> bool {
+        self.cache.has_dirty()
+            || self
+                .writer
+                .as_ref()
+                .is_some_and(|writer| !writer.freed.is_empty())
+    }
+
+    /// The writer of the active qcow2 layer.
+    pub(crate) fn writer(&mut self) -> Result<&mut Writer> {
+        self.writer
+            .as_mut()
+            .ok_or_else(|| Error::new(Kind::InvalidState, "the image is not open for writing"))
+    }
+
+    fn geometry(&mut self) -> Result<Geometry> {
+        self.writer().map(|writer| writer.geometry)
+    }
+}
+
+fn full() -> Error {
+    Error::new(
+        Kind::NoSpace,
+        "the block device that holds the image is full",
+    )
+}
+
+fn get_count(bytes: &[u8], order: u32, index: u64) -> u64 {
+    refcount::get(bytes, order, index)
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The qcow2 format: one layer of a chain.
+//!
+//! | module     | job                                                  |
+//! |------------|------------------------------------------------------|
+//! | `header`   | the header and its extensions, parsed and checked    |
+//! | `mapping`  | guest cluster to host cluster (L1 and L2 tables)     |
+//! | `refcount` | how often each host cluster is used                  |
+//! | `alloc`    | finding clusters, freeing them, growing the tables   |
+//! | `write`    | planning writes                                      |
+//! | `zero`     | planning discards and zeroes                         |
+
+pub(crate) mod alloc;
+pub(crate) mod header;
+pub(crate) mod mapping;
+pub(crate) mod refcount;
+pub(crate) mod write;
+pub(crate) mod zero;
+
+use crate::error::{Error, Kind, Result};
+use crate::file::BlockFile;
+use crate::plan::{Codec, FileId};
+use crate::state::Described;
+use header::{autoclear, Header};
+
+/// The largest unit in which tables are cached.
+const BLOCK: u64 = 4096;
+
+/// What does not change about an open layer, small enough to copy.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Geometry {
+    pub(crate) layer: usize,
+    /// The image file, with all metadata.
+    pub(crate) file: FileId,
+    /// Where guest data is: the image file, or the external data file.
+    pub(crate) data: FileId,
+    pub(crate) version: u32,
+    pub(crate) cluster_bits: u32,
+    pub(crate) refcount_order: u32,
+    pub(crate) codec: Codec,
+}
+
+impl Geometry {
+    pub(crate) fn cluster(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Entries of an L2 table.
+    pub(crate) fn l2_entries(&self) -> u64 {
+        1 << (self.cluster_bits - 3)
+    }
+
+    /// Bytes of a cached metadata block.
+    pub(crate) fn block(&self) -> u64 {
+        BLOCK.min(self.cluster())
+    }
+
+    /// Clusters that one refcount block counts.
+    pub(crate) fn refblock_entries(&self) -> u64 {
+        (self.cluster() * 8) >> self.refcount_order
+    }
+
+    /// The largest refcount.
+    pub(crate) fn max_refcount(&self) -> u64 {
+        if self.refcount_order == 6 {
+            u64::MAX
+        } else {
+            (1 << (1u32 << self.refcount_order)) - 1
+        }
+    }
+
+    pub(crate) fn external_data(&self) -> bool {
+        self.file != self.data
+    }
+}
+
+/// A qcow2 layer.
+pub(crate) struct Qcow2 {
+    pub(crate) geometry: Geometry,
+    pub(crate) header: Header,
+}
+
+impl Qcow2 {
+    /// Read the header and compare the names in it with the caller's.
+    pub(crate) fn open(layer: usize, files: &[BlockFile], described: &Described) -> Result<Qcow2> {
+        let file = files
+            .get(described.file)
+            .ok_or_else(|| Error::invalid("no such file in the chain"))?;
+        let header = Header::read(file)?;
+        if header.backing_name != described.backing_name {
+            return Err(changed(
+                "backing",
+                header.backing_name.as_deref(),
+                described.backing_name.as_deref(),
+            ));
+        }
+        let given = described.data != described.file;
+        if header.has_data_file() != given {
+            let message = if given {
+                "the image has no external data file"
+            } else {
+                "the image's external data file is missing"
+            };
+            return Err(Error::new(Kind::BackingChanged, message));
+        }
+        if given && header.data_name() != described.data_name {
+            return Err(changed(
+                "data",
+                header.data_name().as_deref(),
+                described.data_name.as_deref(),
+            ));
+        }
+        let geometry = Geometry {
+            layer,
+            file: described.file,
+            data: described.data,
+            version: header.version,
+            cluster_bits: header.cluster_bits,
+            refcount_order: header.refcount_order,
+            codec: header.codec,
+        };
+        Ok(Qcow2 { geometry, header })
+    }
+
+    /// Read the header again (activation). What the layer is must not have changed.
+    pub(crate) fn reread(&mut self, files: &[BlockFile]) -> Result<()> {
+        let file = files
+            .get(self.geometry.file)
+            .ok_or_else(|| Error::invalid("no such file in the chain"))?;
+        let header = Header::read(file)?;
+        let same = header.backing_name == self.header.backing_name
+            && header.data_name() == self.header.data_name()
+            && header.has_data_file() == self.header.has_data_file();
+        if !same {
+            return Err(Error::new(
+                Kind::BackingChanged,
+                "the header's file names have changed since the image was opened",
+            ));
+        }
+        self.geometry.version = header.version;
+        self.geometry.cluster_bits = header.cluster_bits;
+        self.geometry.refcount_order = header.refcount_order;
+        self.geometry.codec = header.codec;
+        self.header = header;
+        Ok(())
+    }
+
+    /// Whether this version may write to the image at all.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        let bits = self.header.incompatible;
+        if bits & header::incompatible::CORRUPT != 0 {
+            return Err(Error::invalid(
+                "the image is marked corrupt: repair it with check -r all, or open it read-only",
+            ));
+        }
+        if bits & header::incompatible::DIRTY != 0 {
+            return Err(Error::unsupported(
+                "writing to an image that was not closed (dirty bit): run check -r all first",
+            ));
+        }
+        if self.header.autoclear & autoclear::BITMAPS != 0
+            && self.header.extension(header::extension::BITMAPS).is_some()
+        {
+            return Err(Error::unsupported(
+                "writing to an image with persistent dirty bitmaps",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn changed(what: &str, found: Option<&str>, expected: Option<&str>) -> Error {
+    let show = |name: Option<&str>| {
+        name.map_or("none".to_owned(), |name| {
+            format!("'{}'", name.escape_debug())
+        })
+    };
+    let message = format!(
+        "the header names the {what} file {}, not {}",
+        show(found),
+        show(expected)
+    );
+    Error::new(Kind::BackingChanged, message)
+}

@@ -1,0 +1,420 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Planning a write: in place where the cluster is ours alone, else into new clusters.
+//!
+//! New clusters are written before they are mapped. Until then a *ticket* keeps other writes to the
+//! same guest clusters waiting; reads go on with the old mapping. What of a cluster the guest does
+//! not write is copied around the data (head and tail), from wherever the guest sees it now.
+//!
+//! One case is mapped at once, so that small writes into a new cluster need not wait for each other:
+//! a fresh cluster (alloc.rs) for a range that reads as zeros now. Before the data is written, and
+//! after a power cut that loses it, the cluster's zeros are what the guest saw before.
+
+use crate::cache::Class;
+use crate::error::Error;
+use crate::file::BlockFile;
+use crate::mailbox::Waiter;
+use crate::plan::{Allocation, Extents, Planned, Source, Stop, WriteStep};
+use crate::qcow2::mapping::{block_of, decode_l2, Mapping, COPIED};
+use crate::qcow2::{refcount, Geometry};
+use crate::state::State;
+use crate::types::{GuestCluster, HostOffset};
+
+/// The most bytes allocated for one step of a write.
+const RUN_BYTES: u64 = 4 << 20;
+
+/// An allocation under way.
+pub(crate) struct Ticket {
+    first: GuestCluster,
+    count: u64,
+    table: HostOffset,
+    host: HostOffset,
+    /// The clusters were those of a zero cluster before, or lie in an external data file: they
+    /// need no counting down when the write fails.
+    kept: bool,
+    waiters: Vec<Waiter>,
+}
+
+/// A run of guest clusters that need new host clusters.
+struct Target {
+    first: GuestCluster,
+    count: u64,
+    /// A zero cluster's own host cluster, to be used again.
+    kept: Option<HostOffset>,
+}
+
+impl State {
+    pub(crate) fn plan_write_qcow2(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        at: u64,
+        len: u64,
+        waiter: &Waiter,
+    ) -> Planned<WriteStep> {
+        let cluster = GuestCluster(at >> geometry.cluster_bits);
+        self.wait_if_busy(cluster, waiter)?;
+        match self.lookup(geometry, cluster, waiter)? {
+            Mapping::Data { host, copied: true } => self.in_place(geometry, at, len, host, waiter),
+            _ => self.allocating(geometry, files, at, len, waiter),
+        }
+    }
+
+    /// Stop when an allocation for the cluster is under way.
+    pub(crate) fn wait_if_busy(&mut self, cluster: GuestCluster, waiter: &Waiter) -> Planned<()> {
+        let Some(writer) = &mut self.writer else {
+            return Ok(());
+        };
+        let ticket = writer
+            .busy
+            .get(&cluster)
+            .and_then(|ticket| writer.tickets.get_mut(ticket));
+        match ticket {
+            None => Ok(()),
+            Some(ticket) => {
+                ticket.waiters.push(waiter.clone());
+                Err(Stop::Wait)
+            }
+        }
+    }
+
+    pub(crate) fn busy(&self, cluster: GuestCluster) -> bool {
+        self.writer
+            .as_ref()
+            .is_some_and(|writer| writer.busy.contains_key(&cluster))
+    }
+
+    fn in_place(
+        &mut self,
+        geometry: &Geometry,
+        at: u64,
+        len: u64,
+        host: HostOffset,
+        waiter: &Waiter,
+    ) -> Planned<WriteStep> {
+        let size = geometry.cluster();
+        let offset = host.plus(at % size);
+        let mut done = (size - at % size).min(len);
+        while done < len {
+            let next = GuestCluster((at + done) >> geometry.cluster_bits);
+            let follows = Mapping::Data {
+                host: offset.plus(done),
+                copied: true,
+            };
+            // A stop here only ends the run: what is known so far can be written.
+            if self.busy(next)
+                || !matches!(self.peek(geometry, next, waiter), Some(mapping) if mapping == follows)
+            {
+                break;
+            }
+            done += size.min(len - done);
+        }
+        Ok(WriteStep::InPlace {
+            file: geometry.data,
+            offset,
+            len: done,
+        })
+    }
+
+    /// A mapping if it is in the cache.
+    fn peek(
+        &mut self,
+        geometry: &Geometry,
+        cluster: GuestCluster,
+        _waiter: &Waiter,
+    ) -> Option<Mapping> {
+        let (l1, entries) = self.l1(geometry.layer)?;
+        let index = cluster.0 / geometry.l2_entries();
+        if index >= entries {
+            return None;
+        }
+        let entry = self.cached_entry(geometry, l1, index)?;
+        let table = crate::qcow2::mapping::decode_l1(geometry, entry).ok()??;
+        let entry = self.cached_entry(geometry, table.offset, cluster.0 % geometry.l2_entries())?;
+        decode_l2(geometry, entry).ok()
+    }
+
+    fn cached_entry(&self, geometry: &Geometry, table: HostOffset, index: u64) -> Option<u64> {
+        let at = table.0.saturating_add(index.saturating_mul(8));
+        let need = block_of(geometry, at);
+        let block = self.cache.peek(need.layer, need.offset)?;
+        crate::bytes::be64(block.bytes(), (at - need.offset.0) as usize)
+    }
+
+    fn allocating(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        at: u64,
+        len: u64,
+        waiter: &Waiter,
+    ) -> Planned<WriteStep> {
+        if self.cache.crowded() || self.too_much_freed() {
+            return Err(Stop::Commit);
+        }
+        let table = self.writable_l2(
+            geometry,
+            files,
+            GuestCluster(at >> geometry.cluster_bits),
+            waiter,
+        )?;
+        let target = self.target(geometry, at, len, waiter)?;
+        // Everything that may stop comes before the allocation.
+        let start = target.first.0 << geometry.cluster_bits;
+        let end = (target.first.0 + target.count) << geometry.cluster_bits;
+        let len = len.min(end - at);
+        let mut head = Extents::new();
+        self.resolve(0, start, at - start, waiter, &mut head)?;
+        let mut tail = Extents::new();
+        self.resolve(0, at + len, end - at - len, waiter, &mut tail)?;
+        let mut whole = Extents::new();
+        self.resolve(0, start, end - start, waiter, &mut whole)?;
+
+        let (host, count, fresh) = match target.kept {
+            Some(host) => (host, 1, false),
+            None if geometry.external_data() => (HostOffset(start), target.count, false),
+            None => {
+                let run = self.allocate(files, target.count, waiter)?;
+                (run.offset(geometry), run.count, run.fresh)
+            }
+        };
+        // Fewer than asked for: the step ends with the last cluster.
+        let end = start + count * geometry.cluster();
+        let len = len.min(end - at);
+        if count < target.count {
+            tail.clear();
+        }
+        // The tables were looked at before; allocating may have changed the cache, not the tables.
+        if fresh && zeros(&whole) {
+            self.link(geometry, table, target.first, count, host, true);
+            return Ok(WriteStep::InPlace {
+                file: geometry.data,
+                offset: host.plus(at - start),
+                len,
+            });
+        }
+        if fresh && zeros(&tail) {
+            tail.clear();
+        }
+        let mut offset = host;
+        if fresh && zeros(&head) {
+            head.clear();
+            offset = host.plus(at - start);
+        }
+        let kept = target.kept.is_some() || geometry.external_data();
+        let ticket = self.issue(
+            geometry,
+            Ticket {
+                first: target.first,
+                count,
+                table,
+                host,
+                kept,
+                waiters: Vec::new(),
+            },
+        )?;
+        Ok(WriteStep::Allocate(Box::new(Allocation {
+            ticket,
+            file: geometry.data,
+            offset,
+            len,
+            head,
+            tail,
+        })))
+    }
+
+    /// The clusters from `at` on that need new host clusters, within one cached block of the L2 table.
+    fn target(
+        &mut self,
+        geometry: &Geometry,
+        at: u64,
+        len: u64,
+        waiter: &Waiter,
+    ) -> Planned<Target> {
+        let first = GuestCluster(at >> geometry.cluster_bits);
+        let zero_cluster = |mapping| match mapping {
+            Mapping::Zero { host, copied: true } => host,
+            _ => None,
+        };
+        if let Some(host) = zero_cluster(self.lookup(geometry, first, waiter)?) {
+            return Ok(Target {
+                first,
+                count: 1,
+                kept: Some(host),
+            });
+        }
+        let per_block = geometry.block() / 8;
+        let last = ((at + len - 1) >> geometry.cluster_bits)
+            .min(first.0 / per_block * per_block + per_block - 1)
+            .min(first.0 + (RUN_BYTES >> geometry.cluster_bits).max(1) - 1);
+        let mut count = 1;
+        while first.0 + count <= last {
+            let next = GuestCluster(first.0 + count);
+            let mapping = self.lookup(geometry, next, waiter)?;
+            let ours = matches!(mapping, Mapping::Data { copied: true, .. });
+            if self.busy(next) || ours || zero_cluster(mapping).is_some() {
+                break;
+            }
+            count += 1;
+        }
+        Ok(Target {
+            first,
+            count,
+            kept: None,
+        })
+    }
+
+    fn issue(&mut self, geometry: &Geometry, ticket: Ticket) -> Result<u64, Error> {
+        let block = block_of(
+            geometry,
+            ticket.table.0 + ticket.first.0 % geometry.l2_entries() * 8,
+        );
+        self.cache.pin(geometry.layer, block.offset);
+        let writer = self.writer()?;
+        let number = writer.next_ticket;
+        writer.next_ticket += 1;
+        for n in 0..ticket.count {
+            writer.busy.insert(GuestCluster(ticket.first.0 + n), number);
+        }
+        writer.tickets.insert(number, ticket);
+        Ok(number)
+    }
+
+    /// The data of an allocation is written (or not): map it (or give it back).
+    pub(crate) fn finish(&mut self, number: u64, ok: bool) {
+        let Some(writer) = &mut self.writer else {
+            return;
+        };
+        let geometry = writer.geometry;
+        let Some(ticket) = writer.tickets.remove(&number) else {
+            return;
+        };
+        for n in 0..ticket.count {
+            writer.busy.remove(&GuestCluster(ticket.first.0 + n));
+        }
+        if ok {
+            self.link(
+                &geometry,
+                ticket.table,
+                ticket.first,
+                ticket.count,
+                ticket.host,
+                !ticket.kept,
+            );
+        } else if !ticket.kept {
+            let bytes = ticket.count * geometry.cluster();
+            writer
+                .freed
+                .push(refcount::clusters(&geometry, ticket.host, bytes));
+        }
+        let block = block_of(
+            &geometry,
+            ticket.table.0 + ticket.first.0 % geometry.l2_entries() * 8,
+        );
+        self.cache.unpin(geometry.layer, block.offset);
+        ticket.waiters.into_iter().for_each(Waiter::wake);
+    }
+
+    /// Map `count` clusters; what they were mapped to before is freed, unless it is the same cluster.
+    fn link(
+        &mut self,
+        geometry: &Geometry,
+        table: HostOffset,
+        first: GuestCluster,
+        count: u64,
+        host: HostOffset,
+        free_old: bool,
+    ) {
+        for n in 0..count {
+            let index = (first.0 + n) % geometry.l2_entries();
+            let old = self.cached_entry(geometry, table, index).unwrap_or(0);
+            let entry = host.plus(n * geometry.cluster()).0 | COPIED;
+            self.set_table_entry(geometry, table, index, entry, Class::Mapping);
+            if free_old {
+                self.free_mapping(
+                    geometry,
+                    decode_l2(geometry, old).unwrap_or(Mapping::Unallocated),
+                );
+            }
+        }
+    }
+
+    /// What a replaced mapping pointed to loses a pointer.
+    pub(crate) fn free_mapping(&mut self, geometry: &Geometry, mapping: Mapping) {
+        let range = match mapping {
+            Mapping::Data { host, .. }
+            | Mapping::Zero {
+                host: Some(host), ..
+            } if !geometry.external_data() => {
+                refcount::clusters(geometry, host, geometry.cluster())
+            }
+            Mapping::Compressed { host, stored } => refcount::clusters(geometry, host, stored),
+            _ => return,
+        };
+        if let Some(writer) = &mut self.writer {
+            writer.freed.push(range);
+        }
+    }
+
+    /// The L2 table for `cluster`, ours alone: made, or copied from one shared with a snapshot. Its
+    /// block with the cluster's entry is in the cache afterwards.
+    pub(crate) fn writable_l2(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        cluster: GuestCluster,
+        waiter: &Waiter,
+    ) -> Planned<HostOffset> {
+        let index = cluster.0 / geometry.l2_entries();
+        let entry = cluster.0 % geometry.l2_entries();
+        let (l1, _) = self
+            .l1(geometry.layer)
+            .ok_or_else(|| Error::invalid("the image has no L1 table"))?;
+        let old = self.l2_table(geometry, cluster, waiter)?;
+        if let Some(table) = old.filter(|table| table.copied) {
+            self.table_entry(geometry, table.offset, entry, waiter)?;
+            return Ok(table.offset);
+        }
+        let block = geometry.block();
+        let blocks = geometry.cluster() / block;
+        if let Some(table) = old {
+            for n in 0..blocks {
+                self.cache
+                    .fetch(block_of(geometry, table.offset.0 + n * block), waiter)?;
+            }
+        }
+        let run = self.allocate(files, 1, waiter)?;
+        let offset = run.offset(geometry);
+        match old {
+            None => self.put_zero_table(geometry, offset),
+            Some(table) => {
+                for n in 0..blocks {
+                    let copy = self
+                        .cache
+                        .peek(geometry.layer, table.offset.plus(n * block))
+                        .map(|block| (**block).clone());
+                    let copy =
+                        copy.ok_or_else(|| Error::invalid("an L2 table's block left the cache"))?;
+                    self.cache.put(
+                        geometry.layer,
+                        offset.plus(n * block),
+                        copy,
+                        Some(Class::Unreferenced),
+                    );
+                }
+                self.writer()?.freed.push(refcount::clusters(
+                    geometry,
+                    table.offset,
+                    geometry.cluster(),
+                ));
+            }
+        }
+        // The block of the L1 table was fetched by l2_table.
+        self.set_table_entry(geometry, l1, index, offset.0 | COPIED, Class::Mapping);
+        Ok(offset)
+    }
+}
+
+/// Whether all of it reads as zeros.
+pub(crate) fn zeros(extents: &Extents) -> bool {
+    extents.iter().all(|extent| extent.source == Source::Zero)
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Planning discards and zeroes: whole clusters by their mapping alone, the rest as writes of zeros.
+//!
+//! A cluster's mapping becomes "zero" (or "unallocated" where nothing lies below); the host cluster
+//! is freed, or kept with the mapping when the guest does not allow unmapping. A discard may be
+//! left undone, so it never writes data and never makes tables.
+
+use crate::cache::Class;
+use crate::file::BlockFile;
+use crate::mailbox::Waiter;
+use crate::plan::{Extents, Planned, Stop, ZeroStep};
+use crate::qcow2::mapping::{Mapping, COPIED, ZERO};
+use crate::qcow2::write::zeros;
+use crate::qcow2::Geometry;
+use crate::state::State;
+use crate::types::GuestCluster;
+
+/// What a zeroing request asks for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Zeroing {
+    /// The range must read as zeros (write zeroes), not only may (discard).
+    pub(crate) required: bool,
+    /// Space may be given back.
+    pub(crate) unmap: bool,
+}
+
+/// What is to happen to one cluster.
+enum Change {
+    None,
+    Entry { entry: u64, free: bool },
+    Write,
+}
+
+impl State {
+    pub(crate) fn plan_zero_qcow2(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        at: u64,
+        len: u64,
+        how: Zeroing,
+        waiter: &Waiter,
+    ) -> Planned<ZeroStep> {
+        let size = geometry.cluster();
+        let first = GuestCluster(at >> geometry.cluster_bits);
+        self.wait_if_busy(first, waiter)?;
+        let to_next = size - at % size;
+        let at_end = at + len == self.size();
+        let partial = at % size != 0 || (len < size && !at_end);
+        if partial || geometry.external_data() {
+            let step = if partial {
+                to_next.min(len)
+            } else {
+                len.min(size)
+            };
+            let mut content = Extents::new();
+            self.resolve(0, at, step, waiter, &mut content)?;
+            let write = how.required && !zeros(&content);
+            return Ok(if write {
+                ZeroStep::Write { len: step }
+            } else {
+                ZeroStep::Done { len: step }
+            });
+        }
+        if self.cache.crowded() || self.too_much_freed() {
+            return Err(Stop::Commit);
+        }
+        self.zero_clusters(geometry, files, at, len, how, waiter)
+    }
+
+    /// Whole clusters, within one cached block of the L2 table.
+    fn zero_clusters(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        at: u64,
+        len: u64,
+        how: Zeroing,
+        waiter: &Waiter,
+    ) -> Planned<ZeroStep> {
+        let size = geometry.cluster();
+        let first = at >> geometry.cluster_bits;
+        let per_block = geometry.block() / 8;
+        let until = first / per_block * per_block + per_block;
+        let mut done = 0;
+        for cluster in (first..until).map(GuestCluster) {
+            let rest = len - done;
+            let whole = rest >= size || (rest > 0 && at + len == self.size());
+            if !whole || (done > 0 && self.busy(cluster)) {
+                break;
+            }
+            let change = match self.zero_change(geometry, cluster, how, waiter) {
+                Ok(change) => change,
+                // What was changed so far is complete in itself.
+                Err(stop) if done > 0 => {
+                    self.drop_stop(stop);
+                    break;
+                }
+                Err(stop) => return Err(stop),
+            };
+            match change {
+                Change::None => {}
+                Change::Write if done > 0 => break,
+                Change::Write => {
+                    return Ok(ZeroStep::Write {
+                        len: rest.min(size),
+                    })
+                }
+                Change::Entry { entry, free } => {
+                    let table = match self.writable_l2(geometry, files, cluster, waiter) {
+                        Ok(table) => table,
+                        Err(stop) if done > 0 => {
+                            self.drop_stop(stop);
+                            break;
+                        }
+                        Err(stop) => return Err(stop),
+                    };
+                    let old = self.lookup(geometry, cluster, waiter)?;
+                    self.set_table_entry(
+                        geometry,
+                        table,
+                        cluster.0 % geometry.l2_entries(),
+                        entry,
+                        Class::Mapping,
+                    );
+                    if free {
+                        self.free_mapping(geometry, old);
+                    }
+                }
+            }
+            done += rest.min(size);
+        }
+        Ok(ZeroStep::Done { len: done })
+    }
+
+    fn zero_change(
+        &mut self,
+        geometry: &Geometry,
+        cluster: GuestCluster,
+        how: Zeroing,
+        waiter: &Waiter,
+    ) -> Planned<Change> {
+        let mapping = self.lookup(geometry, cluster, waiter)?;
+        let below = self.layers.len() > geometry.layer + 1;
+        let has_zero = geometry.version >= 3;
+        Ok(match mapping {
+            Mapping::Unallocated if !how.required || !below => Change::None,
+            Mapping::Unallocated => {
+                let start = cluster.0 << geometry.cluster_bits;
+                let mut content = Extents::new();
+                self.resolve(
+                    geometry.layer + 1,
+                    start,
+                    geometry.cluster(),
+                    waiter,
+                    &mut content,
+                )?;
+                match (zeros(&content), has_zero) {
+                    (true, _) => Change::None,
+                    (false, true) => Change::Entry {
+                        entry: ZERO,
+                        free: false,
+                    },
+                    (false, false) => Change::Write,
+                }
+            }
+            Mapping::Zero { host: Some(_), .. } if how.unmap => Change::Entry {
+                entry: ZERO,
+                free: true,
+            },
+            Mapping::Zero { .. } => Change::None,
+            Mapping::Data { host, copied: true } if has_zero && !how.unmap => Change::Entry {
+                entry: host.0 | COPIED | ZERO,
+                free: false,
+            },
+            Mapping::Data { .. } if !how.unmap && !has_zero => Change::Write,
+            Mapping::Data { .. } | Mapping::Compressed { .. } => match (below, has_zero) {
+                (false, _) => Change::Entry {
+                    entry: 0,
+                    free: true,
+                },
+                (true, true) => Change::Entry {
+                    entry: ZERO,
+                    free: true,
+                },
+                (true, false) if how.required => Change::Write,
+                (true, false) => Change::None,
+            },
+        })
+    }
+}
