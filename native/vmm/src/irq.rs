@@ -147,3 +147,36 @@ fn msi(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
     entry.u.msi.data = message.data;
     entry
 }
+
+/// A pin of the interrupt controllers that one device drives.
+pub struct Line {
+    drive: Box<dyn Fn(bool) + Send + Sync>,
+    level: Mutex<bool>,
+}
+
+impl Line {
+    /// Pin `gsi` of `vm`, low.
+    pub fn new(vm: Arc<VmFd>, gsi: u32) -> Line {
+        Line::with(move |level| {
+            // KVM refuses only without an irqchip, and a machine has one before it has devices.
+            let _ = vm.set_irq_line(gsi, level);
+        })
+    }
+
+    /// A line that calls `drive` at each change.
+    pub fn with(drive: impl Fn(bool) + Send + Sync + 'static) -> Line {
+        Line {
+            drive: Box::new(drive),
+            level: Mutex::new(false),
+        }
+    }
+
+    /// Drives the line; free if it has that level already.
+    pub fn set(&self, level: bool) {
+        let mut present = self.level.lock().unwrap_or_else(|e| e.into_inner());
+        if *present != level {
+            *present = level;
+            (self.drive)(level);
+        }
+    }
+}

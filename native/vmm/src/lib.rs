@@ -15,15 +15,27 @@
 )]
 
 pub mod block;
+pub mod boot;
 pub mod bus;
+pub mod config;
+mod control;
+pub mod cpu;
 pub mod device;
 pub mod devices;
 pub mod error;
 pub mod irq;
 pub mod layout;
+pub mod legacy;
+pub mod machine;
+mod mailbox;
+pub mod memory;
 pub mod pci;
+pub mod platform;
 pub mod thread;
 pub mod virtio;
 pub mod vm;
 
+pub use config::Config;
 pub use error::{Error, Kind, Result};
+pub use machine::Machine;
+pub use mailbox::{EndReason, Event, Request};

@@ -1,27 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Threads, and the hook by which each narrows itself to what it needs.
 //!
-//! The sandbox is none of this crate's business except here: whoever builds a machine gives a hook, and
+//! What a role may call is the sandbox crate's business; whoever builds a machine gives a hook, and
 //! every thread of the core calls it first, with its role. In a worker it installs the role's seccomp
 //! filter; in a test or an example it does nothing.
 
-use std::sync::Arc;
+use std::sync::{mpsc, Arc};
 use std::thread::JoinHandle;
 
 use crate::error::{Error, Result};
 
-/// What a thread does, and so which calls it needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// KVM_RUN and the devices' registers.
-    Vcpu,
-    /// Images: reads, writes, its io_uring.
-    Block,
-    /// Taps: reads and writes.
-    Network,
-    /// The machine's control thread: everything above, for new threads inherit its filter.
-    Control,
-}
+pub use vmbus_sandbox::Role;
 
 /// Called first in each new thread.
 pub type ThreadHook = Arc<dyn Fn(Role) -> Result<()> + Send + Sync>;
@@ -31,24 +20,31 @@ pub fn unconfined() -> ThreadHook {
     Arc::new(|_| Ok(()))
 }
 
-/// Starts a thread that calls `hook` with its role and then `body`.
-///
-/// A thread whose hook fails never runs `body`: the error is `join`'s result.
+/// Starts a thread that calls `hook` with its role and then `body`; returns once the hook has succeeded.
+/// A joined thread gives what `body` returned; None only after an error here.
 ///
 /// # Errors
-/// `Unavailable` when the kernel gives no thread.
+/// What the hook said (`body` never runs then), or `Unavailable` when the kernel gives no thread.
 pub fn spawn<T: Send + 'static>(
     name: &str,
     role: Role,
     hook: &ThreadHook,
     body: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<Result<T>>> {
+) -> Result<JoinHandle<Option<T>>> {
     let hook = Arc::clone(hook);
-    std::thread::Builder::new()
+    let (narrowed, outcome) = mpsc::sync_channel(1);
+    let thread = std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
-            hook(role)?;
-            Ok(body())
+            let result = hook(role);
+            let failed = result.is_err();
+            let _ = narrowed.send(result);
+            (!failed).then(body)
         })
-        .map_err(|e| Error::kernel("a new thread", e))
+        .map_err(|e| Error::kernel("a new thread", e))?;
+    // A hook that panics drops its end.
+    outcome
+        .recv()
+        .unwrap_or_else(|_| Err(Error::internal("a thread ended before it began")))?;
+    Ok(thread)
 }

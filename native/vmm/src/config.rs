@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a machine is built from, as it crosses the C ABI in JSON.
+//!
+//! The fields are those of `vmbus/wire/definition.py` with each file replaced by its fd. [`Files`] takes the
+//! fds over first of all, so that a build that fails closes every one of them exactly once.
+
+use std::collections::BTreeSet;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+use serde::Deserialize;
+
+use crate::error::{Error, Kind, Result};
+use crate::layout;
+
+/// The machine type that this crate builds.
+pub const MACHINE_TYPE: &str = "vmbus-0";
+/// The greatest number of vCPUs; the MADT has a place for each of them.
+pub const VCPUS_MAX: u8 = 16;
+/// The least memory that holds the boot structures and a small kernel: 4 MiB.
+pub const MEMORY_MIN: u64 = 4 << 20;
+/// The greatest: low RAM and what fits between 4 GiB and the 64-bit MMIO window.
+pub const MEMORY_MAX: u64 = layout::LOW_RAM_MAX + (layout::HIGH_RAM_END - layout::HIGH_RAM_START);
+/// The longest kernel command line, without its NUL.
+pub const CMDLINE_MAX: usize = 2047;
+
+/// A machine.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Always `vmbus-0`.
+    pub machine_type: String,
+    /// The machine's UUID in its usual form.
+    pub uuid: String,
+    /// 1 to 16.
+    pub vcpus: u8,
+    /// Bytes, a multiple of 1 MiB, at least 4 MiB.
+    pub memory: u64,
+    /// How memory is made.
+    #[serde(default)]
+    pub memory_kind: MemoryKind,
+    /// For `shareable` and `huge`: a sealed memfd of at least `memory` bytes.
+    #[serde(default)]
+    pub memory_fd: Option<RawFd>,
+    /// `host` or the name of a model; see `cpu::model`.
+    pub cpu_model: String,
+    /// `/dev/kvm`; closed once the machine is built.
+    pub kvm_fd: RawFd,
+    /// One end of a non-blocking SOCK_STREAM socketpair.
+    pub console_fd: RawFd,
+    /// What is booted.
+    pub kernel: Kernel,
+    /// virtio-blk disks, in the order of their PCI devices.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    /// virtio-net devices.
+    #[serde(default)]
+    pub nics: Vec<Nic>,
+    /// Whether there is a virtio-rng device.
+    #[serde(default)]
+    pub rng: bool,
+    /// What happens when the guest resets itself.
+    #[serde(default)]
+    pub on_reset: OnReset,
+}
+
+/// How the guest's memory is made.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryKind {
+    /// Private and anonymous, offered to KSM.
+    #[default]
+    Mergeable,
+    /// A sealed memfd, for helpers in other processes.
+    Shareable,
+    /// A sealed hugetlb memfd, reserved.
+    Huge,
+}
+
+/// What happens when the guest resets itself.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReset {
+    /// The machine starts again in place.
+    #[default]
+    Restart,
+    /// The machine ends with reason `guest-reset`.
+    End,
+}
+
+/// Direct boot of a kernel.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// A bzImage, or an ELF with a PVH note.
+    pub fd: RawFd,
+    /// An initrd.
+    #[serde(default)]
+    pub initrd_fd: Option<RawFd>,
+    /// At most 2047 bytes, without NUL.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// A disk: its whole chain, active layer first.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// Names it in events and errors.
+    pub id: String,
+    /// At least one.
+    pub layers: Vec<Layer>,
+    /// Whether the guest may write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Up to 20 printable ASCII characters.
+    #[serde(default)]
+    pub serial: String,
+    /// Virtqueues; 0 for one a vCPU.
+    #[serde(default)]
+    pub queues: u16,
+}
+
+/// One image of a chain.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// The image.
+    pub fd: RawFd,
+    /// `qcow2` or `raw`, never guessed.
+    pub format: String,
+    /// The backing file name that the header must have; None for none.
+    #[serde(default)]
+    pub backing_name: Option<String>,
+    /// The data file name that the header must have; None for none.
+    #[serde(default)]
+    pub data_name: Option<String>,
+    /// The external data file.
+    #[serde(default)]
+    pub data_fd: Option<RawFd>,
+}
+
+/// A virtio-net device on a tap.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nic {
+    /// Names it in events and errors.
+    pub id: String,
+    /// Six lower-case hexadecimal bytes with colons.
+    pub mac: String,
+    /// The tap.
+    pub tap_fd: RawFd,
+}
+
+/// The files of a machine, owned.
+pub struct Files {
+    /// `/dev/kvm`.
+    pub kvm: OwnedFd,
+    /// The console's socket.
+    pub console: OwnedFd,
+    /// The memory's file.
+    pub memory: Option<OwnedFd>,
+    /// The kernel.
+    pub kernel: OwnedFd,
+    /// The initrd.
+    pub initrd: Option<OwnedFd>,
+    /// For each disk, for each layer: the image and its data file.
+    pub disks: Vec<Vec<(OwnedFd, Option<OwnedFd>)>>,
+    /// For each NIC: its tap.
+    pub nics: Vec<OwnedFd>,
+}
+
+impl Config {
+    /// Takes over every fd that the configuration names.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd, or that stands there twice (then none is taken over).
+    pub fn take_files(&self) -> Result<Files> {
+        let mut seen = BTreeSet::new();
+        for (argument, fd) in self.fds() {
+            if fd < 0 || !seen.insert(fd) {
+                return Err(Error::invalid(
+                    argument,
+                    format!("fd {fd} is not an fd of its own"),
+                ));
+            }
+        }
+        Ok(Files {
+            kvm: own(self.kvm_fd),
+            console: own(self.console_fd),
+            memory: self.memory_fd.map(own),
+            kernel: own(self.kernel.fd),
+            initrd: self.kernel.initrd_fd.map(own),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| {
+                    disk.layers
+                        .iter()
+                        .map(|layer| (own(layer.fd), layer.data_fd.map(own)))
+                        .collect()
+                })
+                .collect(),
+            nics: self.nics.iter().map(|nic| own(nic.tap_fd)).collect(),
+        })
+    }
+
+    /// Checks what can be told from the numbers alone.
+    ///
+    /// # Errors
+    /// `InvalidArgument` or `NotSupported`, with the field.
+    pub fn check(&self) -> Result<()> {
+        if self.machine_type != MACHINE_TYPE {
+            return Err(Error::new(
+                Kind::NotSupported,
+                "machine_type",
+                format!("{:?} is not known; {MACHINE_TYPE} is", self.machine_type),
+            ));
+        }
+        if !(1..=VCPUS_MAX).contains(&self.vcpus) {
+            return Err(Error::invalid(
+                "vcpus",
+                format!("{} is not between 1 and {VCPUS_MAX}", self.vcpus),
+            ));
+        }
+        if self.memory % (1 << 20) != 0 || !(MEMORY_MIN..=MEMORY_MAX).contains(&self.memory) {
+            return Err(Error::invalid(
+                "memory",
+                format!(
+                    "{} bytes is not a multiple of 1 MiB between {MEMORY_MIN} and {MEMORY_MAX}",
+                    self.memory
+                ),
+            ));
+        }
+        if self.kernel.cmdline.len() > CMDLINE_MAX || self.kernel.cmdline.contains('\0') {
+            return Err(Error::invalid(
+                "kernel.cmdline",
+                format!("longer than {CMDLINE_MAX} bytes, or with a NUL in it"),
+            ));
+        }
+        match (self.memory_kind, self.memory_fd) {
+            (MemoryKind::Mergeable, Some(_)) => Err(Error::invalid(
+                "memory_fd",
+                "mergeable memory has no file; give shareable or huge as memory_kind",
+            )),
+            (MemoryKind::Shareable | MemoryKind::Huge, None) => Err(Error::invalid(
+                "memory_fd",
+                "shareable and huge memory need a file",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn fds(&self) -> Vec<(String, RawFd)> {
+        let mut fds = vec![
+            ("kvm_fd".to_owned(), self.kvm_fd),
+            ("console_fd".to_owned(), self.console_fd),
+            ("kernel.fd".to_owned(), self.kernel.fd),
+        ];
+        fds.extend(self.memory_fd.map(|fd| ("memory_fd".to_owned(), fd)));
+        fds.extend(
+            self.kernel
+                .initrd_fd
+                .map(|fd| ("kernel.initrd_fd".to_owned(), fd)),
+        );
+        for (d, disk) in self.disks.iter().enumerate() {
+            for (l, layer) in disk.layers.iter().enumerate() {
+                fds.push((format!("disks[{d}].layers[{l}].fd"), layer.fd));
+                fds.extend(
+                    layer
+                        .data_fd
+                        .map(|fd| (format!("disks[{d}].layers[{l}].data_fd"), fd)),
+                );
+            }
+        }
+        for (n, nic) in self.nics.iter().enumerate() {
+            fds.push((format!("nics[{n}].tap_fd"), nic.tap_fd));
+        }
+        fds
+    }
+}
+
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the contract of `Machine::build` gives us the fds that the configuration names, and
+    // `take_files` has checked that each stands there once, so nobody else closes it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(json: &str) -> Config {
+        let mut all: serde_json::Value = serde_json::from_str(
+            r#"{"machine_type": "vmbus-0", "uuid": "u", "vcpus": 1, "memory": 16777216, "cpu_model": "host",
+                "kvm_fd": 900, "console_fd": 901, "kernel": {"fd": 902}}"#,
+        )
+        .unwrap();
+        let change: serde_json::Value = serde_json::from_str(json).unwrap();
+        for (key, value) in change.as_object().unwrap() {
+            all[key] = value.clone();
+        }
+        serde_json::from_value(all).unwrap()
+    }
+
+    #[test]
+    fn the_defaults_are_a_machine() {
+        config("{}").check().unwrap();
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_named() {
+        for (json, argument) in [
+            (r#"{"vcpus": 0}"#, "vcpus"),
+            (r#"{"vcpus": 17}"#, "vcpus"),
+            (r#"{"memory": 0}"#, "memory"),
+            (r#"{"memory": 16777217}"#, "memory"),
+            (r#"{"memory": 4398046511104}"#, "memory"),
+            (r#"{"machine_type": "vmbus-9"}"#, "machine_type"),
+            (r#"{"memory_kind": "huge"}"#, "memory_fd"),
+            (r#"{"memory_fd": 9}"#, "memory_fd"),
+            (
+                r#"{"kernel": {"fd": 3, "cmdline": "a\u0000b"}}"#,
+                "kernel.cmdline",
+            ),
+        ] {
+            assert_eq!(
+                config(json).check().unwrap_err().argument,
+                argument,
+                "{json}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_fd_that_stands_there_twice_is_refused() {
+        let error = config(r#"{"kernel": {"fd": 902, "initrd_fd": 902}}"#).take_files();
+        assert_eq!(error.err().unwrap().argument, "kernel.initrd_fd");
+    }
+}

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The control thread: carries requests out, and decides what follows when the guest does not go on.
+//!
+//! | state | Run | Pause | Resume | PowerButton | Reset | Stop | the guest resets | another cause |
+//! |---|---|---|---|---|---|---|---|---|
+//! | built | running | – | – | – | – | ended | | |
+//! | running | – | paused | – | pressed | reset, running | ended | reset, running; or ended | ended |
+//! | paused | – | – | running | pressed | reset, paused | ended | as running, then paused | ended |
+//! | ended | – | – | – | – | – | – | | |
+//!
+//! "–" is answered with InvalidState; Stats is answered in every state. A cause that was raised before a
+//! reset is stale and forgotten. Besides, this thread moves the console's bytes.
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use serde_json::json;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::config::OnReset;
+use crate::cpu::gate::{Cause, Gate};
+use crate::cpu::run::{Counters, Vcpu};
+use crate::device::Device;
+use crate::error::{Error, Kind, Result};
+use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request};
+use crate::platform::Platform;
+use crate::thread::{self, Role, ThreadHook};
+
+const INBOX: u64 = 0;
+const CONSOLE: u64 = 1;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Built,
+    Running,
+    Paused,
+    Ended,
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            State::Built => "not started",
+            State::Running => "running",
+            State::Paused => "paused",
+            State::Ended => "at its end",
+        }
+    }
+}
+
+/// The vCPUs' threads; dropping this sends all of them home.
+pub(crate) struct VcpuThreads {
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<Option<Vcpu>>>,
+    counters: Vec<Arc<Counters>>,
+}
+
+impl VcpuThreads {
+    pub(crate) fn start(gate: Arc<Gate>, vcpus: Vec<Vcpu>, hook: &ThreadHook) -> Result<Self> {
+        let mut all = VcpuThreads {
+            gate,
+            threads: Vec::new(),
+            counters: Vec::new(),
+        };
+        for vcpu in vcpus {
+            all.counters.push(Arc::clone(&vcpu.counters));
+            let name = format!("vcpu-{}", vcpu.index);
+            let thread = thread::spawn(&name, Role::Vcpu, hook, move || vcpu.run())?;
+            all.threads.push(thread);
+        }
+        Ok(all)
+    }
+}
+
+impl Drop for VcpuThreads {
+    fn drop(&mut self) {
+        self.gate.end();
+        // No vCPU is dropped before the last thread is home: until then, each may be kicked.
+        let vcpus: Vec<_> = self.threads.drain(..).map(JoinHandle::join).collect();
+        drop(vcpus);
+    }
+}
+
+/// Everything the control thread works on.
+pub(crate) struct Control {
+    mailbox: Arc<Mailbox>,
+    gate: Arc<Gate>,
+    vcpus: VcpuThreads,
+    devices: Vec<Arc<dyn Device>>,
+    platform: Platform,
+    on_reset: OnReset,
+    state: State,
+    begin: Instant,
+    resets: u64,
+}
+
+impl Control {
+    pub(crate) fn new(
+        mailbox: Arc<Mailbox>,
+        gate: Arc<Gate>,
+        vcpus: VcpuThreads,
+        devices: Vec<Arc<dyn Device>>,
+        platform: Platform,
+        on_reset: OnReset,
+    ) -> Control {
+        Control {
+            mailbox,
+            gate,
+            vcpus,
+            devices,
+            platform,
+            on_reset,
+            state: State::Built,
+            begin: Instant::now(),
+            resets: 0,
+        }
+    }
+
+    /// Until the machine is dropped.
+    pub(crate) fn run(mut self) {
+        if let Err(error) = self.serve() {
+            self.end(EndReason::Error, error.to_string());
+        }
+        self.end(EndReason::Stopped, String::new());
+    }
+
+    fn serve(&mut self) -> Result<()> {
+        let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
+        watch(&epoll, self.mailbox.inbox.fd(), EventSet::IN, INBOX)?;
+        let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
+        watch(&epoll, self.platform.serial.socket(), both, CONSOLE)?;
+        let mut ready = [EpollEvent::default(); 2];
+        loop {
+            let count = match epoll.wait(-1, &mut ready) {
+                Ok(count) => count,
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
+                Err(e) => return Err(Error::kernel("epoll_wait", e)),
+            };
+            for event in ready.iter().take(count) {
+                if event.data() == CONSOLE {
+                    self.platform.serial.socket_ready();
+                }
+            }
+            while let Some(mail) = self.mailbox.inbox.pop() {
+                match mail {
+                    Mail::Request(id, request) => {
+                        let result = self.carry_out(request);
+                        self.tell(Event::Done { id, result });
+                    }
+                    Mail::Cause(cause, epoch) => self.follow(cause, epoch),
+                    Mail::Quit => return Ok(()),
+                }
+            }
+        }
+    }
+
+    fn tell(&self, event: Event) {
+        self.mailbox.outbox.push(event);
+    }
+
+    fn carry_out(&mut self, request: Request) -> Result<String> {
+        use Request::{Pause, PowerButton, Reset, Resume, Run, Stats, Stop};
+        use State::{Built, Paused, Running};
+        match (request, self.state) {
+            (Stats, _) => return Ok(self.stats()),
+            (Run, Built) => {
+                self.gate.run();
+                self.enter(Running);
+            }
+            (Pause, Running) => {
+                self.stand_still()?;
+                self.enter(Paused);
+            }
+            (Resume, Paused) => self.go_on(),
+            (PowerButton, Running | Paused) => self.platform.pm.press_power_button(),
+            (Reset, Running | Paused) => self.reset_or_end(),
+            (Stop, Built | Running | Paused) => self.end(EndReason::Stopped, String::new()),
+            (request, state) => {
+                return Err(Error::new(
+                    Kind::InvalidState,
+                    "",
+                    format!(
+                        "{request:?} cannot be done: the machine is {}",
+                        state.name()
+                    ),
+                ))
+            }
+        }
+        Ok(String::new())
+    }
+
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        match state {
+            State::Running => self.tell(Event::Running),
+            State::Paused => self.tell(Event::Paused),
+            State::Built | State::Ended => {}
+        }
+    }
+
+    /// The guest does not go on, for this cause.
+    fn follow(&mut self, cause: Cause, epoch: u64) {
+        if self.state == State::Ended || epoch != self.gate.epoch() {
+            return;
+        }
+        match cause {
+            Cause::PowerOff => self.end(EndReason::GuestPoweroff, String::new()),
+            Cause::Reset(_) if self.on_reset == OnReset::Restart => self.reset_or_end(),
+            Cause::Reset(means) => self.end(EndReason::GuestReset, format!("through the {means}")),
+            Cause::TripleFault => self.end(EndReason::TripleFault, String::new()),
+            Cause::KvmInternalError(detail) => self.end(EndReason::KvmInternalError, detail),
+            Cause::GuestMisbehaved(detail) => self.end(EndReason::GuestMisbehaved, detail),
+            Cause::IoError(detail) => self.end(EndReason::IoError, detail),
+            Cause::Error(detail) => self.end(EndReason::Error, detail),
+        }
+    }
+
+    /// vCPUs first: a device that is paused is asked nothing more.
+    fn stand_still(&self) -> Result<()> {
+        self.gate.stand()?;
+        self.devices.iter().try_for_each(|device| device.pause())
+    }
+
+    fn go_on(&mut self) {
+        for device in &self.devices {
+            device.resume();
+        }
+        self.gate.run();
+        self.enter(State::Running);
+    }
+
+    fn reset_or_end(&mut self) {
+        let was_paused = self.state == State::Paused;
+        match self.reset() {
+            Ok(()) => {
+                self.resets = self.resets.saturating_add(1);
+                self.tell(Event::Reset);
+                if !was_paused {
+                    for device in &self.devices {
+                        device.resume();
+                    }
+                    self.gate.run();
+                }
+            }
+            Err(error) => self.end(EndReason::Error, format!("the reset failed: {error}")),
+        }
+    }
+
+    fn reset(&mut self) -> Result<()> {
+        if self.state != State::Paused {
+            self.stand_still()?;
+        }
+        for device in &self.devices {
+            device.reset();
+        }
+        self.platform.reset()?;
+        self.gate.reset()
+    }
+
+    fn end(&mut self, reason: EndReason, detail: String) {
+        if self.state == State::Ended {
+            return;
+        }
+        let mut trouble = Vec::new();
+        if self.state != State::Paused {
+            trouble.extend(self.stand_still().err());
+        }
+        // Each is to flush, whatever the others say.
+        trouble.extend(self.devices.iter().filter_map(|device| device.stop().err()));
+        self.state = State::Ended;
+        let event = match (reason, trouble.first()) {
+            (
+                EndReason::GuestPoweroff | EndReason::GuestReset | EndReason::Stopped,
+                Some(error),
+            ) => Event::Ended {
+                reason: EndReason::IoError,
+                detail: error.to_string(),
+            },
+            _ => Event::Ended { reason, detail },
+        };
+        self.tell(event);
+    }
+
+    fn stats(&self) -> String {
+        use std::sync::atomic::Ordering::Relaxed;
+        let vcpus: Vec<_> = self
+            .vcpus
+            .counters
+            .iter()
+            .map(|counters| {
+                json!({
+                    "exits": counters.exits.load(Relaxed),
+                    "pio": counters.pio.load(Relaxed),
+                    "mmio": counters.mmio.load(Relaxed),
+                })
+            })
+            .collect();
+        let devices: serde_json::Map<_, _> = self
+            .devices
+            .iter()
+            .map(|device| (device.id(), device.stats()))
+            .collect();
+        let (written, read) = self.platform.serial.stats();
+        json!({
+            "state": match self.state {
+                State::Built => "configured",
+                State::Running => "running",
+                State::Paused => "paused",
+                State::Ended => "ended",
+            },
+            "uptime_ms": u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "resets": self.resets,
+            "vcpus": vcpus,
+            "console": { "written": written, "read": read },
+            "devices": devices,
+        })
+        .to_string()
+    }
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, events: EventSet, data: u64) -> Result<()> {
+    epoll
+        .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
+        .map_err(|e| Error::kernel("epoll_ctl", e))
+}

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+//! vCPUs: what they are (CPUID and MSRs), their state at reset, and the threads that run them.
+
+pub mod cpuid;
+pub mod entry;
+pub mod gate;
+pub mod reset;
+pub mod run;

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A machine: its parts put together in order, and the face that `capi` sees.
+//!
+//! Threads of a machine:
+//!
+//! | thread | number | what it does |
+//! |---|---|---|
+//! | vcpu-N | one a vCPU | KVM_RUN, registers of devices (`cpu/run.rs`) |
+//! | control | 1 | requests, causes, the console's bytes (`control.rs`) |
+//! | block-N | one an I/O ring | disks (`block.rs`) |
+//!
+//! All are started within [`Machine::build`], by its caller's thread, and each narrows itself first thing by the hook.
+
+use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{Kvm, VmFd};
+use vmbus_qcow2::Ring;
+
+use crate::boot::{Boot, BootFile};
+use crate::config::{Config, Files};
+use crate::control::{Control, VcpuThreads};
+use crate::cpu::cpuid;
+use crate::cpu::entry::Entry;
+use crate::cpu::gate::{self, Gate};
+use crate::cpu::reset::ResetState;
+use crate::cpu::run::Vcpu;
+use crate::error::{Error, Kind, Result};
+use crate::irq::Line;
+use crate::layout;
+use crate::legacy::cmos::Cmos;
+use crate::legacy::i8042::I8042;
+use crate::legacy::pm::PowerManagement;
+use crate::legacy::reset_control::ResetControl;
+use crate::legacy::serial::Serial;
+use crate::mailbox::{Event, Mail, Mailbox, Request};
+use crate::memory;
+use crate::platform::{self, Legacy, Platform};
+use crate::thread::{self, Role, ThreadHook};
+use crate::vm::Vm;
+
+/// A machine, from its build to its drop, which ends it.
+pub struct Machine {
+    mailbox: Arc<Mailbox>,
+    control: Option<JoinHandle<Option<()>>>,
+}
+
+impl Machine {
+    /// Builds a machine that stands still; takes over the fds that `config` names, whatever the result.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with the configuration, a file or this host, with the field.
+    pub fn build(config: Config, rings: Vec<Ring>, hook: ThreadHook) -> Result<Machine> {
+        let files = config.take_files()?;
+        config.check()?;
+        let Files {
+            kvm,
+            console,
+            memory: memory_file,
+            kernel,
+            initrd,
+            ..
+        } = files;
+        drop(rings);
+        gate::install_kick_handler()?;
+        // SAFETY: the fd is ours, and is given away.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        let fd = create_vm(&kvm)?;
+        let ram = memory::create(config.memory_kind, config.memory, memory_file)?;
+        memory::register(&fd, &ram)?;
+        platform::create_irqchip(&fd)?;
+        let vm = Vm::new(fd, ram)?;
+
+        let mailbox = Arc::new(Mailbox::new()?);
+        let sink = Arc::clone(&mailbox);
+        let gate = Arc::new(Gate::new(
+            usize::from(config.vcpus),
+            Arc::new(move |cause, epoch| sink.inbox.push(Mail::Cause(cause, epoch))),
+        ));
+        let entry = Arc::new(Mutex::new(None));
+        let vcpus = create_vcpus(&kvm, &vm, &config, &gate, &entry)?;
+        // Nothing more is asked of /dev/kvm.
+        drop(kvm);
+
+        let legacy = Legacy {
+            serial: Arc::new(Serial::new(
+                console,
+                Line::new(Arc::clone(&vm.fd), layout::COM1_IRQ),
+            )),
+            pm: Arc::new(PowerManagement::new(
+                Line::new(Arc::clone(&vm.fd), layout::SCI),
+                Arc::clone(&gate),
+            )),
+            cmos: Arc::new(Cmos::new(config.memory, config.vcpus)),
+            i8042: Arc::new(I8042::new(Arc::clone(&gate))),
+            reset_control: Arc::new(ResetControl::new(Arc::clone(&gate), Arc::new(NoPci))),
+        };
+        legacy.insert(&vm)?;
+        let boot = Boot {
+            kernel: BootFile::new(kernel, "kernel")?,
+            initrd: initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?,
+            cmdline: config.kernel.cmdline.clone(),
+            memory: config.memory,
+            rsdp: 0,
+        };
+        let platform = Platform::new(vm, legacy, boot, Vec::new(), entry)?;
+        platform.reset()?;
+        let vcpus = VcpuThreads::start(Arc::clone(&gate), vcpus, &hook)?;
+        gate.reset()?;
+        let control = Control::new(
+            Arc::clone(&mailbox),
+            gate,
+            vcpus,
+            Vec::new(),
+            platform,
+            config.on_reset,
+        );
+        let control = thread::spawn("control", Role::Control, &hook, move || control.run())?;
+        Ok(Machine {
+            mailbox,
+            control: Some(control),
+        })
+    }
+
+    /// Asks for something; the answer is [`Event::Done`] with the same id. Never blocks.
+    pub fn request(&self, id: u64, request: Request) {
+        self.mailbox.inbox.push(Mail::Request(id, request));
+    }
+
+    /// Readable while [`Machine::next_event`] has something.
+    pub fn event_fd(&self) -> RawFd {
+        self.mailbox.outbox.fd()
+    }
+
+    /// The oldest event not yet taken. Never blocks.
+    pub fn next_event(&self) -> Option<Event> {
+        self.mailbox.outbox.pop()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.mailbox.inbox.push(Mail::Quit);
+        if let Some(control) = self.control.take() {
+            let _ = control.join();
+        }
+    }
+}
+
+fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    loop {
+        match kvm.create_vm() {
+            Ok(vm) => return Ok(vm),
+            // A signal came while the kernel made it.
+            Err(e) if e.errno() == libc::EINTR => {}
+            Err(e) => {
+                return Err(Error::new(
+                    Kind::Unavailable,
+                    "kvm_fd",
+                    format!("KVM_CREATE_VM: {e}"),
+                ))
+            }
+        }
+    }
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &Vm,
+    config: &Config,
+    gate: &Arc<Gate>,
+    entry: &Arc<Mutex<Option<Entry>>>,
+) -> Result<Vec<Vcpu>> {
+    let cpuid = cpuid::supported(kvm)?;
+    let msrs = kvm
+        .get_msr_index_list()
+        .map_err(|e| Error::kernel("KVM_GET_MSR_INDEX_LIST", e))?;
+    (0..usize::from(config.vcpus))
+        .map(|index| {
+            let fd = vm
+                .fd
+                .create_vcpu(index as u64)
+                .map_err(|e| Error::kernel("KVM_CREATE_VCPU", e))?;
+            fd.set_cpuid2(&cpuid)
+                .map_err(|e| Error::kernel("KVM_SET_CPUID2", e))?;
+            Ok(Vcpu {
+                index,
+                reset: ResetState::read(&fd, msrs.as_slice())?,
+                fd,
+                entry: Arc::clone(entry),
+                pio: Arc::clone(&vm.pio),
+                mmio: Arc::clone(&vm.mmio),
+                gate: Arc::clone(gate),
+                counters: Arc::default(),
+            })
+        })
+        .collect()
+}
+
+struct NoPci;
+impl crate::bus::BusDevice for NoPci {
+    fn read(&self, _: u64, _: u64, _: &mut [u8]) {}
+    fn write(&self, _: u64, _: u64, _: &[u8]) {}
+}

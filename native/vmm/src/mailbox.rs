@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What goes in and out of a machine: requests and causes to its control thread, events from it.
+//!
+//! Both ways are a queue and an eventfd; nobody waits for the other side. The eventfd of a queue is readable
+//! while there is something in it.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Mutex, MutexGuard};
+
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
+
+use crate::cpu::gate::Cause;
+use crate::error::{Error, Result};
+
+/// What a machine is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Let the vCPUs go for the first time.
+    Run,
+    /// Stop all vCPUs and devices.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Pull the reset line.
+    Reset,
+    /// Stop, flush the disks and end.
+    Stop,
+    /// Count.
+    Stats,
+}
+
+/// Why a machine ended; the names are those of `vmbus/wire/worker.py`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// The guest powered itself off.
+    GuestPoweroff,
+    /// The guest reset itself, and the definition says to end then.
+    GuestReset,
+    /// It was told to stop.
+    Stopped,
+    /// The guest's processor shut down.
+    TripleFault,
+    /// KVM could not go on.
+    KvmInternalError,
+    /// A driver broke its device's rules beyond repair.
+    GuestMisbehaved,
+    /// A disk failed.
+    IoError,
+    /// Anything else.
+    Error,
+}
+
+impl EndReason {
+    /// The name on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            EndReason::GuestPoweroff => "guest-poweroff",
+            EndReason::GuestReset => "guest-reset",
+            EndReason::Stopped => "stopped",
+            EndReason::TripleFault => "triple-fault",
+            EndReason::KvmInternalError => "kvm-internal-error",
+            EndReason::GuestMisbehaved => "guest-misbehaved",
+            EndReason::IoError => "io-error",
+            EndReason::Error => "error",
+        }
+    }
+}
+
+/// What a machine tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Request `id` was carried out or not; the result is JSON, or "" where there is nothing to say.
+    Done {
+        /// As given with the request.
+        id: u64,
+        /// JSON or "".
+        result: Result<String>,
+    },
+    /// The vCPUs run.
+    Running,
+    /// The vCPUs and devices stand still.
+    Paused,
+    /// The machine was reset and is what it was before (running or paused).
+    Reset,
+    /// The machine is at its end; the last event but for the answers to requests.
+    Ended {
+        /// Why.
+        reason: EndReason,
+        /// A sentence for people, or "".
+        detail: String,
+    },
+}
+
+/// To the control thread.
+#[derive(Debug)]
+pub(crate) enum Mail {
+    Request(u64, Request),
+    /// With the gate's epoch at the time.
+    Cause(Cause, u64),
+    /// The machine is dropped.
+    Quit,
+}
+
+/// One direction.
+pub(crate) struct Queue<T> {
+    items: Mutex<VecDeque<T>>,
+    event: EventFd,
+}
+
+impl<T> Queue<T> {
+    pub(crate) fn new() -> Result<Queue<T>> {
+        Ok(Queue {
+            items: Mutex::default(),
+            event: EventFd::new(EFD_NONBLOCK).map_err(|e| Error::kernel("eventfd", e))?,
+        })
+    }
+
+    pub(crate) fn push(&self, item: T) {
+        let mut items = self.lock();
+        items.push_back(item);
+        // The counter cannot overflow: it is never more than the length of the queue.
+        let _ = self.event.write(1);
+    }
+
+    pub(crate) fn pop(&self) -> Option<T> {
+        let mut items = self.lock();
+        let item = items.pop_front();
+        if items.is_empty() {
+            let _ = self.event.read();
+        }
+        item
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<T>> {
+        self.items.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// Both directions.
+pub(crate) struct Mailbox {
+    pub(crate) inbox: Queue<Mail>,
+    pub(crate) outbox: Queue<Event>,
+}
+
+impl Mailbox {
+    pub(crate) fn new() -> Result<Mailbox> {
+        Ok(Mailbox {
+            inbox: Queue::new()?,
+            outbox: Queue::new()?,
+        })
+    }
+}

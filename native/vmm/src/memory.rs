@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The guest's RAM: made, registered with KVM, and described to the guest.
+//!
+//! One of three kinds (see [`MemoryKind`]). Only this memory is offered to KSM, never the worker's own; it is
+//! left out of core dumps and of children.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
+
+use crate::config::MemoryKind;
+use crate::error::{Error, Result};
+use crate::layout;
+
+/// How much of `memory` lies below the 32-bit hole, and how much above.
+pub fn split(memory: u64) -> (u64, u64) {
+    let low = memory.min(layout::LOW_RAM_MAX);
+    (low, memory.saturating_sub(low))
+}
+
+/// Makes the guest's RAM.
+///
+/// # Errors
+/// `InvalidArgument` for a file that is too short; `Unavailable` when there is no memory.
+pub fn create(kind: MemoryKind, memory: u64, file: Option<OwnedFd>) -> Result<GuestMemoryMmap> {
+    let file = file.map(File::from);
+    if let Some(file) = &file {
+        let len = file
+            .metadata()
+            .map_err(|e| Error::invalid("memory_fd", format!("fstat: {e}")))?
+            .len();
+        // A shorter file would be a SIGBUS at the guest's first touch.
+        if len < memory {
+            return Err(Error::invalid(
+                "memory_fd",
+                format!("the file has {len} bytes; the machine needs {memory}"),
+            ));
+        }
+    }
+    let (low, high) = split(memory);
+    let mut regions = vec![region(kind, &file, 0, low, 0)?];
+    if high > 0 {
+        regions.push(region(kind, &file, low, high, layout::HIGH_RAM_START)?);
+    }
+    GuestMemoryMmap::from_regions(regions)
+        .map_err(|e| Error::internal(format!("the memory map: {e}")))
+}
+
+fn region(
+    kind: MemoryKind,
+    file: &Option<File>,
+    offset: u64,
+    size: u64,
+    address: u64,
+) -> Result<GuestRegionMmap> {
+    let size = usize::try_from(size).map_err(|_| Error::invalid("memory", "too much"))?;
+    let (source, flags) = match file {
+        Some(file) => {
+            let file = file
+                .try_clone()
+                .map_err(|e| Error::kernel("dup of memory_fd", e))?;
+            (Some(FileOffset::new(file, offset)), libc::MAP_SHARED)
+        }
+        None => (None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
+    };
+    let mapping = MmapRegion::build(
+        source,
+        size,
+        libc::PROT_READ | libc::PROT_WRITE,
+        flags | libc::MAP_NORESERVE,
+    )
+    .map_err(|e| Error::kernel("mmap of the guest's memory", e))?;
+    advise(&mapping, libc::MADV_DONTFORK)?;
+    advise(&mapping, libc::MADV_DONTDUMP)?;
+    if kind == MemoryKind::Mergeable {
+        // A kernel without KSM refuses (EINVAL): the machine only misses the saving.
+        let _ = advise(&mapping, libc::MADV_MERGEABLE);
+    }
+    GuestRegionMmap::new(mapping, GuestAddress(address))
+        .ok_or_else(|| Error::internal("a memory region wraps around"))
+}
+
+fn advise(mapping: &MmapRegion, advice: libc::c_int) -> Result<()> {
+    // SAFETY: the range is exactly one mapping of ours, and none of the advices used here changes
+    // its contents.
+    let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(Error::kernel("madvise", std::io::Error::last_os_error()))
+    }
+}
+
+/// Registers each region as a memory slot, from 0 up.
+///
+/// # Errors
+/// `Unavailable` when KVM refuses.
+pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<()> {
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let host = memory
+            .get_host_address(region.start_addr())
+            .map_err(|e| Error::internal(format!("a memory region without an address: {e}")))?;
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the mapping lives as long as the VM: `Vm` holds both, and KVM's VM holds a
+        // reference to this process's memory, not to the mapping's contents.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(|e| Error::kernel("KVM_SET_USER_MEMORY_REGION", e))?;
+    }
+    Ok(())
+}
+
+/// What a range of the guest's address space is to the guest (e820 types).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapKind {
+    /// Free for the guest.
+    Ram,
+    /// Taken.
+    Reserved,
+}
+
+/// One entry of the memory map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapEntry {
+    /// First address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+    /// What it is.
+    pub kind: MapKind,
+}
+
+/// The memory map that firmware would hand over.
+///
+/// ECAM stands there because Linux uses it only where the map or the DSDT reserves it.
+pub fn map(memory: u64) -> Vec<MapEntry> {
+    let (low, high) = split(memory);
+    let entry = |kind, base: u64, end: u64| MapEntry {
+        base,
+        size: end.saturating_sub(base),
+        kind,
+    };
+    let mut entries = vec![
+        entry(MapKind::Ram, 0, layout::CONVENTIONAL_END),
+        entry(
+            MapKind::Reserved,
+            layout::CONVENTIONAL_END,
+            layout::EXTENDED_START,
+        ),
+        entry(MapKind::Ram, layout::EXTENDED_START, low),
+        entry(
+            MapKind::Reserved,
+            layout::ECAM_START,
+            layout::ECAM_START.saturating_add(layout::ECAM_SIZE),
+        ),
+    ];
+    if high > 0 {
+        entries.push(entry(
+            MapKind::Ram,
+            layout::HIGH_RAM_START,
+            layout::HIGH_RAM_START.saturating_add(high),
+        ));
+    }
+    entries
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_beyond_two_gib_lies_above_the_hole() {
+        assert_eq!(split(1 << 30), (1 << 30, 0));
+        assert_eq!(split(3 << 30), (2 << 30, 1 << 30));
+        let map = map(3 << 30);
+        let last = map.last().unwrap();
+        assert_eq!((last.base, last.size), (1 << 32, 1 << 30));
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_refused() {
+        let file = tempfile(1 << 20);
+        let error = create(MemoryKind::Shareable, 4 << 20, Some(file)).unwrap_err();
+        assert_eq!(error.argument, "memory_fd");
+    }
+
+    #[test]
+    fn shareable_memory_is_the_file() {
+        use std::os::unix::fs::FileExt;
+        use vm_memory::Bytes;
+        let file = tempfile(4 << 20);
+        let other = File::from(file.try_clone().unwrap());
+        let memory = create(MemoryKind::Shareable, 4 << 20, Some(file)).unwrap();
+        memory
+            .write_obj(0x1234_u16, GuestAddress(0x20_0000))
+            .unwrap();
+        let mut seen = [0; 2];
+        other.read_exact_at(&mut seen, 0x20_0000).unwrap();
+        assert_eq!(seen, [0x34, 0x12]);
+    }
+
+    fn tempfile(len: u64) -> OwnedFd {
+        use std::os::fd::FromRawFd;
+        // SAFETY: a fresh memfd, owned by nobody else.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"memory".as_ptr(), 0)) };
+        file.set_len(len).unwrap();
+        file.into()
+    }
+}

@@ -1,0 +1,82 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The first word of the command line is the mode; further words are its options. */
+
+#include "guest.h"
+
+const struct start_info *boot_info;
+
+static const struct mode modes[] = {
+    { "hello", mode_hello },
+    { "idle", mode_idle },
+    { "echo", mode_echo },
+    { "flood", mode_flood },
+    { "wait-power-button", mode_wait_power_button },
+    { "sci", mode_sci },
+    { "reset-once", mode_reset_once },
+    { "triple-fault", mode_triple_fault },
+    { "bad-instruction", mode_bad_instruction },
+    { "port-out", mode_port_out },
+    { "ticks", mode_ticks },
+    { "smp", mode_smp },
+    { "acpi", mode_acpi },
+    { "memory", mode_memory },
+    { "cpuid", mode_cpuid },
+    { "clock", mode_clock },
+};
+
+/* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */
+static const char *match(const char *text, const char *word, char end)
+{
+    while (*word && *text == *word)
+        text++, word++;
+    if (*word)
+        return 0;
+    if (end == '=')
+        return *text == '=' ? text + 1 : 0;
+    return *text == ' ' || !*text ? text : 0;
+}
+
+static const char *find(const char *word, char end)
+{
+    const char *text = (const char *)boot_info->cmdline;
+    while (*text) {
+        const char *after = match(text, word, end);
+        if (after)
+            return after;
+        while (*text && *text != ' ')
+            text++;
+        while (*text == ' ')
+            text++;
+    }
+    return 0;
+}
+
+int has_word(const char *word)
+{
+    return find(word, ' ') != 0;
+}
+
+u64 option(const char *name, u64 otherwise)
+{
+    const char *text = find(name, '=');
+    if (!text)
+        return otherwise;
+    u64 value = 0;
+    for (; *text >= '0' && *text <= '9'; text++)
+        value = value * 10 + (*text - '0');
+    return value;
+}
+
+void main(const struct start_info *info)
+{
+    boot_info = info;
+    console_init();
+    for (u32 i = 0; i < sizeof modes / sizeof *modes; i++) {
+        if (match((const char *)info->cmdline, modes[i].name, ' ')) {
+            modes[i].run();
+            power_off();
+        }
+    }
+    print("no such mode: %s\n", (const char *)info->cmdline);
+    power_off();
+}
