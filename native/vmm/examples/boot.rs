@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
+use vmbus_qcow2::Ring;
 use vmbus_vmm::thread::unconfined;
 use vmbus_vmm::{Config, EndReason, Event, Machine, Request};
 
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
         }
     };
     let config: Config = serde_json::from_value(arguments.config).expect("our own configuration");
-    let machine = match Machine::build(config, Vec::new(), unconfined()) {
+    let machine = match Machine::build(config, rings(), unconfined()) {
         Ok(machine) => machine,
         Err(error) => {
             eprintln!("boot: {}: {error}", error.kind.as_str());
@@ -103,6 +104,11 @@ fn disk(value: &str, index: usize) -> Result<Value, String> {
         .ok_or(format!("--disk {value}: give FILE:qcow2 or FILE:raw"))?;
     let fd = open(path, true)?;
     Ok(json!({ "id": format!("disk{index}"), "layers": [{ "fd": fd, "format": format }] }))
+}
+
+/// One, where the host has io_uring.
+fn rings() -> Vec<Ring> {
+    Ring::new(256, 64).into_iter().collect()
 }
 
 fn open(path: &str, write: bool) -> Result<RawFd, String> {

@@ -237,6 +237,13 @@ impl Config {
                 format!("longer than {CMDLINE_MAX} bytes, or with a NUL in it"),
             ));
         }
+        if !self.nics.is_empty() {
+            return Err(Error::new(
+                Kind::NotSupported,
+                "nics",
+                "this version has no network devices",
+            ));
+        }
         match (self.memory_kind, self.memory_fd) {
             (MemoryKind::Mergeable, Some(_)) => Err(Error::invalid(
                 "memory_fd",

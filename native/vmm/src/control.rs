@@ -53,7 +53,7 @@ impl State {
 /// The vCPUs' threads; dropping this sends all of them home.
 pub(crate) struct VcpuThreads {
     gate: Arc<Gate>,
-    threads: Vec<JoinHandle<Option<Vcpu>>>,
+    threads: Vec<JoinHandle<Result<Vcpu>>>,
     counters: Vec<Arc<Counters>>,
 }
 

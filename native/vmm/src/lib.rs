@@ -22,6 +22,7 @@ mod control;
 pub mod cpu;
 pub mod device;
 pub mod devices;
+pub mod disks;
 pub mod error;
 pub mod irq;
 pub mod layout;

@@ -26,6 +26,8 @@ use crate::cpu::entry::Entry;
 use crate::cpu::gate::{self, Gate};
 use crate::cpu::reset::ResetState;
 use crate::cpu::run::Vcpu;
+use crate::devices::{self, Board};
+use crate::disks;
 use crate::error::{Error, Kind, Result};
 use crate::irq::Line;
 use crate::layout;
@@ -36,6 +38,7 @@ use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
 use crate::mailbox::{Event, Mail, Mailbox, Request};
 use crate::memory;
+use crate::pci::KvmWiring;
 use crate::platform::{self, Legacy, Platform};
 use crate::thread::{self, Role, ThreadHook};
 use crate::vm::Vm;
@@ -43,7 +46,7 @@ use crate::vm::Vm;
 /// A machine, from its build to its drop, which ends it.
 pub struct Machine {
     mailbox: Arc<Mailbox>,
-    control: Option<JoinHandle<Option<()>>>,
+    control: Option<JoinHandle<Result<()>>>,
 }
 
 impl Machine {
@@ -60,9 +63,12 @@ impl Machine {
             memory: memory_file,
             kernel,
             initrd,
-            ..
+            disks,
+            nics: _,
         } = files;
-        drop(rings);
+        let kernel = BootFile::new(kernel, "kernel")?;
+        let initrd = initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?;
+        let disks = disks::open(&config.disks, disks)?;
         gate::install_kick_handler()?;
         // SAFETY: the fd is ours, and is given away.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -83,6 +89,13 @@ impl Machine {
         // Nothing more is asked of /dev/kvm.
         drop(kvm);
 
+        let board = Board {
+            wiring: Arc::new(KvmWiring::new(&vm)),
+            memory: Arc::clone(&vm.memory),
+            mmio: Arc::clone(&vm.mmio),
+            vcpus: config.vcpus,
+        };
+        let devices = devices::assemble(&board, disks, config.rng, rings, &hook)?;
         let legacy = Legacy {
             serial: Arc::new(Serial::new(
                 console,
@@ -94,12 +107,12 @@ impl Machine {
             )),
             cmos: Arc::new(Cmos::new(config.memory, config.vcpus)),
             i8042: Arc::new(I8042::new(Arc::clone(&gate))),
-            reset_control: Arc::new(ResetControl::new(Arc::clone(&gate), Arc::new(NoPci))),
+            reset_control: Arc::new(ResetControl::new(Arc::clone(&gate), devices.config_ports)),
         };
         legacy.insert(&vm)?;
         let boot = Boot {
-            kernel: BootFile::new(kernel, "kernel")?,
-            initrd: initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?,
+            kernel,
+            initrd,
             cmdline: config.kernel.cmdline.clone(),
             memory: config.memory,
             rsdp: 0,
@@ -112,7 +125,7 @@ impl Machine {
             Arc::clone(&mailbox),
             gate,
             vcpus,
-            Vec::new(),
+            devices.list,
             platform,
             config.on_reset,
         );
@@ -196,10 +209,4 @@ fn create_vcpus(
             })
         })
         .collect()
-}
-
-struct NoPci;
-impl crate::bus::BusDevice for NoPci {
-    fn read(&self, _: u64, _: u64, _: &mut [u8]) {}
-    fn write(&self, _: u64, _: u64, _: &[u8]) {}
 }

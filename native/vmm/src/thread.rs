@@ -21,7 +21,7 @@ pub fn unconfined() -> ThreadHook {
 }
 
 /// Starts a thread that calls `hook` with its role and then `body`; returns once the hook has succeeded.
-/// A joined thread gives what `body` returned; None only after an error here.
+/// Joined, the thread gives what `body` returned.
 ///
 /// # Errors
 /// What the hook said (`body` never runs then), or `Unavailable` when the kernel gives no thread.
@@ -30,16 +30,15 @@ pub fn spawn<T: Send + 'static>(
     role: Role,
     hook: &ThreadHook,
     body: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<Option<T>>> {
+) -> Result<JoinHandle<Result<T>>> {
     let hook = Arc::clone(hook);
     let (narrowed, outcome) = mpsc::sync_channel(1);
     let thread = std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
             let result = hook(role);
-            let failed = result.is_err();
-            let _ = narrowed.send(result);
-            (!failed).then(body)
+            let _ = narrowed.send(result.clone());
+            result.map(|()| body())
         })
         .map_err(|e| Error::kernel("a new thread", e))?;
     // A hook that panics drops its end.

@@ -107,7 +107,9 @@ impl BootFile {
     }
 
     fn failed(&self, error: std::io::Error, offset: u64, len: u64) -> Error {
-        if error.kind() == std::io::ErrorKind::UnexpectedEof {
+        // pread takes no offset beyond i64 (EINVAL), where no file has anything.
+        let nowhere = i64::try_from(offset).is_err();
+        if nowhere || error.kind() == std::io::ErrorKind::UnexpectedEof {
             self.invalid(format!(
                 "the file is cut off: {len} bytes at {offset} are not all there"
             ))

@@ -170,6 +170,17 @@ impl Running {
         }
     }
 
+    /// Reads what was printed so far, without waiting; gives all of it.
+    pub fn drain(&mut self) -> String {
+        self.console.set_nonblocking(true).unwrap();
+        let mut bytes = [0; 4096];
+        while let Ok(len @ 1..) = self.console.read(&mut bytes) {
+            self.printed.extend_from_slice(&bytes[..len]);
+        }
+        self.console.set_nonblocking(false).unwrap();
+        String::from_utf8_lossy(&self.printed).into_owned()
+    }
+
     /// Types.
     pub fn send(&mut self, text: &str) {
         self.console.write_all(text.as_bytes()).unwrap();

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The definition's disks: their files become chains of images, opened, checked and active.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vmbus_qcow2::{Format, Image, LayerFiles, OpenOptions};
+
+use crate::block::image_error;
+use crate::config::Disk;
+use crate::devices::DiskSpec;
+use crate::error::{Error, Result};
+
+/// An image and its external data file.
+pub type LayerFds = (OwnedFd, Option<OwnedFd>);
+
+/// Opens all of them. `files` has the descriptors of each disk's layers, in the same order.
+///
+/// # Errors
+/// What is wrong with a chain, with the disk as the argument.
+pub fn open(disks: &[Disk], files: Vec<Vec<LayerFds>>) -> Result<Vec<DiskSpec>> {
+    let mut ids = BTreeSet::new();
+    disks
+        .iter()
+        .zip(files)
+        .enumerate()
+        .map(|(index, (disk, files))| {
+            check(index, disk)?;
+            if !ids.insert(&disk.id) {
+                return Err(Error::invalid(
+                    format!("disks[{index}].id"),
+                    format!("{:?} is the id of another disk", disk.id),
+                ));
+            }
+            open_disk(disk, files)
+        })
+        .collect()
+}
+
+fn check(index: usize, disk: &Disk) -> Result<()> {
+    let id = disk.id.as_bytes();
+    let letters = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+    };
+    if id.len() > 20 || !letters(id) || !id.first().is_some_and(u8::is_ascii_lowercase) {
+        return Err(Error::invalid(
+            format!("disks[{index}].id"),
+            format!(
+                "{:?} is not a letter and up to 19 of a-z, 0-9 and -",
+                disk.id
+            ),
+        ));
+    }
+    let printable = disk.serial.bytes().all(|b| (b' '..=b'~').contains(&b));
+    if disk.serial.len() > 20 || !printable {
+        return Err(Error::invalid(
+            format!("disks[{index}].serial"),
+            "more than 20 characters, or some that are not printable ASCII",
+        ));
+    }
+    Ok(())
+}
+
+fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
+    let about = |error: vmbus_qcow2::Error| Error {
+        argument: format!("disk/{}", disk.id),
+        ..image_error(error)
+    };
+    let layers = disk
+        .layers
+        .iter()
+        .zip(files)
+        .map(|(layer, (file, data_file))| {
+            Ok(LayerFiles {
+                format: layer.format.parse::<Format>().map_err(about)?,
+                file: File::from(file),
+                data_file: data_file.map(File::from),
+                backing_name: layer.backing_name.clone(),
+                data_name: layer.data_name.clone(),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let options = OpenOptions {
+        read_only: disk.read_only,
+        ..Default::default()
+    };
+    let image = Image::open_chain(layers, options).map_err(about)?;
+    image.activate().map_err(about)?;
+    Ok(DiskSpec {
+        id: disk.id.clone(),
+        image: Arc::new(image),
+        read_only: disk.read_only,
+        serial: disk.serial.clone(),
+        queues: disk.queues,
+    })
+}
