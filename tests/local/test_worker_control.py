@@ -145,6 +145,7 @@ def test_a_greeting_with_descriptors_leaves_none_behind(worker: WorkerProcess) -
 
 
 def test_17_descriptors_are_too_many(worker: WorkerProcess) -> None:
+    worker.control()
     before = open_files(worker)
     sock = worker.connect()
     packet.send(sock, Greeting(role="inlet"))
@@ -154,7 +155,7 @@ def test_17_descriptors_are_too_many(worker: WorkerProcess) -> None:
     service.send(AddFile(id=1, slot="kernel"), *[a_file() for _ in range(17)])
     assert service.ended()
     worker.control()
-    assert open_files(worker) == before + 1
+    assert open_files(worker) == before
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -259,6 +260,24 @@ class TestEvents:
         assert end.reason == "stopped"
         with pytest.raises(TimeoutError):
             new.result(77, seconds=0.3)
+
+    def test_an_ended_worker_that_nobody_asks_about_goes_after_its_time(self) -> None:
+        hasty = "from vmbus.worker import machine, main; machine.LINGER_SECONDS = 0.5; main.main()"
+        with WorkerProcess(program=("-c", hasty)) as worker:
+            service = worker.control()
+            assert service.do(Stop).error is None
+            service.event("ended")
+            time.sleep(1)
+            assert worker.process.poll() is None  # somebody is there
+            service.sock.close()
+            assert worker.wait() == 0
+
+    def test_a_worker_that_was_never_asked_waits(self) -> None:
+        hasty = "from vmbus.worker import machine, main; machine.LINGER_SECONDS = 0.2; main.main()"
+        with WorkerProcess(program=("-c", hasty)) as worker:
+            worker.control().sock.close()
+            time.sleep(0.6)
+            assert still_serves(worker)
 
 
 def test_a_client_can_watch_the_console_before_there_is_a_machine(worker: WorkerProcess) -> None:

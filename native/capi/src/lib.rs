@@ -12,4 +12,5 @@
 pub mod error;
 pub mod event;
 pub mod layout;
+pub mod machine;
 pub mod sandbox;

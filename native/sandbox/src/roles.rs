@@ -207,6 +207,7 @@ fn block(allowed: &mut Allowed) -> Result<(), Error> {
         libc::SYS_ftruncate,
         libc::SYS_lseek,
         libc::SYS_io_uring_enter,
+        libc::SYS_epoll_create1,
         libc::SYS_epoll_ctl,
         libc::SYS_eventfd2,
     ]);
@@ -222,6 +223,7 @@ fn network(allowed: &mut Allowed) -> Result<(), Error> {
     allowed.always(&[
         libc::SYS_readv,
         libc::SYS_writev,
+        libc::SYS_epoll_create1,
         libc::SYS_epoll_ctl,
         libc::SYS_eventfd2,
     ]);
@@ -244,11 +246,7 @@ fn control(allowed: &mut Allowed, profile: Profile) -> Result<(), Error> {
     if profile == Profile::Vfio {
         allowed.ioctls(ioctls::VFIO)?;
     }
-    allowed.always(&[
-        libc::SYS_epoll_create1,
-        libc::SYS_timerfd_create,
-        libc::SYS_timerfd_gettime,
-    ]);
+    allowed.always(&[libc::SYS_timerfd_create, libc::SYS_timerfd_gettime]);
     allowed.one_of(
         libc::SYS_fcntl,
         1,

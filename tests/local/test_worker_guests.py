@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bare-metal guests in a closed worker: how they run, what they say, and each way to end."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+
+from tests.local.worker_guest import Guest, read_until
+from vmbus.wire.worker import Pause, Reset, Resume, Run, Shutdown, Stats, Stop
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("hello", "guest-poweroff"),
+        ("triple-fault", "triple-fault"),
+        ("bad-instruction", "kvm-internal-error"),
+    ],
+)
+def test_each_end_has_its_reason(mode: str, reason: str) -> None:
+    with Guest(mode) as guest:
+        guest.start()
+        end = guest.service.event("ended")
+        assert end.reason == reason
+        assert end == guest.service.events[-1]
+        guest.service.acknowledge()
+        assert guest.worker.wait() == 0
+
+
+@pytest.mark.parametrize("means", ["cf9", "i8042"])
+def test_a_reset_is_an_event_and_the_guest_goes_on(means: str) -> None:
+    with Guest(f"reset-once {means}") as guest:
+        guest.start()
+        assert b"second boot" in guest.said(b"second boot")
+        guest.service.event("reset")
+        assert guest.service.event("ended").reason == "guest-poweroff"
+
+
+def test_a_reset_ends_a_machine_that_is_defined_so() -> None:
+    with Guest("reset-once cf9", on_reset="end") as guest:
+        guest.start()
+        assert guest.service.event("ended").reason == "guest-reset"
+
+
+def test_the_states_follow_each_other() -> None:
+    with Guest("idle") as guest:
+        guest.start()
+        guest.said(b"idle")
+        assert guest.service.do(Run).error == "InvalidState"
+        assert guest.service.do(Pause).error is None
+        assert guest.service.do(Pause).error == "InvalidState"
+        assert guest.service.do(Resume).error is None
+        assert guest.service.do(Reset).error is None
+        guest.said(b"idle")
+        stats = guest.service.do(Stats).stats
+        assert stats["resets"] == 1
+        assert len(stats["vcpus"]) == 1
+        assert guest.service.do(Stop).error is None
+        assert guest.service.event("ended").reason == "stopped"
+        states = [event.state for event in guest.service.events if event.kind == "state"]
+        assert states == ["configured", "running", "paused", "running"]
+
+
+def test_a_paused_guest_says_nothing() -> None:
+    with Guest("flood") as guest:
+        guest.start()
+        guest.said(b"line 100\n")
+        assert guest.service.do(Pause).error is None
+        time.sleep(0.3)
+        drain(guest.console)
+        time.sleep(0.5)
+        assert drain(guest.console) == 0
+        assert guest.service.do(Resume).error is None
+        assert guest.console.recv(100)
+
+
+def drain(sock: socket.socket) -> int:
+    """Read what is there; how much it was."""
+    sock.setblocking(False)
+    total = 0
+    try:
+        while data := sock.recv(1 << 16):
+            total += len(data)
+    except BlockingIOError:
+        pass
+    sock.settimeout(10)
+    return total
+
+
+def test_the_power_button_reaches_the_guest() -> None:
+    with Guest("wait-power-button") as guest:
+        guest.start()
+        guest.said(b"waiting\n")
+        assert guest.service.do(Shutdown).error is None
+        guest.said(b"power button\n")
+        assert guest.service.event("ended").reason == "guest-poweroff"
+
+
+def test_keys_reach_the_guest_and_come_back() -> None:
+    with Guest("echo") as guest:
+        guest.start()
+        guest.said(b"ready\n")
+        keys = bytes(range(32, 113)) * 20
+        guest.console.send(keys)
+        assert guest.said(keys, 20) == keys
+        guest.console.send(b"q")
+        guest.said(b"bye\n")
+        assert guest.service.event("ended").reason == "guest-poweroff"
+
+
+def test_twenty_readers_of_a_flood_see_every_line_though_one_never_reads() -> None:
+    with Guest("flood count=3000") as guest:
+        lazy = guest.open_console()
+        readers = [guest.open_console() for _ in range(20)]
+        guest.start()
+        expected = b"".join(b"line %d\n" % number for number in range(3000)) + b"flooded\n"
+        collected = [b""] * 20
+        deadline = time.monotonic() + 60
+        while any(b"flooded" not in data for data in collected) and time.monotonic() < deadline:
+            for index, sock in enumerate(readers):
+                sock.setblocking(False)
+                try:
+                    collected[index] += sock.recv(1 << 16)
+                except BlockingIOError:
+                    continue
+        assert collected == [expected] * 20
+        lazy.close()
+
+
+def test_a_console_that_comes_late_gets_the_history() -> None:
+    with Guest("idle") as guest:
+        guest.start()
+        guest.said(b"idle\n")
+        late = guest.open_console()
+        assert read_until(late, b"idle\n") == b"idle\n"
+
+
+def test_the_guest_outlives_every_service() -> None:
+    with Guest("echo") as guest:
+        guest.start()
+        guest.said(b"ready\n")
+        for _ in range(3):
+            guest.service.sock.close()
+            guest.console.send(b"x")
+            guest.said(b"x")
+            guest.service = guest.worker.control()
+            assert guest.service.welcome.state == "running"
+        guest.service.event("state", state="running")
+        assert guest.service.do(Stop).error is None
+
+
+def test_console_activity_is_told_at_most_once_a_second_and_only_when_the_last_was_heard() -> None:
+    with Guest("flood") as guest:
+        guest.start()
+        begin = time.monotonic()
+        for count in range(1, 4):
+            guest.service.event("console")
+            guest.service.acknowledge()
+            guest.service.events.clear()
+            assert time.monotonic() - begin > count - 1.1
+        drain(guest.console)
+        guest.service.event("console")
+        with pytest.raises(TimeoutError):
+            guest.service.event("console", seconds=1.5, reason="a second one")
+        assert [event.kind for event in guest.service.events] == ["console"]
+
+
+def test_a_kernel_that_is_none_is_the_end_with_a_reason() -> None:
+    with Guest("hello", kernel=b"this is no kernel" * 100) as guest:
+        assert guest.configured.error == "ImageInvalid"
+        assert guest.configured.argument == "kernel"
+        end = guest.service.event("ended")
+        assert end.reason == "error"
+        assert "kernel" in end.detail
+        guest.service.acknowledge()
+        assert guest.worker.wait() == 0
+
+
+def test_stop_before_the_machine_is_built_ends_it_too() -> None:
+    with Guest("hello") as guest:
+        assert guest.service.do(Stop).error is None
+        assert guest.service.event("ended").reason == "stopped"
+
+
+def test_several_vcpus_run() -> None:
+    with Guest("smp", vcpus=2) as guest:
+        guest.start()
+        assert guest.service.event("ended", seconds=20).reason == "guest-poweroff"
+
+
+def test_an_ended_worker_waits_for_its_service_and_then_goes_alone() -> None:
+    with Guest("hello") as guest:
+        guest.start()
+        end = guest.service.event("ended")
+        guest.service.sock.close()
+        time.sleep(0.5)
+        assert guest.worker.process.poll() is None
+        guest.service = guest.worker.control()
+        assert guest.service.event("ended") == end
+        guest.service.acknowledge()
+        assert guest.worker.wait() == 0
+
+
+LATE = """
+import os, sys
+from vmbus.worker import main
+
+armed = False
+
+def watch(event, arguments):
+    if armed and event in ("import", "open", "os.listdir", "ctypes.dlopen"):
+        os.write(2, f"late: {event} {arguments}\\n".encode())
+
+def arm(worker):
+    global armed
+    armed = True
+
+sys.addaudithook(watch)
+main.STEPS += (("watch what comes late", arm),)
+main.main()
+"""
+
+
+def test_nothing_is_imported_or_opened_once_the_root_is_empty() -> None:
+    """A whole life, mistakes included, needs no file: there is none any more."""
+    with Guest("reset-once cf9", program=("-c", LATE)) as guest:
+        guest.service.sock.send(b"\xc1 no message")
+        assert guest.service.ended()
+        guest.service = guest.worker.control()
+        assert guest.service.do(Shutdown).error == "InvalidState"
+        guest.start()
+        guest.said(b"second boot")
+        stranger = guest.worker.connect()
+        stranger.send(b"\xa3\xff\xff\xff")
+        assert stranger.recv(10) == b""
+        assert guest.service.event("ended").reason == "guest-poweroff"
+        guest.service.acknowledge()
+        assert guest.worker.wait() == 0
+        assert "late:" not in guest.worker.log()
