@@ -79,7 +79,12 @@ class Lifecycle:
         try:
             for name, step in self._steps(machine, files, paused=paused):
                 machine.set_state("starting", name)
-                await step()
+                try:
+                    await step()
+                except VmbusError as error:
+                    if error.kind == "Disconnected":
+                        raise _died(machine, name) from None
+                    raise
             self._registry.write_run(
                 machine, msgspec.structs.replace(_run(machine), started=True, first_run=paused)
             )
@@ -510,6 +515,15 @@ def _has_ended(machine: Machine) -> bool:
 async def _state_follows(machine: Machine, wanted: str) -> None:
     """The worker has said done; its event with the new state is on the way."""
     await machine.reaches(wanted, "stopping", "stopped", "crashed", within=5)
+
+
+def _died(machine: Machine, step: str) -> VmbusError:
+    """What to say of a start whose worker went away."""
+    if machine.run is not None and machine.run.end_reason:
+        why = f"{machine.run.end_reason} {machine.run.end_detail}".strip()
+    else:
+        why = "without saying why; the broker's log may tell"
+    return VmbusError("Disconnected", f"the machine's worker ended in step {step}: {why}")
 
 
 def _about(error: VmbusError, argument: str) -> VmbusError:

@@ -194,7 +194,7 @@ def _say_ready(options: argparse.Namespace) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """One line an entry, with the time; what others sent cannot forge a second one. Tracebacks are indented."""
+    """One line an entry, with the time; what others sent cannot forge one. Tracebacks are indented."""
 
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
