@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.local.worker_guest import Guest, read_until
+from tests.local.worker_guest import Guest, read_until, require_program
+from vmbus.wire.definition import Layer
 from vmbus.wire.worker import Pause, Reset, Resume, Run, Shutdown, Stats, Stop
 
 
@@ -240,3 +243,59 @@ def test_nothing_is_imported_or_opened_once_the_root_is_empty() -> None:
         guest.service.acknowledge()
         assert guest.worker.wait() == 0
         assert "late:" not in guest.worker.log()
+
+
+class TestDisks:
+    """Images by slot: what is built from them, and what is refused with which name."""
+
+    @pytest.fixture
+    def images(self, tmp_path: Path) -> dict[str, Path]:
+        """A raw image and a qcow2 one with the raw one beneath it."""
+        require_program("qemu-img")
+        raw, top = tmp_path / "base.raw", tmp_path / "top.qcow2"
+        raw.write_bytes(bytes(1 << 20))
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(raw), str(top)], check=True
+        )
+        return {"raw": raw, "top": top}
+
+    @pytest.mark.parametrize("rings", [0, 2])
+    def test_a_machine_with_disks_runs_and_stops_clean(self, images: dict[str, Path], rings: int) -> None:
+        chain = [Layer(format="qcow2", backing_name=str(images["raw"])), Layer(format="raw")]
+        disks = {"root": (chain, [images["top"], images["raw"]])}
+        with Guest("idle", vcpus=2, disks=disks, rings=rings) as guest:
+            guest.start()
+            guest.said(b"idle")
+            assert guest.service.do(Pause).error is None
+            assert guest.service.do(Resume).error is None
+            assert guest.service.do(Stop).error is None
+            assert guest.service.event("ended").reason == "stopped"
+            assert guest.worker.log() == ""
+        subprocess.run(["qemu-img", "check", "-q", str(images["top"])], check=True)
+
+    @pytest.mark.parametrize(
+        ("layer", "kind"),
+        [
+            (Layer(format="qcow2"), "BackingChanged"),
+            (Layer(format="qcow2", backing_name="/elsewhere"), "BackingChanged"),
+        ],
+    )
+    def test_a_header_that_names_another_backing_file_is_refused(
+        self, images: dict[str, Path], layer: Layer, kind: str
+    ) -> None:
+        with Guest("idle", disks={"root": ([layer], [images["top"]])}) as guest:
+            assert guest.configured.error == kind
+            assert guest.service.event("ended").reason == "error"
+
+    def test_what_is_no_qcow2_is_refused(self, images: dict[str, Path]) -> None:
+        with Guest("idle", disks={"root": ([Layer(format="qcow2")], [images["raw"]])}) as guest:
+            assert guest.configured.error == "ImageInvalid"
+            assert guest.configured.argument == "disk/root"
+
+    def test_an_image_that_another_machine_writes_is_in_use(self, images: dict[str, Path]) -> None:
+        disks = {"root": ([Layer(format="raw")], [images["raw"]])}
+        with Guest("idle", disks=disks) as first:
+            first.start()
+            with Guest("idle", disks=disks) as second:
+                assert second.configured.error == "InUse"
+            assert first.service.do(Stats).stats["state"] == "running"

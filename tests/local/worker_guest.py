@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -37,6 +38,12 @@ def require_kvm() -> None:
         pytest.skip("requires /dev/kvm")
 
 
+def require_program(name: str) -> None:
+    """Skip the test, by name of what is missing, where there is no such program."""
+    if shutil.which(name) is None:
+        pytest.skip(f"requires {name}")
+
+
 class Guest:
     """A worker whose machine is built and stands still; ``start`` lets it go."""
 
@@ -47,12 +54,12 @@ class Guest:
         vcpus: int = 1,
         memory: int = 16 << 20,
         on_reset: Literal["restart", "end"] = "restart",
-        disks: dict[str, Path] | None = None,
+        disks: dict[str, tuple[list[Layer], list[Path]]] | None = None,
         rings: int = 2,
         kernel: bytes | None = None,
         program: Sequence[str] = ("-m", "vmbus.worker.main"),
     ) -> None:
-        """``kernel`` replaces the guests' ELF file."""
+        """``kernel`` replaces the guests' ELF file; ``disks``: each one's layers and files."""
         require_kvm()
         self.worker = WorkerProcess(kvm="/dev/kvm", rings=rings, program=program)
         try:
@@ -60,8 +67,9 @@ class Guest:
             self.worker.deliver(
                 "kernel", os.open(image(), os.O_RDONLY) if kernel is None else _memory_file(kernel)
             )
-            for name, path in (disks or {}).items():
-                self.worker.deliver_path(f"disk/{name}/0", path, writable=True)
+            for name, (_, paths) in (disks or {}).items():
+                for index, path in enumerate(paths):
+                    self.worker.deliver_path(f"disk/{name}/{index}", path, writable=index == 0)
             self.console = self.open_console(write=True)
             definition = Definition(
                 name="guest",
@@ -69,7 +77,7 @@ class Guest:
                 vcpus=vcpus,
                 kernel=Kernel(source="fd", cmdline=mode),
                 disks=[
-                    Disk(id=name, layers=[_layer(path)], source="fd") for name, path in (disks or {}).items()
+                    Disk(id=name, layers=layers, source="fd") for name, (layers, _) in (disks or {}).items()
                 ],
                 on_reset=on_reset,
             )
@@ -110,10 +118,6 @@ def _memory_file(content: bytes) -> int:
     fd = os.memfd_create("kernel")
     os.write(fd, content)
     return fd
-
-
-def _layer(path: Path) -> Layer:
-    return Layer(format="qcow2" if path.suffix == ".qcow2" else "raw")
 
 
 def read_until(sock: socket.socket, until: bytes, seconds: float = 10) -> bytes:
