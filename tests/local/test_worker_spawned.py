@@ -30,7 +30,7 @@ class RealBed(Bed):
         source, target = Path(vmbus.__file__).parent, self.place / "code/vmbus"
         shutil.rmtree(target / "worker")
         for part in ("worker", "_native"):
-            shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source / part, target / part)
 
 
 @pytest.fixture(scope="module")
