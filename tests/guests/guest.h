@@ -101,5 +101,14 @@ void mode_acpi(void);
 void mode_memory(void);
 void mode_cpuid(void);
 void mode_clock(void);
+void mode_pci_list(void);
+void mode_disk_read(void);
+void mode_disk_id(void);
+void mode_disk_pattern(void);
+void mode_disk_zero(void);
+void mode_disk_loop(void);
+void mode_disk_interrupt(void);
+void mode_disk_hostile(void);
+void mode_random(void);
 
 #endif

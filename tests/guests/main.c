@@ -22,6 +22,15 @@ static const struct mode modes[] = {
     { "memory", mode_memory },
     { "cpuid", mode_cpuid },
     { "clock", mode_clock },
+    { "pci-list", mode_pci_list },
+    { "disk-read", mode_disk_read },
+    { "disk-id", mode_disk_id },
+    { "disk-pattern", mode_disk_pattern },
+    { "disk-zero", mode_disk_zero },
+    { "disk-loop", mode_disk_loop },
+    { "disk-interrupt", mode_disk_interrupt },
+    { "disk-hostile", mode_disk_hostile },
+    { "random", mode_random },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

@@ -4,6 +4,7 @@
 //! Without /dev/kvm each test says `absent: /dev/kvm` and passes; the guests are built by make and gcc.
 
 mod bad_input;
+mod disks;
 mod ends;
 mod states;
 
@@ -16,6 +17,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
+use vmbus_qcow2::Ring;
 use vmbus_vmm::thread::unconfined;
 use vmbus_vmm::{Config, EndReason, Error, Event, Machine, Request};
 
@@ -65,6 +67,11 @@ pub fn fd(path: impl AsRef<Path>) -> i32 {
 
 /// Builds a machine of 64 MiB that runs the guest with `cmdline`; `change` replaces fields.
 pub fn build(cmdline: &str, change: Value) -> Result<Running, Error> {
+    build_with(cmdline, change, Vec::new())
+}
+
+/// The same with these rings for its I/O threads.
+pub fn build_with(cmdline: &str, change: Value, rings: Vec<Ring>) -> Result<Running, Error> {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let kvm = OpenOptions::new()
         .read(true)
@@ -81,7 +88,7 @@ pub fn build(cmdline: &str, change: Value) -> Result<Running, Error> {
     }
     let config: Config = serde_json::from_value(config).unwrap();
     Ok(Running {
-        machine: Machine::build(config, Vec::new(), unconfined())?,
+        machine: Machine::build(config, rings, unconfined())?,
         console: ours,
         printed: Vec::new(),
         next_id: 1,
@@ -90,7 +97,12 @@ pub fn build(cmdline: &str, change: Value) -> Result<Running, Error> {
 
 /// Builds and runs.
 pub fn run(cmdline: &str, change: Value) -> Running {
-    let mut running = build(cmdline, change).unwrap();
+    run_with(cmdline, change, Vec::new())
+}
+
+/// The same with these rings for its I/O threads.
+pub fn run_with(cmdline: &str, change: Value, rings: Vec<Ring>) -> Running {
+    let mut running = build_with(cmdline, change, rings).unwrap();
     assert_eq!(running.must(Request::Run), [Event::Running]);
     running
 }
