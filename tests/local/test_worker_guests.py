@@ -67,6 +67,19 @@ def test_the_states_follow_each_other() -> None:
         assert states == ["configured", "running", "paused", "running"]
 
 
+def test_once_there_is_a_machine_every_thread_is_narrowed() -> None:
+    with Guest("idle", vcpus=2) as guest:
+        guest.start()
+        guest.said(b"idle")
+        filters = {}
+        for thread in Path(f"/proc/{guest.worker.pid}/task").iterdir():
+            lines = dict(line.split(":\t", 1) for line in (thread / "status").read_text().splitlines())
+            filters[lines["Name"], thread.name] = int(lines["Seccomp_filters"])
+        # three of the base and one of the role
+        assert set(filters.values()) == {4}, filters
+        assert len(filters) >= 5  # main, core, control, two vCPUs
+
+
 def test_a_paused_guest_says_nothing() -> None:
     with Guest("flood") as guest:
         guest.start()

@@ -3,7 +3,8 @@
 
 What may take long (building a machine opens images; freeing one waits for its threads) runs on the *core
 thread*, which is made before the main thread narrows itself and so is no narrower than the threads that
-the core makes from it. cffi lets go of the interpreter during a call, so the control channel answers
+the core makes from it. Once there is a machine it narrows itself too: from then on nobody in the process can
+make a thread, a VM or a filter. cffi lets go of the interpreter during a call, so the control channel answers
 meanwhile. Everything else here returns at once.
 """
 
@@ -200,6 +201,7 @@ class Core:
             out = ffi.new("VmbusMachine **")
             try:
                 call(lib.vmbus_machine_new(config, len(config), out))
+                narrow("control")
             except VmbusError as error:
                 failure = error
                 return lambda: done(failure)

@@ -23,26 +23,30 @@ pub const KVM_SYSTEM: &[u32] = &[
     0x8008_ae9d, // KVM_X86_GET_MCE_CAP_SUPPORTED
 ];
 
-/// Making a VM and its parts; saving and restoring what belongs to the whole machine.
-pub const KVM_VM: &[u32] = &[
+/// Making a VM's parts.
+pub const KVM_CREATE: &[u32] = &[
     0x0000_ae41, // KVM_CREATE_VCPU
     0x0000_ae47, // KVM_SET_TSS_ADDR
     0x4008_ae48, // KVM_SET_IDENTITY_MAP_ADDR
     0x0000_ae60, // KVM_CREATE_IRQCHIP
+    0x4040_ae77, // KVM_CREATE_PIT2
+    0x0000_ae78, // KVM_SET_BOOT_CPU_ID
+    0x4068_aea3, // KVM_ENABLE_CAP
+    0x4188_aec6, // KVM_X86_SET_MSR_FILTER
+    0x0000_aece, // KVM_GET_STATS_FD
+];
+
+/// Saving, restoring and resetting what belongs to the whole machine.
+pub const KVM_STATE: &[u32] = &[
     0xc208_ae62, // KVM_GET_IRQCHIP
     0x8208_ae63, // KVM_SET_IRQCHIP
-    0x4040_ae77, // KVM_CREATE_PIT2
     0x8070_ae9f, // KVM_GET_PIT2
     0x4070_aea0, // KVM_SET_PIT2
     0x0000_ae71, // KVM_REINJECT_CONTROL
-    0x0000_ae78, // KVM_SET_BOOT_CPU_ID
     0x4030_ae7b, // KVM_SET_CLOCK
     0x8030_ae7c, // KVM_GET_CLOCK
     0x4010_ae42, // KVM_GET_DIRTY_LOG
     0xc018_aec0, // KVM_CLEAR_DIRTY_LOG
-    0x4068_aea3, // KVM_ENABLE_CAP
-    0x4188_aec6, // KVM_X86_SET_MSR_FILTER
-    0x0000_aece, // KVM_GET_STATS_FD
 ];
 
 /// What a register of a PCI device moves: memory slots, interrupt routes, doorbells.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What each kind of thread may call. The base filter is the union of these and of what a thread needs to
-//! become one of them, so nothing is allowed in a worker that no role names.
+//! What each kind of thread may call. The base filter is the union of these and of what it takes to build a
+//! machine; the one thread that does that narrows itself to `Control` when it is done.
 //!
 //! A role's list has what the thread does (`virtio`, `kvm`, the Python loop) and what libc and the two
 //! runtimes do beneath it: locks, heap, signals to a thread of the same process, clocks.
@@ -20,7 +20,8 @@ pub enum Role {
     /// The Python thread: control channel, inlet, console hub. Receives descriptors, makes no thread,
     /// asks KVM nothing.
     Main,
-    /// The machine's control thread: makes the others, so it is no narrower than they are.
+    /// The machine's control thread, and the core's thread once it has built the machine: what the others
+    /// may and the state of the whole, but no new thread and no new VM.
     Control,
     /// KVM_RUN and what a device's register may trigger.
     Vcpu,
@@ -235,18 +236,27 @@ fn own_pid() -> i32 {
     unsafe { libc::getpid() }
 }
 
-/// Everything that makes and ends the others.
+/// The machine as a whole: everything that the threads that do its work do, and its saved state.
 fn control(allowed: &mut Allowed, profile: Profile) -> Result<(), Error> {
     vcpu(allowed)?;
     block(allowed)?;
     network(allowed)?;
-    allowed.ioctls(ioctls::KVM_SYSTEM)?;
-    allowed.ioctls(ioctls::KVM_VM)?;
-    allowed.ioctls(ioctls::DESCRIPTOR)?;
+    allowed.ioctls(ioctls::KVM_STATE)?;
     if profile == Profile::Vfio {
         allowed.ioctls(ioctls::VFIO)?;
     }
-    allowed.always(&[libc::SYS_timerfd_create, libc::SYS_timerfd_gettime]);
+    Ok(())
+}
+
+/// What it takes to build a machine: a VM, its parts, its threads. Nobody has it once the machine is built.
+fn build(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.ioctls(ioctls::KVM_SYSTEM)?;
+    allowed.ioctls(ioctls::KVM_CREATE)?;
+    allowed.always(&[
+        libc::SYS_epoll_create1,
+        libc::SYS_timerfd_create,
+        libc::SYS_timerfd_gettime,
+    ]);
     allowed.one_of(
         libc::SYS_fcntl,
         1,
@@ -268,7 +278,7 @@ fn control(allowed: &mut Allowed, profile: Profile) -> Result<(), Error> {
         libc::SYS_clone,
         &[(0, SeccompCmpOp::MaskedEq(mask), u64::from(must as u32))],
     )?;
-    // A thread may narrow itself further: a plain filter, no flags (no TSYNC, no listener).
+    // A thread may narrow itself: a plain filter, no flags (no TSYNC, no listener).
     allowed.one_of(libc::SYS_prctl, 0, &[libc::PR_SET_NO_NEW_PRIVS])?;
     allowed.when(
         libc::SYS_seccomp,
@@ -298,10 +308,11 @@ pub(crate) fn of_role(role: Role, profile: Profile) -> Result<Allowed, Error> {
     Ok(allowed)
 }
 
-/// What any thread of a worker may call: the union of the roles.
+/// What any thread of a worker may call: the union of the roles, and the building of a machine.
 pub(crate) fn base(profile: Profile) -> Result<Allowed, Error> {
     let mut allowed = Allowed::new();
     control(&mut allowed, profile)?;
+    build(&mut allowed)?;
     main(&mut allowed)?;
     runtime(&mut allowed)?;
     Ok(allowed)
