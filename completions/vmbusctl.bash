@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+# Made from vmbus/cli/arguments.py by docs/make/bash_completion.py (`make docs`); not to be edited.
+# Needs nothing of the bash-completion package.
+
+_vmbusctl_machines() {
+    # No dialogue and no start of vmbusd for the sake of the Tab key.
+    timeout 3 vmbusctl --no-ask --no-autostart list --names 2>/dev/null
+}
+
+_vmbusctl() {
+    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD - 1]}"
+    local verb="" options="" machines="" files="" index word
+    COMPREPLY=()
+    for ((index = 1; index < COMP_CWORD; index++)); do
+        word="${COMP_WORDS[index]}"
+        case "$word" in
+            --bus-address | --bus-name) ((index++)) ;;
+            -*) ;;
+            *)
+                verb="$word"
+                break
+                ;;
+        esac
+    done
+    case "$verb" in
+        "")
+            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            return
+            ;;
+        define)
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
+            files=yes
+            ;;
+        run)
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
+            files=yes
+            ;;
+        list)
+            options="-h --help --all --names --json --bus-address --bus-name --no-ask --no-autostart"
+            ;;
+        show)
+            options="-h --help --stats --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        start)
+            options="-h --help --paused --file --console --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        stop)
+            options="-h --help --deadline --no-wait --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        shutdown)
+            options="-h --help --all --wait --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        kill)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        reset)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        pause)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        resume)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        console)
+            options="-h --help --read-only --steal --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        wait)
+            options="-h --help --state --timeout --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        undefine)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        host)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            ;;
+    esac
+    case "$verb $previous" in
+        "define --kernel")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "define --initrd")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "define --memory-kind")
+            COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
+            return
+            ;;
+        "define --on-reset")
+            COMPREPLY=($(compgen -W "restart end" -- "$current"))
+            return
+            ;;
+        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --bus-address" | "define --bus-name")
+            return
+            ;;
+        "run --kernel")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "run --initrd")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "run --memory-kind")
+            COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
+            return
+            ;;
+        "run --on-reset")
+            COMPREPLY=($(compgen -W "restart end" -- "$current"))
+            return
+            ;;
+        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --bus-address" | "run --bus-name")
+            return
+            ;;
+        "list --bus-address" | "list --bus-name")
+            return
+            ;;
+        "show --bus-address" | "show --bus-name")
+            return
+            ;;
+        "start --file")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "start --bus-address" | "start --bus-name")
+            return
+            ;;
+        "stop --deadline" | "stop --bus-address" | "stop --bus-name")
+            return
+            ;;
+        "shutdown --wait" | "shutdown --bus-address" | "shutdown --bus-name")
+            return
+            ;;
+        "kill --bus-address" | "kill --bus-name")
+            return
+            ;;
+        "reset --bus-address" | "reset --bus-name")
+            return
+            ;;
+        "pause --bus-address" | "pause --bus-name")
+            return
+            ;;
+        "resume --bus-address" | "resume --bus-name")
+            return
+            ;;
+        "console --bus-address" | "console --bus-name")
+            return
+            ;;
+        "wait --state")
+            COMPREPLY=($(compgen -W "stopped starting running paused stopping crashed" -- "$current"))
+            return
+            ;;
+        "wait --timeout" | "wait --bus-address" | "wait --bus-name")
+            return
+            ;;
+        "undefine --bus-address" | "undefine --bus-name")
+            return
+            ;;
+        "host --bus-address" | "host --bus-name")
+            return
+            ;;
+    esac
+    if [[ $current == -* ]]; then
+        COMPREPLY=($(compgen -W "$options" -- "$current"))
+    elif [[ $machines ]]; then
+        COMPREPLY=($(compgen -W "$(_vmbusctl_machines)" -- "$current"))
+    elif [[ $files ]]; then
+        compopt -o filenames 2>/dev/null
+        COMPREPLY=($(compgen -f -- "$current"))
+    fi
+}
+
+complete -F _vmbusctl vmbusctl
