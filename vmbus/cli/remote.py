@@ -233,9 +233,12 @@ class Watch:
         self._tell()
 
     def told(self, _interface: str, member: str, body: list[Any]) -> None:
-        """A signal of the machine."""
-        if member == "PropertiesChanged" and body[0] == "org.vmbus1.Machine" and body[1]:
+        """A signal of the machine. StateChanged comes last, after the broadcast of the public properties and
+        the private ones (the reason among them) that are sent to us alone."""
+        if member == "PropertiesChanged" and body[0] == "org.vmbus1.Machine":
             self._known.update(body[1])
+        elif member == "StateChanged":
+            self._known["State"] = body[1]
             self._tell()
 
     def told_by_manager(self, path: str) -> Handler:

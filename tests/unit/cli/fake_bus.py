@@ -86,10 +86,12 @@ class FakeBus:
         return dict(flags)
 
     def change(self, state: str, reason: str = "") -> None:
-        """The machine goes into ``state``, as PropertiesChanged tells."""
-        news = {"State": state, "StateReason": reason}
-        self.properties.update(news)
-        self._tell(PATH, "PropertiesChanged", ["org.vmbus1.Machine", news, []])
+        """The machine goes into ``state``: told as vmbusd does, public, private, signal."""
+        before = self.properties["State"]
+        for news in ({"State": state}, {"StateReason": reason}):
+            self.properties.update(news)
+            self._tell(PATH, "PropertiesChanged", ["org.vmbus1.Machine", news, []])
+        self._tell(PATH, "StateChanged", [before, state])
 
     def remove(self) -> None:
         """The machine is removed, as a transient one is at its end."""
