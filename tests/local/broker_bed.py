@@ -169,6 +169,7 @@ class Bed:
         self.spares, self.cgroup = spares, cgroup
         self.instance = self.place.name[-8:].replace("_", "x")
         self.log = self.place / "log"
+        self.command = [sys.executable, "-m", "vmbus.broker.main"]
         self.process: subprocess.Popen[bytes] | None = None
         self.uid_first = 2_100_000_000 + secrets.randbelow(1 << 20) * UID_COUNT
         self._users()
@@ -195,7 +196,12 @@ class Bed:
         self.pool = pool
 
     def _code(self, worker: str) -> None:
+        """The code to run: vmbus with the test's worker, or ("real") vmbus as it is."""
         source = Path(vmbus.__file__).parent
+        self.code = source.parent
+        if worker == "real":
+            return
+        self.code = self.place / "code"
         target = self.place / "code/vmbus"
         (target / "worker").mkdir(parents=True)
         shutil.copy(source / "__init__.py", target)
@@ -211,15 +217,14 @@ class Bed:
         options += ["--state-dir", self.state, "--config", self.config, "--service-user", "vmbus-test"]
         options += ["--spares", str(self.spares), "--cgroup", self.cgroup or self.place / "no-cgroup"]
         binds = 'mount --bind "$0/passwd" /etc/passwd && mount --bind "$0/group" /etc/group && exec "$@"'
-        command = [sys.executable, "-m", "vmbus.broker.main"]
         already = self.said("ready")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["unshare", "-m", "sh", "-c", binds, self.place, *command, *options],
+                ["unshare", "-m", "sh", "-c", binds, self.place, *self.command, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(self.place / "code")},
+                env={"PATH": os.environ["PATH"], "PYTHONPATH": str(self.code)},
                 cwd="/",
             )
         end = time.monotonic() + seconds

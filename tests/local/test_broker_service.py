@@ -242,7 +242,8 @@ def test_every_request_is_in_the_audit_log(bed: Bed) -> None:
     client.ask(wire.Open, uuid=name, slot="kernel", path="/etc/shadow\n2026 forged: done")
     lines = [line for line in bed.log.read_text().splitlines() if name in line]
     assert len(lines) == 2
-    assert f"service[{os.getpid()}]: own" in lines[0]
+    assert f"service[{os.getpid()}] for nobody: own" in lines[0]
+    assert f"service[{os.getpid()}] for alice: open" in lines[1]
     assert "uid=61010: done" in lines[0]
     assert "/etc/shadow" in lines[1]
     assert "InvalidState" in lines[1]

@@ -2,14 +2,14 @@
 """A user's file: the part of opening it that is done as root, namely to stop being root."""
 
 from vmbus.broker.children import Channel, become
-from vmbus.broker.policy import Account, Policy
+from vmbus.broker.policy import Rights
 from vmbus.wire.broker import Open
 
 
-def open_for(account: Account, policy: Policy, request: Open, channel: Channel) -> None:
+def open_for(rights: Rights, request: Open, fuse: bool, channel: Channel) -> None:
     """A child's work; the worker's inlet is its one kept descriptor. Reports an ``Identity``."""
-    prefix, rest = policy.split_path(account, request.path)
-    become(account.uid, account.gids)
+    prefix, rest = rights.split_path(request.path)
+    become(rights.uid, rights.gids)
     from vmbus.broker.dropped import files  # noqa: PLC0415
 
-    files.deliver(request, prefix, rest, channel, fuse=policy.open.fuse)
+    files.deliver(request, prefix, rest, channel, fuse=fuse)

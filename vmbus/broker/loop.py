@@ -54,11 +54,6 @@ class Pending(Generic[T]):
         else:
             self._waiting.append(resume)
 
-    @property
-    def failed(self) -> bool:
-        """Settled, with an error."""
-        return self._error is not None
-
     def result(self) -> Any:
         """The value, or raise the error."""
         if self._error is not None:
@@ -106,7 +101,7 @@ class Loop:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._signals: dict[int, Call] = {}
-        self._running = True
+        self._code: int | None = None
 
     def watch(self, fd: int, call: Call) -> None:
         """Call ``call`` whenever ``fd`` is readable (a pidfd: its process has ended)."""
@@ -132,17 +127,18 @@ class Loop:
             signal.signal(number, lambda *_: None)
         self.watch(reader, lambda: [calls[number]() for number in os.read(reader, 64)])
 
-    def stop(self) -> None:
+    def stop(self, code: int = 0) -> None:
         """Leave ``run`` after this turn."""
-        self._running = False
+        self._code = code
 
-    def run(self) -> None:
-        """Serve until ``stop``."""
-        while self._running:
+    def run(self) -> int:
+        """Serve until ``stop``; its code."""
+        while self._code is None:
             timeout = self._due()
             for key, _ in self._selector.select(timeout):
                 if key.fd in self._selector.get_map():  # an earlier call of this turn may have closed it
                     _guarded(key.data)
+        return self._code
 
     def _due(self) -> float | None:
         """Make the calls that are due; seconds until the next one, None for none."""

@@ -9,7 +9,6 @@ again.
 """
 
 import argparse
-import functools
 import os
 import pwd
 import re
@@ -22,14 +21,13 @@ from pathlib import Path
 import prctl
 
 from vmbus.broker import cgroup, service
-from vmbus.broker.children import NOBODY, Channel, Crew, become
+from vmbus.broker.children import Crew
 from vmbus.broker.loop import Loop, Task, start
 from vmbus.broker.owners import Owners
-from vmbus.broker.policy import Workers as Bounds
-from vmbus.broker.policy import load
+from vmbus.broker.policy import Policy
 from vmbus.broker.requests import Requests
 from vmbus.broker.steps import log
-from vmbus.broker.uids import Survey, Uids
+from vmbus.broker.uids import Uids
 from vmbus.broker.workers import Workers
 from vmbus.wire.errors import VmbusError
 
@@ -53,13 +51,6 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _survey(bounds: Bounds, channel: Channel) -> None:
-    become(NOBODY, [NOBODY])
-    from vmbus.broker.dropped import survey  # noqa: PLC0415
-
-    survey.report(bounds.uid_first, bounds.uid_count, channel)
-
-
 def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
     user = pwd.getpwnam(options.service_user)
     run: Path = options.run_dir
@@ -69,18 +60,18 @@ def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     crew = Crew(loop)
-    bounds = load(options.config).workers
-    survey = yield from crew.run(0, functools.partial(_survey, bounds), Survey, [])
-    uids = Uids(bounds.uid_first, bounds.uid_count, lock=_SHARED / "uids.lock", marker=run / "next-uid")
-    owners = Owners(options.state_dir / "owners", crew, survey.uid_min)
-    places = {"run": run, "base": options.cgroup}
-    workers = Workers(loop, crew, uids, survey, options.instance, **places)
-    requests = Requests(options.config, crew, owners, workers, options.instance)
+    policy = Policy(options.config, crew)
+    yield from policy.read()
+    uids = Uids(policy.survey.uid_first, policy.survey.uid_count, _SHARED / "uids.lock", run / "next-uid")
+    owners = Owners(options.state_dir / "owners", crew, policy)
+    workers = Workers(loop, crew, uids, policy, options.instance, run=run, base=options.cgroup)
+    requests = Requests(policy, crew, owners, workers, options.instance)
     listener = service.listen(run / "broker", user.pw_gid)
     workers.ended = service.Service(loop, listener, user.pw_uid, requests).tell
-    workers.adopt()
-    workers.keep_spares(options.spares)
-    loop.on_signals({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop, signal.SIGHUP: requests.reload})
+    workers.adopt(options.spares)
+    loop.on_signals(
+        {signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop, signal.SIGHUP: lambda: start(requests.reload())}
+    )
     log(workers.note or f"machines have cgroups in {options.cgroup}")
     log("ready")
     address = os.environ.get("NOTIFY_SOCKET", "")
@@ -89,21 +80,21 @@ def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
             sock.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
 
 
+def _serve_or_say_why_not(options: argparse.Namespace, loop: Loop) -> Task[None]:
+    try:
+        yield from _serve(options, loop)
+    except (VmbusError, OSError, KeyError) as error:
+        log(f"cannot serve: {error}")
+        loop.stop(1)
+
+
 def main() -> int:
-    """Run until SIGTERM. 0; 1 if it cannot serve (the reason is on stderr)."""
+    """Run until SIGTERM. 0; 1 if it cannot serve (the reason is on stderr). Workers go on."""
     options = _options()
     os.umask(0o022)
     loop = Loop()
-    started = start(_serve(options, loop))
-    started.when_settled(lambda: loop.stop() if started.failed else None)
-    loop.run()
-    try:
-        started.result()
-    except (VmbusError, OSError, KeyError) as error:
-        log(f"cannot serve: {error}")
-        return 1
-    log("ending; workers go on")
-    return 0
+    start(_serve_or_say_why_not(options, loop))
+    return loop.run()
 
 
 if __name__ == "__main__":

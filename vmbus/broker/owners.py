@@ -14,7 +14,7 @@ import msgspec
 
 from vmbus.broker.children import NOBODY, Channel, Crew, become
 from vmbus.broker.loop import Task
-from vmbus.broker.policy import Account, Policy
+from vmbus.broker.policy import Policy, Rights
 from vmbus.wire.errors import VmbusError
 
 KEEP = 10.0
@@ -29,11 +29,11 @@ class Owner(msgspec.Struct, frozen=True):
 
 
 class Owners:
-    """The records in ``directory`` (root 0700), one file a machine, and the accounts behind them."""
+    """The records in ``directory`` (root 0700), one file a machine, and the users behind them."""
 
-    def __init__(self, directory: Path, crew: Crew, uid_min: int) -> None:
-        self._directory, self._crew, self._uid_min = directory, crew, uid_min
-        self._accounts: dict[int, tuple[float, Account]] = {}
+    def __init__(self, directory: Path, crew: Crew, policy: Policy) -> None:
+        self._directory, self._crew, self._policy = directory, crew, policy
+        self._known: dict[int, tuple[float, Rights]] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def of(self, uuid: str) -> Owner:
@@ -43,42 +43,46 @@ class Owners:
         except FileNotFoundError:
             raise VmbusError("NotFound", f"machine {uuid} has no recorded owner", argument="uuid") from None
 
-    def account(self, uid: int, policy: Policy) -> Task[Account]:
-        """The user behind ``uid``. Raises AccessDenied if it never owns machines, NotFound, Timeout."""
-        least = policy.owners.uid_min or self._uid_min
-        workers = range(policy.workers.uid_first, policy.workers.uid_first + policy.workers.uid_count)
-        if not least <= uid < 0xFFFFFFFF or uid in _DYNAMIC or uid in workers:
-            message = f"uid {uid} cannot own machines: only ordinary users' do, from {least}"
+    def known(self, uuid: str) -> str:
+        """The user name in the record of ``uuid``, for the log; "nobody" without one."""
+        return self.of(uuid).user if (self._directory / uuid).exists() else "nobody"
+
+    def rights(self, uid: int) -> Task[Rights]:
+        """What ``uid`` may have. Raises AccessDenied if it never owns machines, NotFound, Timeout."""
+        survey = self._policy.survey
+        workers = range(survey.uid_first, survey.uid_first + survey.uid_count)
+        if not survey.uid_min <= uid < 0xFFFFFFFF or uid in _DYNAMIC or uid in workers:
+            message = f"uid {uid} cannot own machines: only ordinary users' do, from {survey.uid_min}"
             raise VmbusError("AccessDenied", message, argument="uid")
-        asked, known = self._accounts.get(uid, (0.0, None))
+        asked, known = self._known.get(uid, (0.0, None))
         if known is not None and time.monotonic() - asked < KEEP:
             return known
+        text = self._policy.text
 
         def ask(channel: Channel) -> None:
             become(NOBODY, [NOBODY])
             from vmbus.broker.dropped import accounts  # noqa: PLC0415
 
-            channel.report(accounts.look_up(uid, policy.group_names()))
+            channel.report(accounts.look_up(uid, text))
 
-        account = yield from self._crew.run(uid, ask, Account, [])
-        if len(self._accounts) > 4096:
-            self._accounts.clear()
-        self._accounts[uid] = (time.monotonic(), account)
-        return account
+        rights = yield from self._crew.run(uid, ask, Rights, [])
+        if len(self._known) > 4096:
+            self._known.clear()
+        self._known[uid] = (time.monotonic(), rights)
+        return rights
 
-    def account_of(self, uuid: str, policy: Policy) -> Task[Account]:
-        """The owner of ``uuid``; refused if the name behind the uid is another now. Raises as the above."""
+    def rights_of(self, uuid: str) -> Task[Rights]:
+        """What the owner of ``uuid`` may have; refused if the name behind the uid is another now."""
         owner = self.of(uuid)
-        account = yield from self.account(owner.uid, policy)
-        if account.name != owner.user:
-            message = f"uid {owner.uid} is now {account.name}; the machine was defined by {owner.user}"
+        rights = yield from self.rights(owner.uid)
+        if rights.name != owner.user:
+            message = f"uid {owner.uid} is now {rights.name}; the machine was defined by {owner.user}"
             raise VmbusError("AccessDenied", message, argument="uid")
-        return account
+        return rights
 
-    def own(self, uuid: str, uid: int, policy: Policy) -> Task[None]:
-        """Record ``uuid`` as ``uid``'s; again is fine. Raises AccessDenied if another's; as ``account``."""
-        account = yield from self.account(uid, policy)
-        wanted, path = Owner(uid, account.name), self._directory / uuid
+    def own(self, uuid: str, uid: int) -> Task[None]:
+        """Record ``uuid`` as ``uid``'s; again is fine. Raises AccessDenied if another's; as ``rights``."""
+        wanted, path = Owner(uid, (yield from self.rights(uid)).name), self._directory / uuid
         if path.exists():
             if self.of(uuid) != wanted:
                 raise VmbusError("AccessDenied", f"machine {uuid} is another user's", argument="uid")
@@ -94,6 +98,6 @@ class Owners:
         """Forget ``uuid``; one that is not known is fine."""
         (self._directory / uuid).unlink(missing_ok=True)
 
-    def forget_accounts(self) -> None:
-        """Ask NSS anew: the policy's groups may be others."""
-        self._accounts.clear()
+    def forget_rights(self) -> None:
+        """Ask anew: the policy is another."""
+        self._known.clear()

@@ -70,14 +70,13 @@ class WorkerDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def describe(self) -> str:
         return f"directory {self.path}"
 
     def execute(self) -> None:
         self.path.mkdir(mode=0o700)
-        self.listener.setblocking(True)
         self._at(self.listener.bind)
         self.listener.listen(BACKLOG)
 

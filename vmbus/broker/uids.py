@@ -11,24 +11,13 @@ import fcntl
 import os
 from pathlib import Path
 
-import msgspec
-
-from vmbus.broker.root import Image
 from vmbus.wire.errors import VmbusError
-
-
-class Survey(msgspec.Struct, frozen=True):
-    """What dropped/survey.py finds out."""
-
-    image: Image
-    uid_min: int
-    label: str
 
 
 class Uids:
     """Hands out uids of ``first`` … ``first + count - 1``; a gid of the same number goes with each."""
 
-    def __init__(self, first: int, count: int, *, lock: Path, marker: Path) -> None:
+    def __init__(self, first: int, count: int, lock: Path, marker: Path) -> None:
         """``lock``: a file shared by all instances; ``marker`` remembers the next never-used uid."""
         self.range = range(first, first + count)
         self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -38,36 +27,23 @@ class Uids:
             message = f"uids {first}+{count} are held by another instance; give this one a range of its own"
             raise VmbusError("InUse", message, argument="workers.uid_first") from None
         self._marker = marker
-        self._used: set[int] = set()
         start = int(marker.read_text()) if marker.exists() else first
-        self._fresh = collections.deque(self._turned(start if start in self.range else first))
-        self._freed: collections.deque[int] = collections.deque()
-
-    def _turned(self, start: int) -> list[range]:
-        """The range from ``start`` on, then what lies before it."""
-        return [range(start, self.range.stop), range(self.range.start, start)]
+        self._free = collections.deque(sorted(self.range, key=lambda uid: (uid < start, uid)))
 
     def take(self) -> int:
         """A uid that no process has. Raises QuotaExceeded when all are taken."""
-        while self._fresh:
-            rest = self._fresh.popleft()
-            if rest:
-                self._fresh.appendleft(rest[1:])
-                if rest[0] not in self._used:
-                    self._marker.write_text(str(rest[0] + 1))
-                    self._used.add(rest[0])
-                    return rest[0]
-        if not self._freed:
+        if not self._free:
             raise VmbusError("QuotaExceeded", f"all {len(self.range)} worker uids are in use")
-        self._used.add(self._freed[0])
-        return self._freed.popleft()
+        uid = self._free.popleft()
+        self._marker.write_text(str(uid + 1))
+        return uid
 
     def hold(self, uid: int) -> None:
         """``uid`` is in use by a worker of before."""
-        self._used.add(uid)
+        if uid in self._free:
+            self._free.remove(uid)
 
     def free(self, uid: int) -> None:
         """Nothing runs as ``uid`` any more."""
-        self._used.discard(uid)
         if uid in self.range:
-            self._freed.append(uid)
+            self._free.append(uid)

@@ -25,9 +25,9 @@ import msgspec
 from vmbus.broker import cgroup, kvm, spawn, steps, tap
 from vmbus.broker.children import Child, Crew
 from vmbus.broker.loop import Loop, Task, Timer, start
-from vmbus.broker.policy import Policy, size
+from vmbus.broker.policy import Policy
 from vmbus.broker.steps import Step, log
-from vmbus.broker.uids import Survey, Uids
+from vmbus.broker.uids import Uids
 from vmbus.wire import packet
 from vmbus.wire.broker import Ended, WorkerInfo
 from vmbus.wire.errors import VmbusError
@@ -95,10 +95,10 @@ class Workers:
     """All workers of one instance."""
 
     def __init__(
-        self, loop: Loop, crew: Crew, uids: Uids, survey: Survey, instance: str, *, run: Path, base: Path
+        self, loop: Loop, crew: Crew, uids: Uids, policy: Policy, instance: str, *, run: Path, base: Path
     ) -> None:
         """``run``: the instance's run directory; ``base``: a delegated cgroup v2, if it is one."""
-        self._loop, self._crew, self._uids, self._survey, self._instance = loop, crew, uids, survey, instance
+        self._loop, self._crew, self._uids, self._policy, self._instance = loop, crew, uids, policy, instance
         self._directory, self._place = run / "workers", run / "root"
         self.note = cgroup.delegated(base)
         self._base = None if self.note else base
@@ -136,13 +136,13 @@ class Workers:
 
     # A start.
 
-    def provide(self, uuid: str, owner: int, memory: int, vcpus: int, policy: Policy) -> Task[list[int]]:
+    def provide(self, uuid: str, owner: int, memory: int, vcpus: int) -> Task[list[int]]:
         """A worker for ``uuid``: reply fds as wire.broker.Spawn says, the caller's. Quota was checked.
 
         Counts against the owner from the first moment, so that two requests at once cannot both pass.
         """
         self._starting[uuid] = wanted = Record(owner, memory, vcpus)
-        whole = memory + size(policy.workers.overhead)
+        whole = memory + self._policy.survey.overhead
         try:
             if self._spares:
                 worker = self._spares.pop()
@@ -172,8 +172,8 @@ class Workers:
         group = str(self._base / f"worker-{uid}") if self._base is not None else ""
         limits = cgroup.limits(0 if group else whole, wanted.vcpus)
         index = uid - self._uids.range.start  # two categories make a label its own
-        label = self._survey.label.format(index % 512, 512 + index // 512)
-        plan = spawn.Plan(uid, self._survey.image, str(self._place), limits, group, label)
+        label = self._policy.survey.label.format(index % 512, 512 + index // 512)
+        plan = spawn.Plan(uid, self._policy.survey.image, str(self._place), limits, group, label)
         words, words_write = os.pipe2(os.O_CLOEXEC)
         fds = [words_write]
         try:
@@ -185,8 +185,8 @@ class Workers:
             stage = functools.partial(spawn.stage, plan)
             child = Child(self._loop, stage, spawn.Started, kept, spawn.IMPORT_DEADLINE)
             pid = (yield from child.reported).pid
-            record = msgspec.structs.replace(wanted, pid=pid, start_time=spawn.start_time(pid), cgroup=group)
-            record = msgspec.structs.replace(record, boot_id=self._boot, worker_uid=uid)
+            process = {"pid": pid, "start_time": spawn.start_time(pid), "boot_id": self._boot}
+            record = msgspec.structs.replace(wanted, worker_uid=uid, cgroup=group, **process)
             worker = Worker(name, record, directory)
             worker.save()
         except BaseException as error:
@@ -236,11 +236,6 @@ class Workers:
         self._loop.watch(fd, read)
 
     # Spares.
-
-    def keep_spares(self, count: int) -> None:
-        """Have ``count`` workers ready, from now on."""
-        self._wanted_spares = count
-        self._replenish()
 
     def _replenish(self) -> None:
         if len(self._spares) < self._wanted_spares and "spare" not in self._starting:
@@ -317,8 +312,8 @@ class Workers:
 
     # After a restart.
 
-    def adopt(self) -> None:
-        """Find the workers of before; remove what nobody owns. Only this instance's are looked at."""
+    def adopt(self, spares: int) -> None:
+        """Find the workers of before and remove what nobody owns, of this instance; keep ``spares``."""
         for path in sorted(self._directory.iterdir()):
             directory = spawn.WorkerDirectory(path)
             directory.listener.close()
@@ -341,6 +336,8 @@ class Workers:
                 worker.taps = 1  # it may have some
                 self._live[worker.name] = worker
         self._sweep_taps()
+        self._wanted_spares = spares
+        self._replenish()
 
     def _found(self, name: str, record: Record, directory: spawn.WorkerDirectory) -> Worker | None:
         if record.boot_id != self._boot:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NSS: who a uid is. It may hang as long as an LDAP server does, and its modules have no business as root."""
+"""Who a uid is (NSS), and what broker.toml grants that user.
+
+NSS may hang as long as an LDAP server does, and its modules have no business as root.
+"""
 
 import grp
 import os
 import pwd
 import re
 
-from vmbus.broker.policy import Account
+from vmbus.broker.dropped import policy
+from vmbus.broker.policy import Rights
 from vmbus.wire.errors import VmbusError
 
 
-def look_up(uid: int, group_names: list[str]) -> Account:
-    """The account of ``uid``, with those of ``group_names`` it is in. Raises NotFound, InvalidArgument."""
+def look_up(uid: int, text: bytes) -> Rights:
+    """The rights of ``uid`` by the policy ``text``. Raises NotFound, InvalidArgument."""
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:
@@ -20,12 +24,26 @@ def look_up(uid: int, group_names: list[str]) -> Account:
         raise VmbusError(
             "InvalidArgument", f"user name {entry.pw_name!r} cannot stand in a path", argument="uid"
         )
+    granted = policy.load(text)
     gids = os.getgrouplist(entry.pw_name, entry.pw_gid)
-    groups = []
-    for name in group_names:
-        try:
-            if grp.getgrnam(name).gr_gid in gids:
-                groups.append(name)
-        except KeyError:
-            pass  # a group that this host does not have grants nothing
-    return Account(uid, entry.pw_name, entry.pw_dir, [entry.pw_gid, *gids], groups)
+    groups = [name for name in granted.group_names() if _gid(name) in gids]
+    account = policy.Account(entry.pw_name, entry.pw_dir, groups)
+    memory, vcpus, machines = granted.limits(account)
+    return Rights(
+        uid=uid,
+        name=entry.pw_name,
+        gids=[entry.pw_gid, *gids],
+        prefixes=granted.prefixes(account),
+        bridges=[name for name, bridge in granted.bridges.items() if bridge.fits(account)],
+        memory=memory,
+        vcpus=vcpus,
+        machines=machines,
+    )
+
+
+def _gid(name: str) -> int:
+    """The gid of group ``name``; -1 for one that this host does not have: it grants nothing."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return -1

@@ -16,8 +16,9 @@ import msgspec
 
 import vmbus
 from vmbus.broker.children import Channel
+from vmbus.broker.dropped import policy
+from vmbus.broker.policy import Survey
 from vmbus.broker.root import Image
-from vmbus.broker.uids import Survey
 from vmbus.wire.errors import VmbusError
 
 _LOADER = "/lib64/ld-linux-x86-64.so.2"  # System V ABI, AMD64 supplement
@@ -27,10 +28,20 @@ _PARTS = ("__init__.py", "wire", "worker", "_native")
 _TABLES = {"passwd": (2, 0), "group": (2, 0), "subuid": (1, 2), "subgid": (1, 2)}
 
 
-def report(first: int, count: int, channel: Channel) -> None:
-    """Reports a ``Survey``. Raises InUse or NotSupported if the uid range is not ours to use."""
-    check_range(range(first, first + count), Path("/etc"))
-    found = Survey(image=image(), uid_min=uid_min(Path("/etc/login.defs")), label=label())
+def report(text: bytes, channel: Channel) -> None:
+    """Reports a ``Survey``. Raises InvalidArgument; InUse, NotSupported if the uid range is not ours."""
+    granted = policy.load(text)
+    workers = granted.workers
+    check_range(range(workers.uid_first, workers.uid_first + workers.uid_count), Path("/etc"))
+    found = Survey(
+        image=image(),
+        label=label(),
+        uid_first=workers.uid_first,
+        uid_count=workers.uid_count,
+        uid_min=granted.owners.uid_min or uid_min(Path("/etc/login.defs")),
+        overhead=policy.size(workers.overhead),
+        fuse=granted.open.fuse,
+    )
     channel.report(found)
 
 

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/etc/vmbus/broker.toml: what exists for whom (DESIGN rule 4).
+
+An unknown key or a wrong type is refused, so that a typo is never a silent default. Nothing that is not
+granted here is done, whatever the service asks for.
+"""
+
+import tomllib
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from vmbus.wire.errors import VmbusError
+
+Size = Annotated[str, Meta(pattern=r"^[0-9]{1,15}[KMGT]?$")]
+Prefix = Annotated[str, Meta(pattern=r"^(/|\{home\})")]
+
+
+def size(text: str) -> int:
+    """Bytes of "8G" and the like (powers of 1024)."""
+    unit = "KMGT".find(text[-1]) + 1
+    return int(text.rstrip("KMGT")) << 10 * unit
+
+
+class Account(msgspec.Struct, frozen=True):
+    """A user as NSS tells it; ``groups`` are those of the policy's groups that the user is in."""
+
+    name: str
+    home: str
+    groups: list[str]
+
+
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    pass
+
+
+class _Whom(_Strict, frozen=True, kw_only=True):
+    users: list[str] = []  # user names; "*" is every user
+    groups: list[str] = []
+
+    def fits(self, account: Account) -> bool:
+        return not {"*", account.name}.isdisjoint(self.users) or not set(account.groups).isdisjoint(
+            self.groups
+        )
+
+
+class Grant(_Whom, frozen=True, kw_only=True):
+    """``[[open.grant]]``: directories beneath which the named users' machines may have files."""
+
+    prefixes: list[Prefix]
+
+
+class Open(_Strict, frozen=True, kw_only=True):
+    """``[open]``: whether files on FUSE file systems may be opened by path, and the grants."""
+
+    fuse: bool = False
+    grant: list[Grant] = []
+
+
+class QuotaFor(_Whom, frozen=True, kw_only=True):
+    """``[[quota.for]]``: limits for some, instead of the general ones."""
+
+    memory: Size | None = None
+    vcpus: int | None = None
+    machines: int | None = None
+
+
+class Quota(_Strict, frozen=True, kw_only=True, rename={"exceptions": "for"}):
+    """``[quota]``: what all running machines of one owner may have together."""
+
+    memory: Size = "4G"
+    vcpus: int = 8
+    machines: int = 8
+    exceptions: list[QuotaFor] = []
+
+
+class Bridge(_Whom, frozen=True, kw_only=True):
+    """``[bridges.NAME]``: who may have a tap on it."""
+
+
+class Workers(_Strict, frozen=True, kw_only=True):
+    """``[workers]``: the uids of worker processes, and what one needs beyond its guest's memory."""
+
+    uid_first: Annotated[int, Meta(ge=1000, le=0xFFFF0000)] = 2_000_000_000
+    uid_count: Annotated[int, Meta(ge=16, le=1 << 18)] = 65536
+    overhead: Size = "128M"
+
+
+class Owners(_Strict, frozen=True, kw_only=True):
+    """``[owners]``: the lowest uid that may own machines; by default login.defs' UID_MIN."""
+
+    uid_min: Annotated[int, Meta(ge=1)] | None = None
+
+
+class Policy(_Strict, frozen=True, kw_only=True):
+    """The whole file."""
+
+    open: Open = Open()
+    quota: Quota = Quota()
+    bridges: dict[str, Bridge] = {}
+    workers: Workers = Workers()
+    owners: Owners = Owners()
+
+    def group_names(self) -> list[str]:
+        """Every group that the policy names."""
+        entries: list[_Whom] = [*self.open.grant, *self.quota.exceptions, *self.bridges.values()]
+        return sorted({group for entry in entries for group in entry.groups})
+
+    def prefixes(self, account: Account) -> list[str]:
+        """The directories granted to ``account``, {user} and {home} filled in."""
+        granted = [prefix for grant in self.open.grant if grant.fits(account) for prefix in grant.prefixes]
+        return [p.replace("{user}", account.name).replace("{home}", account.home) for p in granted]
+
+    def limits(self, account: Account) -> tuple[int, int, int]:
+        """Memory in bytes, vCPUs and machines: the first exception that fits, and the general limits."""
+        chosen = next((entry for entry in self.quota.exceptions if entry.fits(account)), QuotaFor())
+        return (
+            size(chosen.memory or self.quota.memory),
+            self.quota.vcpus if chosen.vcpus is None else chosen.vcpus,
+            self.quota.machines if chosen.machines is None else chosen.machines,
+        )
+
+
+def load(text: bytes) -> Policy:
+    """Parse the file. Raises InvalidArgument that names the place and the mistake."""
+    try:
+        return msgspec.convert(tomllib.loads(text.decode()), Policy)
+    except (msgspec.ValidationError, ValueError) as error:  # ValueError: not TOML, not UTF-8
+        raise VmbusError("InvalidArgument", f"broker.toml: {error}") from None
