@@ -14,6 +14,7 @@
     )
 )]
 
+pub mod acpi;
 pub mod block;
 pub mod boot;
 pub mod bus;

@@ -18,6 +18,7 @@ use std::thread::JoinHandle;
 use kvm_ioctls::{Kvm, VmFd};
 use vmbus_qcow2::Ring;
 
+use crate::acpi;
 use crate::boot::{Boot, BootFile};
 use crate::config::{Config, Files};
 use crate::control::{Control, VcpuThreads};
@@ -115,9 +116,9 @@ impl Machine {
             initrd,
             cmdline: config.kernel.cmdline.clone(),
             memory: config.memory,
-            rsdp: 0,
+            rsdp: acpi::RSDP,
         };
-        let platform = Platform::new(vm, legacy, boot, Vec::new(), entry)?;
+        let platform = Platform::new(vm, legacy, boot, acpi::tables(config.vcpus)?, entry)?;
         platform.reset()?;
         let vcpus = VcpuThreads::start(Arc::clone(&gate), vcpus, &hook)?;
         gate.reset()?;
