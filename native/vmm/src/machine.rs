@@ -22,9 +22,9 @@ use crate::acpi;
 use crate::boot::{Boot, BootFile};
 use crate::config::{Config, Files};
 use crate::control::{Control, VcpuThreads};
-use crate::cpu::cpuid;
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{self, Gate};
+use crate::cpu::model;
 use crate::cpu::reset::ResetState;
 use crate::cpu::run::Vcpu;
 use crate::devices::{self, Board};
@@ -186,7 +186,7 @@ fn create_vcpus(
     gate: &Arc<Gate>,
     entry: &Arc<Mutex<Option<Entry>>>,
 ) -> Result<Vec<Vcpu>> {
-    let cpuid = cpuid::supported(kvm)?;
+    let answers = model::answers(kvm, &config.cpu_model)?;
     let msrs = kvm
         .get_msr_index_list()
         .map_err(|e| Error::kernel("KVM_GET_MSR_INDEX_LIST", e))?;
@@ -196,7 +196,9 @@ fn create_vcpus(
                 .fd
                 .create_vcpu(index as u64)
                 .map_err(|e| Error::kernel("KVM_CREATE_VCPU", e))?;
-            fd.set_cpuid2(&cpuid)
+            let mut own = answers.clone();
+            own.set_topology(index as u32, u32::from(config.vcpus));
+            fd.set_cpuid2(&own.to_kvm()?)
                 .map_err(|e| Error::kernel("KVM_SET_CPUID2", e))?;
             Ok(Vcpu {
                 index,

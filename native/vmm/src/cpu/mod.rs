@@ -3,6 +3,8 @@
 
 pub mod cpuid;
 pub mod entry;
+pub mod flags;
 pub mod gate;
+pub mod model;
 pub mod reset;
 pub mod run;

@@ -15,6 +15,11 @@ use crate::cpu::entry::Entry;
 use crate::error::{Error, Result};
 
 const MSR_TSC: u32 = 0x10;
+const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+
+/// Set beyond the reset state: the counter at zero, and what firmware leaves behind: memory is write-back where
+/// page tables do not say otherwise (Linux does without PAT when the MTRRs are off).
+const FIRMWARE_MSRS: [(u32, u64); 2] = [(MSR_TSC, 0), (MSR_MTRR_DEFAULT_TYPE, 1 << 11 | 6)];
 
 /// Registers that KVM lists but whose written value means an action, or that follow others.
 const NOT_KEPT: [u32; 3] = [
@@ -87,12 +92,18 @@ impl ResetState {
             vcpu.set_debug_regs(debug)
                 .map_err(kernel("KVM_SET_DEBUGREGS"))?;
         }
-        let tsc = kvm_msr_entry {
-            index: MSR_TSC,
-            ..Default::default()
-        };
-        for msr in self.msrs.iter().chain(std::iter::once(&tsc)) {
+        for msr in &self.msrs {
             set_msr(vcpu, *msr)?;
+        }
+        for (index, data) in FIRMWARE_MSRS {
+            set_msr(
+                vcpu,
+                kvm_msr_entry {
+                    index,
+                    data,
+                    ..Default::default()
+                },
+            )?;
         }
         vcpu.set_lapic(&self.lapic)
             .map_err(kernel("KVM_SET_LAPIC"))?;
