@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.local.worker_attacker import NUMBERS
+from tests.local.worker_attacker import NUMBERS, RING_REQUESTS
 from tests.local.worker_process import WorkerProcess
 
 ATTACKER = str(Path(__file__).with_name("worker_attacker.py"))
@@ -57,6 +57,18 @@ def test_it_ends_the_process(thread: str, attempt: str) -> None:
 @pytest.mark.parametrize("attempt", sorted(REFUSED))
 def test_it_is_refused(thread: str, attempt: str) -> None:
     assert outcome(thread, attempt) == errno.EPERM
+
+
+@pytest.mark.parametrize(
+    "attempt", [f"ring: {name}" for name in RING_REQUESTS] + ["ring: read by descriptor"]
+)
+def test_the_core_s_ring_reads_and_writes_files_of_its_table_and_nothing_else(attempt: str) -> None:
+    assert outcome("core", attempt) in (errno.EACCES, errno.EINVAL)  # EINVAL: older than this request
+    assert outcome("core", "ring: read of an empty place") == errno.EBADF
+
+
+def test_the_main_thread_has_no_use_for_rings() -> None:
+    assert outcome("main", "ring: read of an empty place") == errno.EPERM
 
 
 def test_the_main_thread_cannot_even_start_a_thread() -> None:

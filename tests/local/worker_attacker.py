@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+from tests.local.worker_ring import Ring
 from vmbus.worker import main as worker_main
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -114,6 +115,32 @@ def start_thread() -> int:
 
 
 PAIR: list[socket.socket] = []
+RINGS: list[Ring] = []
+# enum io_uring_op of linux/io_uring.h
+RING_REQUESTS = {
+    "nop": 0,
+    "sendmsg": 9,
+    "recvmsg": 10,
+    "accept": 13,
+    "connect": 16,
+    "openat": 18,
+    "files update": 20,
+    "statx": 21,
+    "send": 26,
+    "openat2": 28,
+    "splice": 30,
+    "unlinkat": 36,
+    "msg ring": 40,
+    "socket": 45,
+    "uring cmd": 46,
+    "install fd": 54,
+}
+
+
+def ring_request(opcode: int) -> Callable[[], int]:
+    return lambda: -RINGS[0].answer(opcode)
+
+
 CODE = libc.mmap(None, ctypes.c_size_t(4096), 3, 0x22, -1, ctypes.c_long(0))
 
 ATTEMPTS: dict[str, Callable[[], int]] = {
@@ -133,7 +160,10 @@ ATTEMPTS: dict[str, Callable[[], int]] = {
     "a tap that stays": lambda: syscall(16, 0, 0x400454CB, 1),
     "bytes into a terminal": lambda: syscall(16, 0, 0x5412, ctypes.addressof(BUFFER)),
     "a thread": start_thread,
+    **{f"ring: {name}": ring_request(opcode) for name, opcode in RING_REQUESTS.items()},
+    "ring: read by descriptor": lambda: -RINGS[0].answer(22, flags=0),
     # what a worker lives by, so that the refusals above mean something
+    "ring: read of an empty place": lambda: -RINGS[0].answer(22),
     "send bytes": lambda: errno_of(lambda: PAIR[0].send(b"x")),
     "memory": lambda: mapped(3, 0x22),
 }
@@ -146,6 +176,8 @@ def main() -> None:
         step(worker)
         if step is worker_main.close_the_rest:
             PAIR.extend(socket.socketpair())
+        if step is worker_main.make_rings:
+            RINGS.append(Ring(worker_main.RING_ENTRIES))
     attempt = ATTEMPTS[what]
     if who == "main":
         report(attempt())
