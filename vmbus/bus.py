@@ -155,6 +155,7 @@ class Bus:
         self.on_call: Callable[[Call], None] | None = None
         self.on_signal: Callable[[SignalMessage], None] = lambda signal: None
         self.discard: Callable[[str, list[int]], None] = lambda sender, fds: _close(fds)
+        self.close_sent: Callable[[Sequence[int]], None] = _close
         library_bus.add_message_handler(self._on_message)
         library_bus._writer.sock = _PatientSocket(library_bus._sock)
         self._lost: asyncio.Task[None] = asyncio.ensure_future(self._watch())
@@ -247,7 +248,7 @@ class Bus:
     ) -> None:
         """Answer ``call``; the fds are closed once they are sent."""
         if call.flags & NO_REPLY:
-            _close(fds)
+            self.close_sent(fds)
             return
         message = _Message(
             message_type=_RETURN,
@@ -260,10 +261,10 @@ class Bus:
         try:
             sent = self._send(message)
         except BaseException:
-            _close(fds)
+            self.close_sent(fds)
             raise
         if fds:
-            sent.add_done_callback(lambda done: _close(fds))
+            sent.add_done_callback(lambda done: self.close_sent(fds))
 
     def error(self, call: Call, name: str, text: str) -> None:
         """Answer ``call`` with an error."""

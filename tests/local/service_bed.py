@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vmbusd on a real bus with the real polkitd and a broker of the test (``service_fakes``), and callers of any uid."""
+"""vmbusd on a real bus with the real polkitd and a broker of the test (``service_fakes``), and callers of
+any uid."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ import functools
 import itertools
 import os
 import pwd
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -142,6 +142,3 @@ def scenario(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         asyncio.run(asyncio.wait_for(test(*args, **fixtures), 60 * SLOW))
 
     return run
-
-
-assert sys.version_info >= (3, 11)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A broker and workers that speak vmbus.wire and do as a test says: for what real ones do too seldom, too late
-or never. They live in a thread of the test."""
+"""A broker and workers that speak vmbus.wire and do as a test says: for what real ones do too seldom, too
+late or never. They live in a thread of the test."""
 
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import threading
@@ -48,7 +49,8 @@ class FakeWorker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         before, self._sock = self._sock, ours
         if before is not None:
-            before.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                before.shutdown(socket.SHUT_RDWR)
         threading.Thread(target=self._serve, args=(ours,), daemon=True).start()
         return theirs
 
@@ -69,10 +71,8 @@ class FakeWorker:
             self._seq += 1
             event = wire.Event(seq=self._seq, kind=kind, **fields)
             self.events.append(event)
-            try:
+            with contextlib.suppress(OSError):  # it is sent again on the next connection
                 self.say(event)
-            except OSError:
-                pass  # it is sent again on the next connection
 
     def enter(self, state: wire.State) -> None:
         """A new state."""
@@ -190,10 +190,8 @@ class FakeBroker:
         self.path.unlink(missing_ok=True)
         for sock in (self._listener, self._peer):
             if sock is not None:
-                try:
+                with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass
                 sock.close()
         self._listener = self._peer = None
 
@@ -218,10 +216,8 @@ class FakeBroker:
 
     def _say(self, message: msgspec.Struct, fds: list[int] | None = None) -> None:
         if self._peer is not None:
-            try:
+            with contextlib.suppress(OSError):
                 packet.send(self._peer, message, fds)
-            except OSError:
-                pass
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -256,7 +252,6 @@ class FakeBroker:
         fields: dict[str, Any] = {}
         fds: list[int] = []
         opened: list[Any] = []
-        after: Callable[[], None] = lambda: None
         worker = self.workers.get(getattr(request, "uuid", ""))
         match request:
             case broker.Hello():
@@ -291,10 +286,6 @@ class FakeBroker:
             case broker.Kill():
                 if worker is None:
                     fields = {"error": "InvalidState", "message": "no worker"}
-                elif request.uuid in self.stuck:
-                    after = lambda: self._say(broker.Ended(uuid=request.uuid, stuck=True))  # noqa: E731
-                else:
-                    after = lambda: self.ended(request.uuid)  # noqa: E731
             case broker.Workers():
                 fields["workers"] = [
                     broker.WorkerInfo(uuid, 4242, 2000000000, self.owners.get(uuid, 0), False)
@@ -303,7 +294,11 @@ class FakeBroker:
         self._say(broker.Reply(id=request.id, **fields), fds)
         for file in opened:
             file.close()
-        after()
+        if isinstance(request, broker.Kill) and worker is not None:
+            if request.uuid in self.stuck:
+                self._say(broker.Ended(uuid=request.uuid, stuck=True))
+            else:
+                self.ended(request.uuid)
 
 
 def eventually(condition: Callable[[], bool], within: float = 10) -> bool:

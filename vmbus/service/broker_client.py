@@ -69,6 +69,8 @@ class BrokerClient:
                 if not complained:
                     log.warning("no broker at %s: %s", self._path, error)
                     complained = True
+            except Exception:
+                log.exception("the connection to the broker failed")
             finally:
                 self._ready = False
                 if self._channel:

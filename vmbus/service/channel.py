@@ -21,6 +21,7 @@ from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
+from vmbus.service import descriptors
 from vmbus.wire import packet
 from vmbus.wire.errors import KINDS, VmbusError
 
@@ -65,7 +66,8 @@ class Channel(Generic[A, E]):
         on_closed: Callable[[], None],
         max_fds: int = 0,
     ) -> None:
-        self._sock = sock
+        # Below N (see descriptors), whatever number it came with.
+        self._sock = socket.socket(fileno=descriptors.keep(sock.detach()))
         self._decoder = decoder
         self._answer = answer
         self._peer = peer
@@ -78,8 +80,8 @@ class Channel(Generic[A, E]):
         self._queue: deque[tuple[msgspec.Struct, list[int]]] = deque()
         self._loop = asyncio.get_running_loop()
         self.open = True
-        sock.setblocking(False)
-        self._loop.add_reader(sock.fileno(), self._readable)
+        self._sock.setblocking(False)
+        self._loop.add_reader(self._sock.fileno(), self._readable)
 
     def number(self) -> int:
         """A fresh request number."""
@@ -120,7 +122,7 @@ class Channel(Generic[A, E]):
         if len(self._queue) >= QUEUE:
             self._end(f"{self._peer} does not read")
             raise VmbusError("Disconnected", f"{self._peer} does not read")
-        self._queue.append((message, [os.dup(fd) for fd in fds or ()]))
+        self._queue.append((message, [descriptors.keep(os.dup(fd)) for fd in fds or ()]))
         if len(self._queue) == 1:
             self._writable()
 
@@ -170,7 +172,8 @@ class Channel(Generic[A, E]):
                 return
             self._take(*received)
 
-    def _take(self, message: A | E, fds: list[int]) -> None:
+    def _take(self, message: A | E, received: list[int]) -> None:
+        fds = [descriptors.keep(fd) for fd in received]
         if isinstance(message, self._answer):
             future = self._pending.get(message.id)
             if future is not None and not future.done():
@@ -192,7 +195,7 @@ class Channel(Generic[A, E]):
         log.info("channel ended: %s", why)
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
-        self._sock.close()
+        descriptors.close(self._sock.detach())
         for _, fds in self._queue:
             _close(fds)
         self._queue.clear()
@@ -205,4 +208,4 @@ class Channel(Generic[A, E]):
 def _close(fds: list[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
-            os.close(fd)
+            descriptors.close(fd)

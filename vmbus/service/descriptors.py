@@ -19,7 +19,7 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 BLOCK: Final = 64
@@ -80,10 +80,10 @@ def close(fd: int) -> None:
         _table.fill()
 
 
-def filled() -> None:
-    """Files below N were closed by somebody else (a socket object, the loop): put placeholders there."""
-    if _table.limit:
-        _table.fill()
+def close_all(fds: Iterable[int]) -> None:
+    """``close`` for each."""
+    for fd in fds:
+        close(fd)
 
 
 def expel(fds: list[int], ended: Callable[[], None]) -> bool:

@@ -473,10 +473,10 @@ class Lifecycle:
             machine.set_state("stopping", "kill")
             await self._broker.kill(machine.uuid)
             return
-        if said.state in ("running", "paused", "configured"):
+        if not worker.told_state:
             machine.guest = "running" if said.state == "running" else "paused"
-            if machine.state != "stopping" or machine.reason == "recovery":
-                machine.set_state(machine.guest)
+        if said.state != "ended" and (machine.state != "stopping" or machine.reason == "recovery"):
+            machine.set_state(machine.guest)
 
     # -- small things
 
@@ -489,7 +489,12 @@ class Lifecycle:
     def _spin(self, work: Awaitable[None]) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._spun)
+
+    def _spun(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("what was done on the side failed", exc_info=error)
 
 
 def _run(machine: Machine) -> Run:

@@ -114,6 +114,7 @@ async def serve(options: argparse.Namespace) -> int:
 
     bus.on_signal = on_signal
     bus.discard = dispatcher.discard
+    bus.close_sent = descriptors.close_all
     await credentials.begin()
     await polkit.begin()
 

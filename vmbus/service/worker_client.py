@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
+from vmbus.service import descriptors
 from vmbus.service.channel import Channel
 from vmbus.wire import worker as wire
 from vmbus.wire.definition import Definition
@@ -48,6 +49,8 @@ class WorkerClient:
         self._seq = last_seq
         self._on_event = on_event
         self.restricted = False
+        self.told_state = False
+        """Whether an event on this connection told a state, which is then newer than Hello's."""
         self._channel: Channel[wire.Result, wire.Event] = Channel(
             socket.socket(fileno=fds[0]),
             _decoder,
@@ -149,7 +152,7 @@ class WorkerClient:
         """Close the connection and the files."""
         self._channel.close()
         for fd in self._figures:
-            os.close(fd)
+            descriptors.close(fd)
         self._figures = []
 
     def _unrestricted(self) -> None:
@@ -162,4 +165,5 @@ class WorkerClient:
         if event.seq <= self._seq:
             self.acknowledge(self._seq)
             return
+        self.told_state |= event.kind in ("state", "ended")
         self._on_event(event)
