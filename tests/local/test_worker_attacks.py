@@ -59,6 +59,7 @@ def test_it_is_refused(thread: str, attempt: str) -> None:
     assert outcome(thread, attempt) == errno.EPERM
 
 
+@pytest.mark.requires("io-uring")
 @pytest.mark.parametrize(
     "attempt", [f"ring: {name}" for name in RING_REQUESTS] + ["ring: read by descriptor"]
 )
@@ -67,6 +68,7 @@ def test_the_core_s_ring_reads_and_writes_files_of_its_table_and_nothing_else(at
     assert outcome("core", "ring: read of an empty place") == errno.EBADF
 
 
+@pytest.mark.requires("io-uring")
 def test_the_main_thread_has_no_use_for_rings() -> None:
     assert outcome("main", "ring: read of an empty place") == errno.EPERM
 
@@ -115,6 +117,7 @@ def test_a_worker_whose_listening_descriptor_is_something_else_ends() -> None:
         assert "make the loop" in worker.log()
 
 
+@pytest.mark.requires("io-uring")
 def test_a_worker_holds_exactly_what_it_was_given_and_made() -> None:
     with WorkerProcess(kvm="/dev/zero") as worker:
         worker.control()

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.local.worker_guest import Guest, read_until, require_program
+from tests.local.worker_guest import Guest, read_until
 from vmbus.wire.definition import Layer
 from vmbus.wire.worker import Pause, Reset, Resume, Run, Shutdown, Stats, Stop
+
+pytestmark = pytest.mark.requires("kvm")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,6 @@ class TestDisks:
     @pytest.fixture
     def images(self, tmp_path: Path) -> dict[str, Path]:
         """A raw image and a qcow2 one with the raw one beneath it."""
-        require_program("qemu-img")
         raw, top = tmp_path / "base.raw", tmp_path / "top.qcow2"
         raw.write_bytes(bytes(1 << 20))
         subprocess.run(

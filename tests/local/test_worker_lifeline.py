@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from tests.local.worker_lifeline import Replay, decoded, lines
 from vmbus.wire.inlet import Greeting
 from vmbus.wire.worker import Answer, Request
 
 
+@pytest.mark.requires("kvm")
 def test_a_worker_of_today_keeps_to_the_recorded_lifeline() -> None:
     replay = Replay()
     try:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -13,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
-
-import pytest
 
 from tests.local.worker_process import Service, WorkerProcess
 from vmbus.wire.definition import Definition, Disk, Kernel, Layer
@@ -32,20 +29,8 @@ def image() -> Path:
     return BUILT / "guest"
 
 
-def require_kvm() -> None:
-    """Skip the test, by name of what is missing, where there is no /dev/kvm."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        pytest.skip("requires /dev/kvm")
-
-
-def require_program(name: str) -> None:
-    """Skip the test, by name of what is missing, where there is no such program."""
-    if shutil.which(name) is None:
-        pytest.skip(f"requires {name}")
-
-
 class Guest:
-    """A worker whose machine is built and stands still; ``start`` lets it go."""
+    """A worker whose machine is built and stands still; ``start`` lets it go. Requires "kvm"."""
 
     def __init__(
         self,
@@ -60,7 +45,6 @@ class Guest:
         program: Sequence[str] = ("-m", "vmbus.worker.main"),
     ) -> None:
         """``kernel`` replaces the guests' ELF file; ``disks``: each one's layers and files."""
-        require_kvm()
         self.worker = WorkerProcess(kvm="/dev/kvm", rings=rings, program=program)
         try:
             self.service = self.worker.control()
