@@ -468,6 +468,8 @@ class Lifecycle:
         self._connect(machine, await self._broker.connect_worker(machine.uuid))
         worker = machine.connection()
         said = await worker.hello()
+        if machine.worker is not worker:  # it has ended meanwhile
+            return
         machine.set_flag("restricted", on=worker.restricted)
         if _unwanted(machine):
             machine.set_state("stopping", "kill")
