@@ -84,7 +84,7 @@ def test_whatever_comes_the_worker_serves_on_and_keeps_no_descriptor() -> None:
     noise = random.Random(seed)
     end = time.monotonic() + float(os.environ.get("FUZZ_SECONDS", "60"))
     with WorkerProcess() as worker:
-        worker.control()
+        worker.control(epoch=10)
         held = len(os.listdir(f"/proc/{worker.pid}/fd"))
         rounds = 0
         while time.monotonic() < end:

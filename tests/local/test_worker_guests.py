@@ -108,6 +108,15 @@ def drain(sock: socket.socket) -> int:
     return total
 
 
+def drained(sock: socket.socket) -> bytes:
+    """All that a console still has, up to its end."""
+    sock.settimeout(10)
+    data = b""
+    while chunk := sock.recv(1 << 16):
+        data += chunk
+    return data
+
+
 def test_the_power_button_reaches_the_guest() -> None:
     with Guest("wait-power-button") as guest:
         guest.start()
@@ -287,6 +296,33 @@ class TestDisks:
             assert guest.worker.log() == ""
         subprocess.run(["qemu-img", "check", "-q", str(images["top"])], check=True)
 
+    @pytest.mark.parametrize("rings", [0, 2])
+    @pytest.mark.parametrize("mode", ["disk-pattern count=256", "disk-zero", "disk-interrupt", "random"])
+    def test_a_guest_s_input_and_output_passes_the_filters(
+        self, images: dict[str, Path], mode: str, rings: int
+    ) -> None:
+        """Every kind of request, allocation in qcow2 and copies from the backing file included."""
+        chain = [Layer(format="qcow2", backing_name=str(images["raw"])), Layer(format="raw")]
+        disks = {"root": (chain, [images["top"], images["raw"]])}
+        with Guest(mode, disks=disks, rings=rings) as guest:
+            guest.start()
+            assert guest.service.event("ended", seconds=60).reason == "guest-poweroff"
+            said = drained(guest.console)
+            assert f"{mode.split(maxsplit=1)[0].removeprefix('disk-')}: ".encode() in said
+            for wrong in (b"differently", b"none", b"refused", b"status 1", b"status 2"):
+                assert wrong not in said, said
+        subprocess.run(["qemu-img", "check", "-q", str(images["top"])], check=True)
+
+    def test_a_write_that_the_file_refuses_is_the_guest_s_error_and_not_the_end(self, tmp_path: Path) -> None:
+        image = tmp_path / "small.raw"
+        image.write_bytes(bytes(1 << 20))
+        with Guest(
+            "disk-pattern sector=2048 count=1", disks={"a": ([Layer(format="raw")], [image])}
+        ) as guest:
+            guest.start()
+            assert b"status 1" in guest.said(b"status 1")
+            assert guest.service.event("ended").reason == "guest-poweroff"
+
     @pytest.mark.parametrize(
         ("layer", "kind"),
         [
@@ -313,3 +349,15 @@ class TestDisks:
             with Guest("idle", disks=disks) as second:
                 assert second.configured.error == "InUse"
             assert first.service.do(Stats).stats["state"] == "running"
+
+
+def test_a_bug_on_the_core_s_thread_ends_the_worker_and_does_not_hang_it() -> None:
+    broken = """
+from vmbus.worker import core, main
+def forget(worker):
+    core.lib = None
+main.STEPS += (("lose the library", forget),)
+main.main()
+"""
+    with pytest.raises(ConnectionResetError):
+        Guest("hello", program=("-c", broken))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import _thread
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
@@ -179,11 +180,16 @@ class Core:
         _thread.start_new_thread(self._work, ())
 
     def _work(self) -> None:
-        """Jobs in order; what each returns runs on the main thread."""
-        while True:
-            os.eventfd_read(self._jobs_fd)
-            self._finished.append(self._jobs.popleft()())
-            os.eventfd_write(self._finished_fd, 1)
+        """Jobs in order; what each returns runs on the main thread. A bug here ends the worker, as there."""
+        try:
+            while True:
+                os.eventfd_read(self._jobs_fd)
+                self._finished.append(self._jobs.popleft()())
+                os.eventfd_write(self._finished_fd, 1)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(1)
 
     def _begin(self, job: Callable[[], Callable[[], None]]) -> None:
         self._jobs.append(job)
