@@ -135,7 +135,7 @@ class Loop:
         """Serve until ``stop``; its code."""
         while self._code is None:
             timeout = self._due()
-            for key, _ in self._selector.select(timeout):
+            for key, _ in self._selector.select(timeout if self._code is None else 0):
                 if key.fd in self._selector.get_map():  # an earlier call of this turn may have closed it
                     _guarded(key.data)
         return self._code

@@ -2,8 +2,8 @@
 """What the service may ask for: each request is checked against the policy and the owners' record, then done.
 
 A request of type Open is done by ``do_open``, and so on: there are no others than those of the typed union
-that the datagram was decoded to. A handler raises; ``answer`` is the one place that turns an error into a reply
-and writes the audit log: who asked, for whom, what, and how it ended.
+that the datagram was decoded to. A handler raises; ``answer`` is the one place that turns an error into a
+reply and writes the audit log: who asked, for whom, what, and how it ended.
 """
 
 import functools

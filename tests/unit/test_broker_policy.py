@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""broker.toml: what it grants, and what it refuses to be."""
+
+# ruff: noqa: PLC0415 (code of vmbus.broker.dropped cannot be imported by root)
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.unit.broker_nobody import as_nobody
+from vmbus.broker.policy import Rights
+from vmbus.wire.errors import VmbusError
+
+EXAMPLE = Path(__file__).parents[2] / "systemd/broker.toml"
+
+
+def loaded(text: bytes) -> Any:
+    """What dropped.policy.load makes of ``text``, as plain values."""
+    from vmbus.broker.dropped import policy
+
+    return msgspec.to_builtins(policy.load(text))
+
+
+def granted(text: bytes, name: str, groups: list[str]) -> tuple[list[str], tuple[int, int, int]]:
+    from vmbus.broker.dropped import policy
+
+    account = policy.Account(name, f"/home/{name}", groups)
+    return policy.load(text).prefixes(account), policy.load(text).limits(account)
+
+
+def rights(**changes: Any) -> Rights:
+    """alice's."""
+    known: dict[str, Any] = {
+        "uid": 1000,
+        "name": "alice",
+        "gids": [1000],
+        "prefixes": ["/home/alice", "/srv/a"],
+    }
+    return Rights(**(known | {"bridges": ["br0"], "memory": 1000, "vcpus": 4, "machines": 2} | changes))
+
+
+def test_the_example_is_used_as_it_is() -> None:
+    policy = as_nobody(loaded, EXAMPLE.read_bytes())
+    assert policy["open"]["grant"][0]["users"] == ["*"]
+    assert policy["open"]["fuse"] is False
+    assert policy["bridges"] == {}
+    prefixes, limits = as_nobody(granted, EXAMPLE.read_bytes(), "alice", [])
+    assert prefixes == ["/home/alice", "/boot", "/var/lib/vmbus/images"]
+    assert limits == (8 << 30, 16, 16)
+
+
+def test_every_commented_line_of_the_example_is_valid_too() -> None:
+    lines = [line.removeprefix("# ") for line in EXAMPLE.read_text().splitlines()]
+    text = "\n".join(line for line in lines if re.match(r"\[|[a-z_]+ = ", line))
+    policy = as_nobody(loaded, text.encode())
+    assert policy["bridges"]["br0"]["groups"] == ["netdev"]
+    assert policy["owners"]["uid_min"] == 1000
+    assert policy["quota"]["for"][0]["memory"] == "64G"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"[open]\nfues = true", "fues"),
+        (b"[opne]", "opne"),
+        (b"[open]\nfuse = 1", "fuse"),
+        (b"[[open.grant]]\nusers = ['a']", "prefixes"),
+        (b"[[open.grant]]\nprefixes = ['relative']", "prefixes"),
+        (b"[quota]\nmemory = '8 GB'", "memory"),
+        (b"[quota]\nmemory = 8", "memory"),
+        (b"[bridges]\nbr0 = true", "bridges"),
+        (b"[workers]\nuid_first = 0", "uid_first"),
+        (b"[workers]\nuid_count = 1", "uid_count"),
+        (b"[open", "table declaration"),
+        (b"\xff\xfe", "utf-8"),
+    ],
+)
+def test_a_mistake_is_refused_by_name(text: bytes, said: str) -> None:
+    with pytest.raises(VmbusError, match=said) as caught:
+        as_nobody(loaded, text)
+    assert caught.value.kind == "InvalidArgument"
+
+
+def test_an_empty_file_grants_no_directory_and_no_bridge() -> None:
+    prefixes, _ = as_nobody(granted, b"", "alice", [])
+    assert prefixes == []
+
+
+def test_grants_and_quotas_are_for_those_they_name() -> None:
+    text = b"""
+    [open]
+    grant = [ {users = ["alice"], prefixes = ["/a/{user}"]}, {groups = ["vm"], prefixes = ["{home}/vm"]} ]
+    [quota]
+    memory = "1G"
+    for = [ {groups = ["vm"], memory = "64G", vcpus = 0}, {users = ["*"], machines = 1} ]
+    """
+    assert as_nobody(granted, text, "alice", []) == (["/a/alice"], (1 << 30, 8, 1))
+    assert as_nobody(granted, text, "bob", ["vm"]) == (["/home/bob/vm"], (64 << 30, 0, 8))
+    assert as_nobody(granted, text, "bob", []) == ([], (1 << 30, 8, 1))
+
+
+def test_sizes_are_powers_of_1024() -> None:
+    def sizes(_: None) -> list[int]:
+        from vmbus.broker.dropped import policy
+
+        return [policy.size(text) for text in ("7", "1K", "2M", "3G", "4T")]
+
+    assert as_nobody(sizes, None) == [7, 1 << 10, 2 << 20, 3 << 30, 4 << 40]
+
+
+@pytest.mark.parametrize(
+    ("path", "prefix", "rest"),
+    [
+        ("/home/alice/disk", "/home/alice", "disk"),
+        ("/home//alice///a//b", "/home/alice", "a/b"),
+        ("/srv/a/x", "/srv/a", "x"),
+    ],
+)
+def test_a_granted_path_is_split(path: str, prefix: str, rest: str) -> None:
+    assert rights().split_path(path) == (prefix, rest)
+
+
+def test_the_longest_prefix_counts() -> None:
+    assert rights(prefixes=["/", "/srv", "/srv/a"]).split_path("/srv/a/b/c") == ("/srv/a", "b/c")
+    assert rights(prefixes=["/"]).split_path("/x") == ("/", "x")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("relative", "InvalidArgument"),
+        ("", "InvalidArgument"),
+        ("/home/alice/../bob/x", "InvalidArgument"),
+        ("/home/alice/./x", "InvalidArgument"),
+        ("/home/alice/x\0y", "InvalidArgument"),
+        ("/home/alice", "AccessDenied"),
+        ("/home/alice/", "AccessDenied"),
+        ("/home/alicex/disk", "AccessDenied"),
+        ("/home/bob/disk", "AccessDenied"),
+        ("/etc/passwd", "AccessDenied"),
+    ],
+)
+def test_any_other_path_is_refused(path: str, kind: str) -> None:
+    with pytest.raises(VmbusError) as caught:
+        rights().split_path(path)
+    assert (caught.value.kind, caught.value.argument) == (kind, "path")
+
+
+def test_a_home_directory_with_dots_grants_nothing() -> None:
+    with pytest.raises(VmbusError):
+        rights(prefixes=["/home/../etc"]).split_path("/home/../etc/passwd")
+    with pytest.raises(VmbusError):
+        rights(prefixes=["/home/../etc"]).split_path("/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("used", "memory", "vcpus", "argument"),
+    [
+        ((0, 0, 0), 1001, 1, "memory"),
+        ((900, 0, 0), 101, 1, "memory"),
+        ((0, 3, 0), 1, 2, "vcpus"),
+        ((0, 0, 2), 1, 1, ""),
+    ],
+)
+def test_a_quota_is_for_all_machines_together(
+    used: tuple[int, int, int], memory: int, vcpus: int, argument: str
+) -> None:
+    rights().check_quota((900, 3, 1), 100, 1)
+    with pytest.raises(VmbusError) as caught:
+        rights().check_quota(used, memory, vcpus)
+    assert (caught.value.kind, caught.value.argument) == ("QuotaExceeded", argument)
+
+
+def test_a_real_user_has_rights_by_name_and_groups() -> None:
+    def asked(uid: int) -> tuple[str, list[str], list[int]]:
+        from vmbus.broker.dropped import accounts
+
+        found = accounts.look_up(
+            uid, b"[[open.grant]]\nusers = ['*']\nprefixes = ['/x/{user}']\ngroups = ['none-such']"
+        )
+        return found.name, found.prefixes, found.gids
+
+    me = pwd.getpwuid(os.getuid())
+    name, prefixes, gids = as_nobody(asked, me.pw_uid)
+    assert (name, prefixes, gids[0]) == (me.pw_name, [f"/x/{me.pw_name}"], me.pw_gid)
+    with pytest.raises(VmbusError, match="no user with uid"):
+        as_nobody(asked, 3_999_999_999)
