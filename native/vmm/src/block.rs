@@ -581,6 +581,7 @@ impl Server {
             return Ok(());
         };
         queue.inner.queue.disable_notifications()?;
+        let memory = queue.inner.queue.memory().clone();
         let mut budget = queue.size;
         loop {
             // A queue this full goes on when something completes.
@@ -599,7 +600,6 @@ impl Server {
                 break;
             };
             budget -= 1;
-            let memory = queue.inner.queue.memory().clone();
             match &served.kind {
                 Kinds::Rng => {
                     let written = rng::answer(&chain, &memory)?;

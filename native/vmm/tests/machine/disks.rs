@@ -159,9 +159,6 @@ fn each_of_several_io_threads_serves_its_disks() {
         eprintln!("absent: io_uring");
         return;
     };
-    for index in 0..3 {
-        files[index].write_all_at(b"which", 5 * 512).unwrap();
-    }
     let mut guest = run_with(
         "disk-pattern disk=1 seed=5 count=2",
         json!({ "disks": disks }),
