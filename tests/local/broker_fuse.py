@@ -25,10 +25,12 @@ _BATCH_FORGET: Final = 42
 class Fuse:
     """Mounted on ``place`` from the start, served by a process of its own."""
 
-    def __init__(self, place: Path, *, silent: bool, owner: int, silent_on: int = 0) -> None:
-        """``silent``: answer nothing; ``silent_on``: nothing of that opcode."""
+    def __init__(
+        self, place: Path, *, silent: bool, owner: int, silent_on: int = 0, silent_to: int | None = None
+    ) -> None:
+        """``silent``: answer nothing; ``silent_on``: nothing of that opcode; ``silent_to``: to that uid only."""
         self.place, self._silent, self._owner = place, silent, owner
-        self._silent_on = silent_on
+        self._silent_on, self._silent_to = silent_on, silent_to
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         data = f"fd={self._fd},rootmode=40000,user_id=0,group_id=0,allow_other"
         namespace.mount("vmbus-test", place, kind="fuse", data=data)
@@ -65,13 +67,14 @@ class Fuse:
                 if error.errno in {errno.EINTR, errno.ENOENT}:
                     continue
                 return
-            _, code, unique, node = struct.unpack_from("IIQQ", request)
+            _, code, unique, node, uid = struct.unpack_from("IIQQI", request)
             if code == _INIT:
                 head = struct.pack("IIIIHHIIHHI28x", 7, 31, 0, 0, 16, 12, 1 << 16, 1, 0, 0, 0)
                 self._answer(unique, head)
                 continue
             os.write(log, bytes([code]))
-            if not self._silent and code not in {_FORGET, _BATCH_FORGET, self._silent_on}:
+            refused = code == self._silent_on and self._silent_to in {None, uid}
+            if not self._silent and not refused and code not in {_FORGET, _BATCH_FORGET}:
                 self._reply(code, unique, node, request[40:])
 
     def _reply(self, code: int, unique: int, node: int, body: bytes) -> None:
