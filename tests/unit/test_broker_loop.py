@@ -44,12 +44,12 @@ def test_timers_come_in_order_and_can_be_cancelled() -> None:
     assert seen == ["a", "b"]
 
 
-def test_a_mistake_in_one_call_costs_that_call_only(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_in_one_call_costs_that_call_only(capfd: pytest.CaptureFixture[str]) -> None:
     loop = Loop()
     loop.later(0, lambda: 1 / 0)
     loop.later(0.01, loop.stop)
     assert loop.run() == 0
-    assert "bug: ZeroDivisionError" in capsys.readouterr().err
+    assert "bug: ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_one_descriptor_closed_by_another_s_call_is_not_served() -> None:
@@ -98,9 +98,9 @@ def test_steps_are_done_in_order_and_undone_in_reverse() -> None:
     assert notes == ["+a", "+b", "-b", "-a"]
 
 
-def test_the_log_is_one_line_an_entry(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_log_is_one_line_an_entry(capfd: pytest.CaptureFixture[str]) -> None:
     log("path=/x\n2026-01-01T00:00:00Z forged\x1b[31m")
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.endswith(r"path=/x\n2026-01-01T00:00:00Z forged\x1b[31m")
 
 

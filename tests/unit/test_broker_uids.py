@@ -41,8 +41,9 @@ def test_a_new_broker_goes_on_where_the_old_one_was(tmp_path: Path) -> None:
     assert [again.take(), again.take(), again.take()] == [FIRST + 3, FIRST, FIRST + 1]
 
 
-def test_a_marker_from_another_range_is_no_matter(tmp_path: Path) -> None:
-    (tmp_path / "marker").write_text("5")
+@pytest.mark.parametrize("text", ["5", "", "x", "-1", "99999999999999999999"])
+def test_a_marker_that_says_nothing_of_this_range_is_no_matter(tmp_path: Path, text: str) -> None:
+    (tmp_path / "marker").write_text(text)
     assert uids(tmp_path).take() == FIRST
 
 

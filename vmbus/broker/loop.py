@@ -76,6 +76,7 @@ def start(task: Task[T]) -> Pending[T]:
         except StopIteration as stop:
             outcome.settle(stop.value)
         except Exception as error:
+            log(f"a task failed: {type(error).__name__}: {error}")
             outcome.fail(error)
 
     advance()

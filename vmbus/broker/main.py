@@ -29,7 +29,6 @@ from vmbus.broker.requests import Requests
 from vmbus.broker.steps import log
 from vmbus.broker.uids import Uids
 from vmbus.broker.workers import Workers
-from vmbus.wire.errors import VmbusError
 
 _SHARED = Path("/run/vmbus")
 
@@ -68,7 +67,7 @@ def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
     requests = Requests(policy, crew, owners, workers, options.instance)
     listener = service.listen(run / "broker", user.pw_gid)
     workers.ended = service.Service(loop, listener, user.pw_uid, requests).tell
-    workers.adopt(options.spares)
+    yield from workers.adopt(options.spares)
     loop.on_signals(
         {signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop, signal.SIGHUP: lambda: start(requests.reload())}
     )
@@ -83,8 +82,8 @@ def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
 def _serve_or_say_why_not(options: argparse.Namespace, loop: Loop) -> Task[None]:
     try:
         yield from _serve(options, loop)
-    except (VmbusError, OSError, KeyError) as error:
-        log(f"cannot serve: {error}")
+    except Exception as error:
+        log(f"cannot serve: {type(error).__name__}: {error}")
         loop.stop(1)
 
 

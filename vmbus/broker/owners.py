@@ -18,6 +18,7 @@ from vmbus.broker.policy import Policy, Rights
 from vmbus.wire.errors import VmbusError
 
 KEEP = 10.0
+MOST = 16384  # records, lest a service that was taken over fills the disk
 _DYNAMIC = range(61184, 65536)  # systemd's DynamicUser= range, nobody, 16-bit -1
 
 
@@ -87,6 +88,8 @@ class Owners:
             if self.of(uuid) != wanted:
                 raise VmbusError("AccessDenied", f"machine {uuid} is another user's", argument="uid")
             return
+        if len(os.listdir(self._directory)) >= MOST:
+            raise VmbusError("QuotaExceeded", f"{MOST} machines are defined on this host; undefine some")
         draft = self._directory / f".{uuid}"
         with open(draft, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(msgspec.json.encode(wanted))

@@ -43,7 +43,10 @@ class Requests:
 
     def answer(self, asker: str, request: Any) -> Task[Answer]:
         """Carry out ``request``; never raises. ``asker`` is for the audit log."""
-        fields = [f"{name}={getattr(request, name)!r}" for name in request.__struct_fields__ if name != "id"]
+        names = [name for name in request.__struct_fields__ if name != "id"]
+        fields = [
+            f"{name}={getattr(request, name)!r:.1000}" for name in names
+        ]  # the outcome has room in the line
         whom = f"for {self._owners.known(request.uuid)}:" if hasattr(request, "uuid") else "for itself:"
         what = " ".join([asker, whom, type(request).__name__.lower(), *fields])
         fds: list[int] = []
@@ -51,13 +54,13 @@ class Requests:
             answer = getattr(self, f"do_{type(request).__name__.lower()}")(request)
             reply, fds = answer if isinstance(answer, tuple) else (yield from answer)
             log(f"{what}: done {reply.identity or ''}")
-        except VmbusError as error:
-            log(f"{what}: {error.kind}: {error}")
-            failed = functools.partial(wire.Reply, id=request.id, error=error.kind, argument=error.argument)
-            reply = failed(message=error.message)
         except Exception as error:
-            log(f"{what}: Internal: {type(error).__name__}: {error}")
-            reply = wire.Reply(id=request.id, error="Internal", message="the broker failed; its log says how")
+            ours = VmbusError("Internal", f"the broker failed ({type(error).__name__}); its log says how")
+            named = error if isinstance(error, VmbusError) else ours
+            log(f"{what}: {named.kind}: {error}")
+            reply = wire.Reply(
+                id=request.id, error=named.kind, message=named.message, argument=named.argument
+            )
         return reply, fds
 
     def do_hello(self, request: wire.Hello) -> Answer:
@@ -109,7 +112,7 @@ class Requests:
         worker.taps += 1
         # At most 15 characters; a worker's uid is its own on the whole host, whatever the instance.
         name = f"vt{worker.record.worker_uid:08x}{worker.taps & 0xFFFF:x}"
-        mark = f"vmbus:{self._instance}:{request.uuid}"
+        mark = self._workers.mark(worker)
         with worker.connect(Greeting(role="inlet")) as inlet:
             work = functools.partial(
                 tap.make, tap.Wanted(name, request.bridge, request.queues, mark), request.slot

@@ -17,6 +17,7 @@ If the broker dies before it has recorded the worker, the stager goes with it (P
 binds stay and the worker ends by itself because its / is not empty. So a worker that lives on has a record.
 """
 
+import errno
 import fcntl
 import os
 import signal
@@ -30,7 +31,7 @@ import prctl
 
 from vmbus.broker import cgroup, root, syscalls
 from vmbus.broker.children import Channel
-from vmbus.wire import startup
+from vmbus.wire import inlet
 from vmbus.wire.errors import VmbusError
 
 IMPORT_DEADLINE = 60.0  # seconds, of the whole stager; an emulated host takes several for the imports
@@ -116,7 +117,7 @@ def stage(plan: Plan, channel: Channel) -> None:
     line, line_write = os.pipe2(os.O_CLOEXEC)
     imported, status = os.pipe2(os.O_CLOEXEC)
     doomed_read, doomed = os.pipe2(os.O_CLOEXEC)
-    os.write(line_write, startup.encode(startup.Startup(listen=_LISTEN, status=_STATUS, kvm=_KVM)))
+    os.write(line_write, inlet.encode(inlet.Startup(listen=_LISTEN, status=_STATUS, kvm=_KVM)))
     syscalls.unshare(_NAMESPACES)
     root.enter(plan.image, plan.place)
     socket.sethostname("vmbus-worker")
@@ -134,14 +135,15 @@ def stage(plan: Plan, channel: Channel) -> None:
             raise VmbusError("Disconnected", "the broker went away")
         prctl.set_pdeathsig(0)  # recorded: from here on neither needs the broker
         said = b""
-        while said != startup.IMPORTED:
+        while said != inlet.IMPORTED:
             more = os.read(imported, 64)
             said += more
-            if not more or not startup.IMPORTED.startswith(said):
+            if not more or not inlet.IMPORTED.startswith(said):
                 raise VmbusError("Disconnected", "the worker ended before it had imported everything")
         root.leave_nothing(plan.image)
     except BaseException:
         os.kill(pid, signal.SIGKILL)  # not reaped by anybody yet, so the number is still its own
+        os.waitpid(pid, 0)
         raise
 
 
@@ -179,10 +181,18 @@ def _become_worker(plan: Plan, fds: list[int], doomed: int, proc: int, group: in
         os._exit(1)
 
 
-def open_figures(pid: int) -> list[int]:
-    """smaps_rollup and, where the kernel has it, ksm_stat of a worker that has executed; the caller's."""
+def open_figures(pid: int, started: int) -> list[int]:
+    """smaps_rollup and, where the kernel has it, ksm_stat of a worker that has executed; the caller's.
+
+    ``started`` is its start time: another process of that number is not looked at. Raises OSError.
+    """
     names = [f"/proc/{pid}/{name}" for name in ("smaps_rollup", "ksm_stat")]
-    return [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in names if os.path.exists(name)]
+    fds = [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in names if os.path.exists(name)]
+    if start_time(pid) != started:
+        for fd in fds:
+            os.close(fd)
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return fds
 
 
 def start_time(pid: int) -> int:

@@ -6,7 +6,9 @@ A privileged operation is a list of steps. Each says what it does before it is d
 steps that made it, and its end undoes them.
 """
 
-import sys
+import contextlib
+import os
+import select
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -45,9 +47,13 @@ def take_back(steps: Sequence[Step]) -> None:
 
 
 def log(line: str) -> None:
-    """One line on stderr, with the time; control characters cannot forge another line."""
+    """One line on stderr, with the time; control characters cannot forge another line.
+
+    Never waits: when the reader of a pipe is behind, the line is lost (pipe(7): PIPE_BUF bytes fit, or none).
+    """
     safe = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    try:
-        sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {safe}\n")
-    except OSError:
-        return  # the log's reader is gone; the broker's work does not depend on it
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    data = f"{stamp} {safe}".encode(errors="backslashreplace")
+    with contextlib.suppress(OSError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, data[: select.PIPE_BUF - 1] + b"\n")

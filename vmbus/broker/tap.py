@@ -35,9 +35,9 @@ def make(wanted: Wanted, slot: str, channel: Channel) -> None:
     taps.make(wanted, slot, channel)
 
 
-def sweep(instance: str, keep: set[str], channel: Channel) -> None:
-    """A child's work: delete the taps of ``instance`` whose machine is not in ``keep``. Reports how many."""
+def sweep(keep: list[str], prefixes: list[str], channel: Channel) -> None:
+    """A child's work: delete the taps with a mark that begins with one of ``prefixes``, but for ``keep``."""
     become(NOBODY, [NOBODY], prctl.CAP_NET_ADMIN)
     from vmbus.broker.dropped import taps  # noqa: PLC0415
 
-    taps.sweep(instance, keep, channel)
+    taps.sweep(keep, prefixes, channel)

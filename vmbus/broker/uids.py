@@ -27,7 +27,8 @@ class Uids:
             message = f"uids {first}+{count} are held by another instance; give this one a range of its own"
             raise VmbusError("InUse", message, argument="workers.uid_first") from None
         self._marker = marker
-        start = int(marker.read_text()) if marker.exists() else first
+        noted = marker.read_text() if marker.exists() else ""  # empty if a broker died while it wrote
+        start = int(noted) if noted.isdigit() else first
         self._free = collections.deque(sorted(self.range, key=lambda uid: (uid < start, uid)))
 
     def take(self) -> int:

@@ -12,6 +12,7 @@ one, with the next epoch.
 A uid, a directory and a cgroup are free again only when the pidfd has signalled and the cgroup is empty.
 """
 
+import contextlib
 import functools
 import os
 import resource
@@ -84,7 +85,7 @@ class Worker:
         self.save(epoch=self.record.epoch + 1)
         connection = self.connect(Greeting(role="control", epoch=self.record.epoch))
         try:
-            figures = spawn.open_figures(self.record.pid)
+            figures = spawn.open_figures(self.record.pid, self.record.start_time)
         except OSError as error:
             connection.close()
             raise VmbusError("Disconnected", f"the worker is not there ({error.strerror})") from None
@@ -124,8 +125,7 @@ class Workers:
 
     def listed(self) -> list[WorkerInfo]:
         """The living workers that belong to a machine."""
-        found = sorted(self._live.items())
-        records = [(uuid, worker.record) for uuid, worker in found]
+        records = [(uuid, worker.record) for uuid, worker in sorted(self._live.items())]
         return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in records]
 
     def used_by(self, owner: int) -> tuple[int, int, int]:
@@ -175,12 +175,12 @@ class Workers:
         label = self._policy.survey.label.format(index % 512, 512 + index // 512)
         plan = spawn.Plan(uid, self._policy.survey.image, str(self._place), limits, group, label)
         words, words_write = os.pipe2(os.O_CLOEXEC)
+        self._follow(words, name)
         fds = [words_write]
         try:
             steps.carry_out(made)
             fds.append(kvm.open_kvm())
             log(f"spawn {name}: {'; '.join(step.describe() for step in made)}; {plan.describe()}")
-            self._follow(words, name)
             kept = [directory.listener.fileno(), fds[1], words_write]
             stage = functools.partial(spawn.stage, plan)
             child = Child(self._loop, stage, spawn.Started, kept, spawn.IMPORT_DEADLINE)
@@ -261,9 +261,10 @@ class Workers:
         if worker.ended or worker.killed is not None:
             return
         worker.killed = self._loop.later(STUCK_AFTER, lambda: self._stuck(worker))
-        signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
-        if worker.group is not None:
-            worker.group.kill()
+        with contextlib.suppress(OSError):  # it may have ended this moment
+            signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
+            if worker.group is not None:
+                worker.group.kill()
 
     def _stuck(self, worker: Worker) -> None:
         log(f"worker {worker.name} (pid {worker.record.pid}) was killed and goes on: stuck in the kernel")
@@ -285,10 +286,11 @@ class Workers:
         self._tidy(worker)
 
     def _reap(self, worker: Worker) -> None:
-        ended = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED | os.WNOHANG)
-        if ended is not None:
-            how = "exit status" if ended.si_code == os.CLD_EXITED else "signal"
-            log(f"worker {worker.name} (pid {worker.record.pid}) ended: {how} {ended.si_status}")
+        with contextlib.suppress(ChildProcessError):  # it died early, and the stager has reaped it
+            ended = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
+            if ended is not None:
+                how = "exit status" if ended.si_code == os.CLD_EXITED else "signal"
+                log(f"worker {worker.name} (pid {worker.record.pid}) ended: {how} {ended.si_status}")
         os.close(worker.pidfd)
 
     def _tidy(self, worker: Worker) -> None:
@@ -303,16 +305,15 @@ class Workers:
         if self._live.pop(worker.name, None) is not None:
             self.ended(Ended(uuid=worker.name))
         if worker.taps:
-            self._sweep_taps()
+            start(self._crew.run(0, functools.partial(tap.sweep, [], [self.mark(worker)]), int, []))
 
-    def _sweep_taps(self) -> None:
-        """Delete every tap of this instance whose machine has no worker."""
-        work = functools.partial(tap.sweep, self._instance, set(self._live))
-        start(self._crew.run(0, work, int, []))
+    def mark(self, worker: Worker) -> str:
+        """What the taps of ``worker`` carry: of this instance, of this machine, and of this run of it."""
+        return f"vmbus:{self._instance}:{worker.name}:{worker.record.worker_uid};"
 
     # After a restart.
 
-    def adopt(self, spares: int) -> None:
+    def adopt(self, spares: int) -> Task[None]:
         """Find the workers of before and remove what nobody owns, of this instance; keep ``spares``."""
         for path in sorted(self._directory.iterdir()):
             directory = spawn.WorkerDirectory(path)
@@ -335,7 +336,10 @@ class Workers:
             else:
                 worker.taps = 1  # it may have some
                 self._live[worker.name] = worker
-        self._sweep_taps()
+        keep = [self.mark(worker) for worker in self._live.values()]
+        yield from self._crew.run(
+            0, functools.partial(tap.sweep, keep, [f"vmbus:{self._instance}:"]), int, []
+        )
         self._wanted_spares = spares
         self._replenish()
 

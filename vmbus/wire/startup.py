@@ -12,36 +12,17 @@ worker then goes on as soon as its ``/`` has no entry, and ends if that takes mo
 from __future__ import annotations
 
 import os
-from typing import Annotated, Final, Literal
+from typing import Final
 
 import msgspec
-from msgspec import Meta
+
+from vmbus.wire.inlet import IMPORTED as IMPORTED  # noqa: PLC0414 (handed on)
+from vmbus.wire.inlet import Startup as Startup  # noqa: PLC0414
+from vmbus.wire.inlet import encode as encode  # noqa: PLC0414
 
 LIMIT: Final = 4096
-IMPORTED: Final = b"imported\n"
 
-Fd = Annotated[int, Meta(ge=0, le=1 << 20)]
-
-
-class Startup(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker holds when it begins. Unknown keys are ignored (an older worker, a newer broker)."""
-
-    listen: Fd  # listening SOCK_SEQPACKET socket in RUN/workers/UUID/
-    kvm: Fd  # /dev/kvm, read-write
-    status: Fd  # write end of a pipe to the stager
-    rings: Annotated[int, Meta(ge=0, le=16)] = 2  # io_uring rings, one an I/O thread; 0: blocking engine
-    ring_files: Annotated[int, Meta(ge=1, le=16384)] = 1024  # places in each ring's sparse file table
-    profile: Literal["plain", "vfio"] = "plain"
-    expect_empty_root: bool = True  # False only in tests that run a worker without a root of its own
-
-
-_encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Startup)
-
-
-def encode(startup: Startup) -> bytes:
-    """The line, newline included."""
-    return _encoder.encode(startup) + b"\n"
 
 
 def read(fd: int) -> Startup:

@@ -2,9 +2,9 @@
 """A tap on an allowed bridge, made by a child that keeps CAP_NET_ADMIN only, and sent straight to the worker.
 
 Its fds keep a tap alive, but whoever holds one can make it persistent: so it is deleted by its index when the
-machine has ended. It carries a mark (ifalias ``vmbus:INSTANCE:UUID``), and only what carries the instance's
-mark is ever swept. TUNSETIFF, the bridge's ioctls and the deletion take rtnl, which may be held for long:
-hence a child. Numbers from include/uapi/linux/{if_tun,if,sockios,if_link,rtnetlink,netlink}.h.
+machine has ended. It carries a mark (ifalias ``vmbus:INSTANCE:UUID:UID;``), and only what carries the
+instance's mark is ever swept. TUNSETIFF, the bridge's ioctls and the deletion take rtnl, which may be held
+for long: hence a child. Numbers from include/uapi/linux/{if_tun,if,sockios,if_link,rtnetlink,netlink}.h.
 """
 
 import fcntl
@@ -88,16 +88,16 @@ def make(wanted: Wanted, slot: str, channel: Channel) -> None:
     channel.report(Made("; ".join(step.describe() for step in steps), index))
 
 
-def sweep(instance: str, keep: set[str], channel: Channel) -> None:
-    """Delete every tap of ``instance`` whose machine is not in ``keep``. Reports how many there were."""
+def sweep(keep: list[str], prefixes: list[str], channel: Channel) -> None:
+    """Delete every tap whose mark begins with one of ``prefixes``, except ``keep``. Reports how many."""
     gone = 0
     for entry in _NET.iterdir() if _NET.is_dir() else ():
         try:
-            mark = (entry / "ifalias").read_text().strip().split(":")
+            mark = (entry / "ifalias").read_text().strip()
             index = int((entry / "ifindex").read_text())
         except (OSError, ValueError):
             continue
-        if mark[:2] == ["vmbus", instance] and len(mark) == 3 and mark[2] not in keep:
+        if mark.startswith(tuple(prefixes)) and mark not in keep and (entry / "tun_flags").exists():
             _netlink(_RTM_DELLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, 0, 0))
             gone += 1
     channel.report(gone)
