@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vmbus is measured beside: libvirtd with QEMU, and libvirt-dbus, in the namespace of a system under test.
+"""What vmbus is measured beside: libvirtd with QEMU, and libvirt-dbus, in the namespace of a system.
 
-They run as Debian configures them, without systemd: libvirtd as root on its usual socket, libvirt-dbus as user
-libvirtdbus on the private bus. Their state directories are fresh file systems in that namespace, so nothing of the
-host's own libvirt is read or changed. Changed from the defaults: access to the socket is not asked for (libvirt's polkit
-rules are not in that namespace), and QEMU runs as root without a private /dev (without udev, /dev/kvm is root's
-alone), which saves libvirt work. What a host lacks (cgroup controllers, a security driver) libvirt leaves out by
-itself.
+They run as Debian configures them, without systemd: libvirtd as root on its usual socket, libvirt-dbus as
+user libvirtdbus on the private bus. Their state directories are fresh file systems in that namespace, so
+nothing of the host's own libvirt is read or changed. Changed from the defaults: access to the socket is not
+asked for (libvirt's polkit rules are not in that namespace), and QEMU runs as root without a private /dev
+(without udev, /dev/kvm is root's alone), which saves libvirt work. What a host lacks (cgroup controllers, a
+security driver) libvirt leaves out by itself.
 """
 
 from __future__ import annotations
@@ -111,8 +111,11 @@ class Libvirt:
 
     def processes(self) -> list[int]:
         """The QEMU processes of the domains that run."""
-        words = ["sh", "-c", "cat /run/libvirt/qemu/*.pid"]
-        listing = subprocess.run(self._system.inside(words), capture_output=True, text=True, check=False)
+        # driver.pid is libvirtd's own.
+        script = "cd /run/libvirt/qemu; for f in *.pid; do [ $f = driver.pid ] || { cat $f; echo; }; done"
+        listing = subprocess.run(
+            self._system.inside(["sh", "-c", script]), capture_output=True, text=True, check=False
+        )
         return [int(word) for word in listing.stdout.split()]
 
     def close(self) -> None:

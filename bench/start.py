@@ -2,8 +2,8 @@
 """From a call on the bus to the first guest output, cold and with spare workers, beside ``virsh start``.
 
 vmbus: an ordinary user's call of Machine.Start on a defined machine whose guest writes to its console at once
-(bench/start_client.py says what is timed). libvirt: ``virsh start --paused``, from exec to exit, of a domain without disks;
-its guest runs nothing, which spares it the firmware.
+(bench/start_client.py says what is timed). libvirt: ``virsh start --paused``, from exec to exit, of a domain
+without disks; its guest runs nothing, which spares it the firmware.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 Arguments: kernel, rounds, seconds to rest between rounds. Prints one JSON list of [seconds to the first guest
 output, seconds to the reply of Start], both from just before the call is sent.
 
-The first output is known by the signal ConsoleActivity, so it includes the guest's way to its console, the worker's
-event, the service and the bus: it is later than the first instruction by all that.
+The first output is known by the signal ConsoleActivity, so it includes the guest's way to its console, the
+worker's event, the service and the bus: it is later than the first instruction by all that.
 """
 
 from __future__ import annotations

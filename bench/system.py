@@ -25,7 +25,7 @@ machines = 2000
 
 
 class Measured(System):
-    """A whole vmbus with room for many machines, and the tests' bare-metal guest as Alice's file ``kernel``."""
+    """A whole vmbus with room for many machines; the tests' guest is Alice's file ``kernel``."""
 
     def __init__(self, *, spares: int = 0, library: str = "") -> None:
         if not os.environ.get("VMBUS_BENCH_NAMESPACE"):
@@ -34,6 +34,10 @@ class Measured(System):
         super().__init__(policy=GENEROUS)
         self._spares = spares
         self._library = library
+
+    def __enter__(self) -> Measured:
+        super().__enter__()
+        return self
 
     def start(self) -> None:
         """Start everything, then give Alice the guest."""
