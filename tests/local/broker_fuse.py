@@ -28,7 +28,7 @@ class Fuse:
     def __init__(
         self, place: Path, *, silent: bool, owner: int, silent_on: int = 0, silent_to: int | None = None
     ) -> None:
-        """``silent``: answer nothing; ``silent_on``: nothing of that opcode; ``silent_to``: to that uid only."""
+        """``silent``: answer nothing; ``silent_on``: nothing of an opcode; ``silent_to``: to one uid only."""
         self.place, self._silent, self._owner = place, silent, owner
         self._silent_on, self._silent_to = silent_on, silent_to
         self._fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)

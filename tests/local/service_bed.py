@@ -20,7 +20,7 @@ from tests.local.service_fakes import FakeBroker
 from vmbus.bus import Client, variants
 from vmbus.wire.dbus_form import build, parse
 
-__all__ = ["ALICE", "BOB", "ROOT", "Bed", "Caller", "scenario"]
+__all__ = ["ALICE", "BOB", "ROOT", "Bed", "Caller", "connect", "form", "scenario", "uuid_of"]
 
 ROOT = "/org/vmbus1"
 _numbers = itertools.count(1)
@@ -70,16 +70,8 @@ class Bed:
     @asynccontextmanager
     async def caller(self, user: str = ALICE) -> AsyncIterator[Caller]:
         """A connection of ``user`` to the bus."""
-        account = pwd.getpwnam(user)
-        os.setresuid(account.pw_uid, account.pw_uid, 0)
-        try:
-            client = await Client.connect(self.system.bus_address)
-        finally:
-            os.setresuid(0, 0, 0)
-        try:
-            yield Caller(client, account.pw_uid)
-        finally:
-            await client.close()
+        async with connect(self.system, user) as caller:
+            yield caller
 
     def file(self, name: str = "", content: bytes = b"\0" * 512, user: str = ALICE) -> Path:
         """A file of ``user``."""
@@ -116,6 +108,21 @@ class Caller:
             assert asyncio.get_running_loop().time() < deadline, f"{state}, not {states}"
             await asyncio.sleep(0.02)
         return state
+
+
+@asynccontextmanager
+async def connect(system: System, user: str) -> AsyncIterator[Caller]:
+    """A connection of ``user``: this process becomes that user while it connects."""
+    account = pwd.getpwnam(user)
+    os.setresuid(account.pw_uid, account.pw_uid, 0)
+    try:
+        client = await Client.connect(system.bus_address)
+    finally:
+        os.setresuid(0, 0, 0)
+    try:
+        yield Caller(client, account.pw_uid)
+    finally:
+        await client.close()
 
 
 def form(**changes: Any) -> dict[str, Any]:

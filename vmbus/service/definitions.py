@@ -26,14 +26,20 @@ class Definitions:
         Raises AlreadyExists, and the broker's QuotaExceeded, AccessDenied, NotFound, Unavailable.
         """
         self._registry.check_name(owner, definition.name)
-        paths = [slot.path for slot in slots(definition) if slot.path is not None]
-        await self._broker.check(
-            owner,
-            memory=definition.memory,
-            vcpus=definition.vcpus,
-            bridges=[nic.bridge for nic in definition.nics],
-            paths=paths,
-        )
+        paths = {slot.path: slot.name for slot in slots(definition) if slot.path is not None}
+        try:
+            await self._broker.check(
+                owner,
+                memory=definition.memory,
+                vcpus=definition.vcpus,
+                bridges=[nic.bridge for nic in definition.nics],
+                paths=list(paths),
+            )
+        except VmbusError as error:
+            if error.argument != "path":
+                raise
+            named = [name for path, name in paths.items() if repr(path) in error.message]
+            raise VmbusError(error.kind, error.message, argument=named[0] if named else "path") from None
         uuid = str(uuids.uuid4())
         await self._broker.own(uuid, owner)
         try:
