@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one port-I/O exit costs in vmbus's run loop, beside a bare KVM_RUN loop in C, and beside QEMU.
 
-The same bare-metal guest (tests/guests, mode port-out) writes to a port that nobody has, again and again, and
-tells the time by the PM timer; so the guest's own instructions are in all three figures. Rounds take turns, and
-the least of each is compared: what disturbs can only add.
+The same bare-metal guest (tests/guests, mode port-out) writes to a port that nobody has, again and again,
+and tells the time by the PM timer; so the guest's own instructions are in all three figures. Rounds take
+turns, and the least of each is compared: what disturbs can only add.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.local.worker_guest import image
 COUNT = 100_000
 ROUNDS = 7
 WRAP_US = (1 << 24) * 1_000_000 / 3_579_545
-"""QEMU's PM timer has 24 bits (ACPI 6.5, 4.8.3.3); a run that meets the end of them looks longer by a multiple."""
+"""QEMU's PM timer has 24 bits (ACPI 6.5, 4.8.3.3); a run that meets their end looks longer by a multiple."""
 SOURCE = Path(__file__).with_name("kvm_loop.c")
 
 
