@@ -22,9 +22,14 @@ INSTALL_MAN7 = $(wildcard man/*.7)
 INSTALL_MAN8 = $(wildcard man/*.8)
 SELINUX_DEVEL ?= /usr/share/selinux/devel
 
+# docs/dbus-api.md, man/vmbusctl.1 and the completions, each from its source.
+.PHONY: docs
+docs: ## the documents and completions that are made from their sources
+	@.venv/bin/python -m docs.make
+
 .PHONY: install install-files install-programs install-selinux uninstall wheel
 
-install: install-programs install-files
+install: install-programs install-files ## programs, units, policies, man pages, completions (DESTDIR=)
 	@if [ -f $(SELINUX_DEVEL)/Makefile ]; then $(MAKE) --no-print-directory install-selinux; \
 	else echo "no SELinux module installed: selinux-policy-dev is not there"; fi
 

@@ -17,7 +17,7 @@ from vmbus.cli import chain, qcow2_header
 from vmbus.wire.errors import VmbusError
 
 needs_qemu_img = pytest.mark.skipif(
-    shutil.which("qemu-img") is None, reason="requires qemu-img (package qemu-utils)"
+    shutil.which("qemu-img") is None, reason="needs qemu-img: the package qemu-utils is not installed"
 )
 
 

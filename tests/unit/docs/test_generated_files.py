@@ -42,7 +42,7 @@ def test_the_api_document_names_every_member_and_its_rule() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_man_page_formats_without_complaint(page: Path) -> None:
     if shutil.which("groff") is None:
-        pytest.skip("requires groff (package groff-base)")
+        pytest.skip("needs groff: the package groff-base is not installed")
     found = subprocess.run(
         ["groff", "-man", "-Tutf8", "-ww", "-z", str(page)],
         capture_output=True,
@@ -60,9 +60,15 @@ def test_a_man_page_refers_only_to_pages_that_are_there(page: Path) -> None:
     assert {f"{name.replace(chr(92), '')}.{section}" for name, section in referred} <= ours
 
 
-def test_every_program_that_is_installed_has_a_man_page() -> None:
+def test_every_program_that_is_there_has_a_man_page() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert set(scripts) <= {path.stem for path in PAGES}
+    there = {
+        name
+        for name, target in scripts.items()
+        if (ROOT / target.partition(":")[0].replace(".", "/")).with_suffix(".py").is_file()
+    }
+    assert len(there) >= 3
+    assert there <= {path.stem for path in PAGES}
 
 
 def test_every_option_of_the_daemons_is_in_their_pages() -> None:
@@ -128,7 +134,7 @@ def test_bash_completes_every_verb(fake: Path) -> None:
 
 def test_zsh_accepts_its_script() -> None:
     if shutil.which("zsh") is None:
-        pytest.skip("requires zsh")
+        pytest.skip("needs zsh: the package is not installed")
     subprocess.run(["zsh", "-n", str(ROOT / "completions/_vmbusctl")], check=True, timeout=20)
 
 

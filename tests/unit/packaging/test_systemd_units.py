@@ -17,9 +17,7 @@ UNITS = sorted((ROOT / "systemd").glob("*.service"))
 # systemd-analyze's exposure, 0 (none) to 10; measured, and not to grow.
 EXPOSURE = {"vmbus-broker": 5.0, "vmbusd": 0.5, "vmbus-machines": 1.5, "vmbus-shutdown": 1.2}
 
-needs_analyze = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="requires systemd-analyze (package systemd)"
-)
+needs_analyze = pytest.mark.requires("systemd-analyze")
 
 
 def settings(unit: Path) -> list[tuple[str, str]]:
