@@ -3,7 +3,7 @@
 
 It is put in place of vmbus/worker/main.py. A question is a map on the control connection, the answer one too:
 ``do`` is ``look`` (directory, ids, descriptors, what it can still do), ``files`` (what came by the inlet),
-``write`` (data to the file in a slot), ``persist`` (make the tap in a slot persistent). KIND: "answers";
+``write`` (data to the file in a slot), ``seals`` (of a memfd), ``persist`` (make a tap so). KIND: "answers";
 "deaf" never accepts; "late" never says imported; "dies" ends before it has imported; "chatty" writes on
 stderr without end.
 """
@@ -92,6 +92,9 @@ def _answer(question: dict[str, Any], files: dict[str, list[int]], epoch: int) -
             return {"written": os.pwrite(fd, question["data"], 0)}
         except OSError as error:
             return {"errno": error.errno}
+    if question["do"] == "seals":
+        fd = files[question["slot"]][0]
+        return {"size": os.fstat(fd).st_size, "seals": fcntl.fcntl(fd, fcntl.F_GET_SEALS)}
     if question["do"] == "persist":
         fcntl.ioctl(files[question["slot"]][0], 0x400454CB, 1)  # TUNSETPERSIST
         return {}

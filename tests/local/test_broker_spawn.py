@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -192,6 +193,33 @@ def test_what_is_out_of_range_or_above_the_quota_is_refused(
     reply = client.ask(wire.Spawn, uuid=name, memory=memory, vcpus=vcpus)
     assert (reply.error, reply.argument) == (error, argument)
     assert client.ask(wire.Workers).workers == []
+    client.close()
+
+
+def test_shareable_memory_comes_as_a_sealed_memfd(bed: Bed) -> None:
+    client = bed.connect()
+    name = new_uuid()
+    client.ask(wire.Own, uuid=name, uid=ALICE)
+    number = client.post(wire.Spawn, uuid=name, memory=64 * MIB, vcpus=1, memory_kind="shareable")
+    reply, fds = client.reply(number)
+    assert reply.error is None
+    machine = Machine(client, name, fds)
+    wait_until(lambda: "memory" in machine.ask(do="files"))
+    seen = machine.ask(do="seals", slot="memory")
+    assert seen["size"] == 64 * MIB
+    assert seen["seals"] == fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    client.ask(wire.Kill, uuid=name)
+    client.wait_ended(name)
+    machine.close()
+    client.close()
+
+
+def test_huge_pages_are_refused_by_name(bed: Bed) -> None:
+    client = bed.connect()
+    name = new_uuid()
+    client.ask(wire.Own, uuid=name, uid=ALICE)
+    reply = client.ask(wire.Spawn, uuid=name, memory=64 * MIB, vcpus=1, memory_kind="huge")
+    assert (reply.error, reply.argument) == ("NotSupported", "memory_kind")
     client.close()
 
 

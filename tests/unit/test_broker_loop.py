@@ -39,7 +39,7 @@ def test_timers_come_in_order_and_can_be_cancelled() -> None:
     loop.later(0.03, lambda: loop.stop(5))
     loop.later(0.02, lambda: seen.append("b"))
     loop.later(0.01, lambda: seen.append("a"))
-    loop.later(0.015, lambda: seen.append("never")).cancel()
+    loop.cancel(loop.later(0.015, lambda: seen.append("never")))
     assert loop.run() == 5
     assert seen == ["a", "b"]
 

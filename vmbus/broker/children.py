@@ -105,7 +105,7 @@ class Child(Generic[T]):
         ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         os.close(self._pidfd)
         self.socket.close()
-        self._timer.cancel()
+        self._loop.cancel(self._timer)
         self.gone.settle(ended.si_status if ended is not None else 0)
 
 
@@ -158,7 +158,7 @@ class Crew:
     """Runs children for users, within the limits."""
 
     def __init__(self, loop: Loop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._busy: collections.Counter[int] = collections.Counter()
         self._queue: list[tuple[int, Pending[None]]] = []
 
@@ -169,11 +169,11 @@ class Crew:
         """
         turn: Pending[None] = Pending()
         self._queue.append((user, turn))
-        timer = self._loop.later(DEADLINE, lambda: self._give_up(user, turn))
+        timer = self.loop.later(DEADLINE, lambda: self._give_up(user, turn))
         self._admit()
         yield from turn
-        timer.cancel()
-        child = Child(self._loop, work, kind, fds, DEADLINE)
+        self.loop.cancel(timer)
+        child = Child(self.loop, work, kind, fds, DEADLINE)
         child.gone.when_settled(lambda: self._left(user))
         value = yield from child.reported
         return value

@@ -10,7 +10,6 @@ MB, in a root process), priorities, cancellation.
 from __future__ import annotations
 
 import heapq
-import itertools
 import os
 import selectors
 import signal
@@ -83,24 +82,14 @@ def start(task: Task[T]) -> Pending[T]:
     return outcome
 
 
-class Timer:
-    """A call that is due; ``cancel`` forgets it."""
-
-    def __init__(self, call: Call) -> None:
-        self.call: Call | None = call
-
-    def cancel(self) -> None:
-        """Not any more. Idempotent."""
-        self.call = None
-
-
 class Loop:
     """Watches descriptors for reading, keeps timers, hears signals."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._order = itertools.count()
+        self._timers: list[tuple[float, int]] = []
+        self._calls: dict[int, Call] = {}  # of timers that are due, by their numbers, from 1
+        self._last = 0
         self._signals: dict[int, Call] = {}
         self._code: int | None = None
 
@@ -113,11 +102,16 @@ class Loop:
         if fd in self._selector.get_map():
             self._selector.unregister(fd)
 
-    def later(self, seconds: float, call: Call) -> Timer:
-        """Call ``call`` once, in ``seconds``."""
-        timer = Timer(call)
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
-        return timer
+    def later(self, seconds: float, call: Call) -> int:
+        """Call ``call`` once, in ``seconds``. The timer's number."""
+        self._last += 1
+        self._calls[self._last] = call
+        heapq.heappush(self._timers, (time.monotonic() + seconds, self._last))
+        return self._last
+
+    def cancel(self, timer: int) -> None:
+        """Forget a timer; one that is over, or 0, is no matter."""
+        self._calls.pop(timer, None)
 
     def on_signals(self, calls: dict[int, Call]) -> None:
         """Call ``calls[number]`` from the loop when that signal arrives."""
@@ -144,12 +138,12 @@ class Loop:
     def _due(self) -> float | None:
         """Make the calls that are due; seconds until the next one, None for none."""
         while self._timers:
-            left = self._timers[0][0] - time.monotonic()
-            if left > 0 and self._timers[0][2].call is not None:
+            due, timer = self._timers[0]
+            left = due - time.monotonic()
+            if left > 0 and timer in self._calls:
                 return left
-            call = heapq.heappop(self._timers)[2].call
-            if call is not None:
-                _guarded(call)
+            heapq.heappop(self._timers)
+            _guarded(self._calls.pop(timer, int))
         return None
 
 

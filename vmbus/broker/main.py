@@ -20,15 +20,9 @@ from pathlib import Path
 
 import prctl
 
-from vmbus.broker import cgroup, service
-from vmbus.broker.children import Crew
+from vmbus.broker import cgroup, children, owners, policy, requests, service, uids, workers
 from vmbus.broker.loop import Loop, Task, start
-from vmbus.broker.owners import Owners
-from vmbus.broker.policy import Policy
-from vmbus.broker.requests import Requests
 from vmbus.broker.steps import log
-from vmbus.broker.uids import Uids
-from vmbus.broker.workers import Workers
 
 _SHARED = Path("/run/vmbus")
 
@@ -58,23 +52,19 @@ def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
     prctl.set_child_subreaper(True)  # a worker's parent, its stager, ends before it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    crew = Crew(loop)
-    policy = Policy(options.config, crew)
-    yield from policy.read()
-    uids = Uids(policy.survey.uid_first, policy.survey.uid_count, _SHARED / "uids.lock", run / "next-uid")
-    owners = Owners(options.state_dir / "owners", crew, policy)
-    workers = Workers(loop, crew, uids, policy, options.instance, run=run, base=options.cgroup)
-    requests = Requests(policy, crew, owners, workers, options.instance)
+    rules = policy.Policy(options.config, children.Crew(loop))
+    yield from rules.read()
+    pool = uids.Uids(rules.survey.uid_first, rules.survey.uid_count, _SHARED / "uids.lock", run / "next-uid")
+    records = owners.Owners(options.state_dir / "owners", rules)
+    fleet = workers.Workers(pool, rules, options.instance, run=run, base=options.cgroup)
+    yield from fleet.adopt(options.spares)
+    operations = requests.Requests(records, fleet)
     listener = service.listen(run / "broker", user.pw_gid)
-    workers.ended = service.Service(loop, listener, user.pw_uid, requests).tell
-    yield from workers.adopt(options.spares)
-    loop.on_signals(
-        {signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop, signal.SIGHUP: lambda: start(requests.reload())}
-    )
-    log(workers.note or f"machines have cgroups in {options.cgroup}")
+    fleet.ended = service.Service(loop, listener, user.pw_uid, operations).tell
+    loop.on_signals({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop, signal.SIGHUP: operations.reload})
+    log(fleet.note or f"machines have cgroups in {options.cgroup}")
     log("ready")
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
+    if address := os.environ.get("NOTIFY_SOCKET", ""):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
 

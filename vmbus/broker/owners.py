@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.broker.children import NOBODY, Channel, Crew, become
+from vmbus.broker.children import NOBODY, Channel, become
 from vmbus.broker.loop import Task
 from vmbus.broker.policy import Policy, Rights
 from vmbus.wire.errors import VmbusError
@@ -32,8 +32,8 @@ class Owner(msgspec.Struct, frozen=True):
 class Owners:
     """The records in ``directory`` (root 0700), one file a machine, and the users behind them."""
 
-    def __init__(self, directory: Path, crew: Crew, policy: Policy) -> None:
-        self._directory, self._crew, self._policy = directory, crew, policy
+    def __init__(self, directory: Path, policy: Policy) -> None:
+        self._directory, self._policy = directory, policy
         self._known: dict[int, tuple[float, Rights]] = {}
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -66,7 +66,7 @@ class Owners:
 
             channel.report(accounts.look_up(uid, text))
 
-        rights = yield from self._crew.run(uid, ask, Rights, [])
+        rights = yield from self._policy.crew.run(uid, ask, Rights, [])
         if len(self._known) > 4096:
             self._known.clear()
         self._known[uid] = (time.monotonic(), rights)

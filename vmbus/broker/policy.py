@@ -35,12 +35,12 @@ class Policy:
     survey: Survey
 
     def __init__(self, config: Path, crew: Crew) -> None:
-        self.config, self._crew, self.text = config, crew, b""
+        self.config, self.crew, self.text = config, crew, b""
 
     def read(self) -> Task[None]:
         """Read the file (again). Raises VmbusError or OSError, and the old text stays."""
         text = self.config.read_bytes()
-        self.survey = yield from self._crew.run(0, functools.partial(_survey, text), Survey, [])
+        self.survey = yield from self.crew.run(0, functools.partial(_survey, text), Survey, [])
         self.text = text
 
 

@@ -9,13 +9,9 @@ reply and writes the audit log: who asked, for whom, what, and how it ended.
 import functools
 from typing import Any
 
-from vmbus.broker import files, tap
-from vmbus.broker.children import Crew
-from vmbus.broker.loop import Task
-from vmbus.broker.owners import Owners
-from vmbus.broker.policy import Policy
+from vmbus.broker import files, owners, tap, workers
+from vmbus.broker.loop import Task, start
 from vmbus.broker.steps import log
-from vmbus.broker.workers import Workers
 from vmbus.wire import broker as wire
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
@@ -28,12 +24,15 @@ Answer = tuple[wire.Reply, list[int]]  # the fds are the caller's to send and to
 class Requests:
     """The operations of one instance."""
 
-    def __init__(self, policy: Policy, crew: Crew, owners: Owners, workers: Workers, instance: str) -> None:
-        self._policy, self._crew, self._owners, self._workers = policy, crew, owners, workers
-        self._instance = instance
+    def __init__(self, records: owners.Owners, fleet: workers.Workers) -> None:
+        self._owners, self._workers = records, fleet
+        self._policy, self._crew = fleet.rules, fleet.rules.crew
 
-    def reload(self) -> Task[None]:
+    def reload(self) -> None:
         """Read the policy again; if it is broken, the old one stays. The uid range never changes."""
+        start(self._reload())
+
+    def _reload(self) -> Task[None]:
         try:
             yield from self._policy.read()
             self._owners.forget_rights()
@@ -68,7 +67,9 @@ class Requests:
             message = f"this broker speaks version {wire.VERSION} only; install service and broker together"
             raise VmbusError("NotSupported", message, argument="versions")
         notes = [self._workers.note] if self._workers.note else []
-        return wire.Reply(id=request.id, version=wire.VERSION, instance=self._instance, notes=notes), []
+        return wire.Reply(
+            id=request.id, version=wire.VERSION, instance=self._workers.instance, notes=notes
+        ), []
 
     def do_own(self, request: wire.Own) -> Task[Answer]:
         yield from self._owners.own(request.uuid, request.uid)
@@ -90,11 +91,14 @@ class Requests:
 
     def do_spawn(self, request: wire.Spawn) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
+        if request.memory_kind == "huge":
+            message = "this version serves no huge pages; mergeable and shareable memory work"
+            raise VmbusError("NotSupported", message, argument="memory_kind")
         _in_range("memory", request.memory, MOST_MEMORY)
         _in_range("vcpus", request.vcpus, MOST_VCPUS)
         self._workers.must_not_have(request.uuid)
         rights.check_quota(self._workers.used_by(rights.uid), request.memory, request.vcpus)
-        fds = yield from self._workers.provide(request.uuid, rights.uid, request.memory, request.vcpus)
+        fds = yield from self._workers.provide(request, rights.uid)
         return wire.Reply(id=request.id), fds
 
     def do_open(self, request: wire.Open) -> Task[Answer]:
@@ -112,11 +116,9 @@ class Requests:
         worker.taps += 1
         # At most 15 characters; a worker's uid is its own on the whole host, whatever the instance.
         name = f"vt{worker.record.worker_uid:08x}{worker.taps & 0xFFFF:x}"
-        mark = self._workers.mark(worker)
+        wanted = tap.Wanted(name, request.bridge, request.queues, self._workers.mark(worker))
         with worker.connect(Greeting(role="inlet")) as inlet:
-            work = functools.partial(
-                tap.make, tap.Wanted(name, request.bridge, request.queues, mark), request.slot
-            )
+            work = functools.partial(tap.make, wanted, request.slot)
             made = yield from self._crew.run(0, work, tap.Made, [inlet.fileno()])
         log(f"{made.what}; index {made.index}")
         return wire.Reply(id=request.id), []

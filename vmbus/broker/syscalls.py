@@ -29,7 +29,6 @@ _NUMBERS = {
 _HINTS = {
     ("unshare", errno.EPERM): "; the broker needs CAP_SYS_ADMIN",
     ("unshare", errno.ENOSPC): "; raise the limits in /proc/sys/user/max_*_namespaces",
-    ("mount", errno.EPERM): "; the broker needs CAP_SYS_ADMIN",
     ("mount_setattr", errno.ENOSYS): "; needs Linux 5.12 or newer",
 }
 _syscall = ctypes.CDLL(None, use_errno=True).syscall

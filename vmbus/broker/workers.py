@@ -23,14 +23,10 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.broker import cgroup, kvm, spawn, steps, tap
-from vmbus.broker.children import Child, Crew
-from vmbus.broker.loop import Loop, Task, Timer, start
-from vmbus.broker.policy import Policy
-from vmbus.broker.steps import Step, log
-from vmbus.broker.uids import Uids
+from vmbus.broker import cgroup, children, kvm, memfd, policy, spawn, steps, tap, uids
+from vmbus.broker.loop import Task, start
 from vmbus.wire import packet
-from vmbus.wire.broker import Ended, WorkerInfo
+from vmbus.wire.broker import Ended, Spawn, WorkerInfo
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
 
@@ -62,10 +58,10 @@ class Worker:
         self.record, self.directory = record, directory
         self.group = cgroup.WorkerCgroup(Path(record.cgroup)) if record.cgroup else None
         self.pidfd = os.pidfd_open(record.pid)
-        self.killed: Timer | None = None
+        self.killed = 0  # the timer since then
         self.ended = False
         self.taps = 0
-        self.stager: Child[spawn.Started] | None = None
+        self.stager: children.Child[spawn.Started] | None = None
 
     def save(self, **changes: int) -> None:
         """Write the record, with ``changes``, atomically."""
@@ -96,10 +92,11 @@ class Workers:
     """All workers of one instance."""
 
     def __init__(
-        self, loop: Loop, crew: Crew, uids: Uids, policy: Policy, instance: str, *, run: Path, base: Path
+        self, pool: uids.Uids, rules: policy.Policy, instance: str, *, run: Path, base: Path
     ) -> None:
         """``run``: the instance's run directory; ``base``: a delegated cgroup v2, if it is one."""
-        self._loop, self._crew, self._uids, self._policy, self._instance = loop, crew, uids, policy, instance
+        self.rules, self.instance, self._uids = rules, instance, pool
+        self._crew, self._loop = rules.crew, rules.crew.loop
         self._directory, self._place = run / "workers", run / "root"
         self.note = cgroup.delegated(base)
         self._base = None if self.note else base
@@ -136,13 +133,14 @@ class Workers:
 
     # A start.
 
-    def provide(self, uuid: str, owner: int, memory: int, vcpus: int) -> Task[list[int]]:
-        """A worker for ``uuid``: reply fds as wire.broker.Spawn says, the caller's. Quota was checked.
+    def provide(self, request: Spawn, owner: int) -> Task[list[int]]:
+        """A worker as asked for: reply fds as wire.broker.Spawn says, the caller's. Quota was checked.
 
         Counts against the owner from the first moment, so that two requests at once cannot both pass.
         """
+        uuid, memory, vcpus = request.uuid, request.memory, request.vcpus
         self._starting[uuid] = wanted = Record(owner, memory, vcpus)
-        whole = memory + self._policy.survey.overhead
+        whole = memory + self.rules.survey.overhead
         try:
             if self._spares:
                 worker = self._spares.pop()
@@ -158,6 +156,9 @@ class Workers:
         try:
             self._bound(worker, whole, vcpus)
             worker.save(owner=owner, memory=memory, vcpus=vcpus)
+            if request.memory_kind == "shareable":
+                with worker.connect(Greeting(role="inlet")) as inlet:
+                    memfd.deliver(memory, inlet)
             return worker.connect_control()
         except BaseException:
             self.kill(worker)
@@ -166,24 +167,24 @@ class Workers:
     def _make(self, name: str, wanted: Record, whole: int) -> Task[Worker]:
         uid = self._uids.take()
         directory = spawn.WorkerDirectory(self._directory / name)
-        made: list[Step] = [directory]
+        made: list[steps.Step] = [directory]
         if self._base is not None:
             made.append(cgroup.WorkerCgroup(self._base / f"worker-{uid}"))
         group = str(self._base / f"worker-{uid}") if self._base is not None else ""
         limits = cgroup.limits(0 if group else whole, wanted.vcpus)
         index = uid - self._uids.range.start  # two categories make a label its own
-        label = self._policy.survey.label.format(index % 512, 512 + index // 512)
-        plan = spawn.Plan(uid, self._policy.survey.image, str(self._place), limits, group, label)
+        label = self.rules.survey.label.format(index % 512, 512 + index // 512)
+        plan = spawn.Plan(uid, self.rules.survey.image, str(self._place), limits, group, label)
         words, words_write = os.pipe2(os.O_CLOEXEC)
         self._follow(words, name)
         fds = [words_write]
         try:
             steps.carry_out(made)
             fds.append(kvm.open_kvm())
-            log(f"spawn {name}: {'; '.join(step.describe() for step in made)}; {plan.describe()}")
+            steps.log(f"spawn {name}: {'; '.join(step.describe() for step in made)}; {plan.describe()}")
             kept = [directory.listener.fileno(), fds[1], words_write]
             stage = functools.partial(spawn.stage, plan)
-            child = Child(self._loop, stage, spawn.Started, kept, spawn.IMPORT_DEADLINE)
+            child = children.Child(self._loop, stage, spawn.Started, kept, spawn.IMPORT_DEADLINE)
             pid = (yield from child.reported).pid
             process = {"pid": pid, "start_time": spawn.start_time(pid), "boot_id": self._boot}
             record = msgspec.structs.replace(wanted, worker_uid=uid, cgroup=group, **process)
@@ -204,9 +205,9 @@ class Workers:
         child.socket.send(b"go")
         return worker
 
-    def _staged(self, worker: Worker, child: Child[spawn.Started]) -> None:
+    def _staged(self, worker: Worker, child: children.Child[spawn.Started]) -> None:
         if child.gone.result() != 0 and not worker.ended:
-            log(f"worker {worker.name}: its root was not taken away; ending it")
+            steps.log(f"worker {worker.name}: its root was not taken away; ending it")
             self.kill(worker)
 
     def _bound(self, worker: Worker, whole: int, vcpus: int) -> None:
@@ -217,7 +218,7 @@ class Workers:
             try:
                 cgroup.apply_limits(worker.record.pid, {resource.RLIMIT_AS: bound})
             except PermissionError:  # a broker without CAP_SYS_RESOURCE
-                log(f"worker {worker.name}: a spare one, whose address space stays unbounded")
+                steps.log(f"worker {worker.name}: a spare one, whose address space stays unbounded")
 
     def _follow(self, fd: int, name: str) -> None:
         """Log what a worker writes on its stderr, up to _LOG_LIMIT bytes; then it writes to nobody."""
@@ -228,7 +229,7 @@ class Workers:
             words = os.read(fd, 4096)
             left -= len(words)
             for line in words.splitlines():
-                log(f"worker {name} says: {line.decode(errors='backslashreplace')}")
+                steps.log(f"worker {name} says: {line.decode(errors='backslashreplace')}")
             if not words or left <= 0:
                 self._loop.unwatch(fd)
                 os.close(fd)
@@ -243,22 +244,21 @@ class Workers:
             start(self._make_spare())
 
     def _make_spare(self) -> Task[None]:
-        again = 0.0
+        pause = 0.0
         try:
             worker = yield from self._make(f"spare-{os.urandom(8).hex()}", self._starting["spare"], 0)
             self._spares.append(worker)
         except (VmbusError, OSError) as error:
-            log(f"no spare worker: {error}")
-            again = _SPARE_RETRY
-        finally:
-            del self._starting["spare"]
-        self._loop.later(again, self._replenish)
+            steps.log(f"no spare worker: {error}")
+            pause = _SPARE_RETRY
+        del self._starting["spare"]
+        self._loop.later(pause, self._replenish)
 
     # An end.
 
     def kill(self, worker: Worker) -> None:
         """End it now; ``Ended`` follows, with ``stuck`` first if the kernel does not let go of it."""
-        if worker.ended or worker.killed is not None:
+        if worker.ended or worker.killed:
             return
         worker.killed = self._loop.later(STUCK_AFTER, lambda: self._stuck(worker))
         with contextlib.suppress(OSError):  # it may have ended this moment
@@ -267,15 +267,16 @@ class Workers:
                 worker.group.kill()
 
     def _stuck(self, worker: Worker) -> None:
-        log(f"worker {worker.name} (pid {worker.record.pid}) was killed and goes on: stuck in the kernel")
+        steps.log(
+            f"worker {worker.name} (pid {worker.record.pid}) was killed and goes on: stuck in the kernel"
+        )
         if worker.name in self._live:
             self.ended(Ended(uuid=worker.name, stuck=True))
 
     def _died(self, worker: Worker) -> None:
         worker.ended = True
         self._loop.unwatch(worker.pidfd)
-        if worker.killed is not None:
-            worker.killed.cancel()
+        self._loop.cancel(worker.killed)
         if worker in self._spares:
             self._spares.remove(worker)
             self._loop.later(_SPARE_RETRY, self._replenish)
@@ -290,7 +291,7 @@ class Workers:
             ended = os.waitid(os.P_PIDFD, worker.pidfd, os.WEXITED)
             if ended is not None:
                 how = "exit status" if ended.si_code == os.CLD_EXITED else "signal"
-                log(f"worker {worker.name} (pid {worker.record.pid}) ended: {how} {ended.si_status}")
+                steps.log(f"worker {worker.name} (pid {worker.record.pid}) ended: {how} {ended.si_status}")
         os.close(worker.pidfd)
 
     def _tidy(self, worker: Worker) -> None:
@@ -309,7 +310,7 @@ class Workers:
 
     def mark(self, worker: Worker) -> str:
         """What the taps of ``worker`` carry: of this instance, of this machine, and of this run of it."""
-        return f"vmbus:{self._instance}:{worker.name}:{worker.record.worker_uid};"
+        return f"vmbus:{self.instance}:{worker.name}:{worker.record.worker_uid};"
 
     # After a restart.
 
@@ -324,11 +325,11 @@ class Workers:
                 record = Record(-1)
             worker = self._found(path.name, record, directory)
             if worker is None:
-                log(f"worker {path.name}: gone; removing {directory.describe()} {record.cgroup}")
+                steps.log(f"worker {path.name}: gone; removing {directory.describe()} {record.cgroup}")
                 groups = [cgroup.WorkerCgroup(Path(record.cgroup))] if record.cgroup else []
                 steps.take_back([directory, *groups])
                 continue
-            log(f"worker {worker.name}: adopted, pid {record.pid}, uid {record.worker_uid}")
+            steps.log(f"worker {worker.name}: adopted, pid {record.pid}, uid {record.worker_uid}")
             self._uids.hold(record.worker_uid)
             self._loop.watch(worker.pidfd, functools.partial(self._died, worker))
             if record.owner < 0:
@@ -337,9 +338,7 @@ class Workers:
                 worker.taps = 1  # it may have some
                 self._live[worker.name] = worker
         keep = [self.mark(worker) for worker in self._live.values()]
-        yield from self._crew.run(
-            0, functools.partial(tap.sweep, keep, [f"vmbus:{self._instance}:"]), int, []
-        )
+        yield from self._crew.run(0, functools.partial(tap.sweep, keep, [f"vmbus:{self.instance}:"]), int, [])
         self._wanted_spares = spares
         self._replenish()
 
