@@ -280,6 +280,22 @@ class TestEvents:
             assert still_serves(worker)
 
 
+def test_a_bug_of_ours_costs_a_request_and_not_the_guest() -> None:
+    broken = """
+from vmbus.worker import machine, main
+def handle(self, request, fds, reply):
+    raise KeyError(type(request).__name__)
+machine.Machine.handle = handle
+main.main()
+"""
+    with WorkerProcess(program=("-c", broken)) as worker:
+        service = worker.control()
+        result = service.do(Stats)
+        assert (result.error, result.argument) == ("Internal", "")
+        assert "Stats: KeyError: 'Stats'" in worker.log()
+        assert service.do(Stats).error == "Internal"
+
+
 def test_a_client_can_watch_the_console_before_there_is_a_machine(worker: WorkerProcess) -> None:
     service = worker.control()
     ours, theirs = socket.socketpair()

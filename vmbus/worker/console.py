@@ -62,7 +62,7 @@ class Hub:
         """
         try:
             sock = self._check(fd, write=write, steal=steal)
-        except VmbusError:
+        except (VmbusError, OSError):
             os.close(fd)
             raise
         if write and self._writer is not None:

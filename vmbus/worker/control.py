@@ -232,17 +232,24 @@ class Control:
             received = packet.receive(sock, _requests, max_fds=packet.MAX_FDS)
             if received is None:
                 self._hang_up()
-            else:
-                self._dispatch(*received)
+                return
         except BlockingIOError:
             return
         except (packet.Violation, OSError) as error:
-            say(f"the control connection was ended: {error}")
-            if self._sock is sock:
-                self._hang_up()
+            self._end(sock, error)
+            return
+        try:
+            self._dispatch(*received)
+        except packet.Violation as error:
+            self._end(sock, error)
+
+    def _end(self, sock: socket.socket, why: Exception) -> None:
+        say(f"the control connection was ended: {why}")
+        if self._sock is sock:
+            self._hang_up()
 
     def _dispatch(self, request: Request, fds: list[int]) -> None:
-        """The one boundary at which a handler's error becomes a result."""
+        """The one boundary at which a handler's error becomes a result. Raises Violation."""
         takes = {AddFile: packet.MAX_FDS, Console: 1}.get(type(request), 0)
         if len(fds) > takes:
             close(fds)
@@ -252,22 +259,30 @@ class Control:
             raise packet.Violation("the first request is not Hello")
         reply = Reply(self, self._epoch, request.id)
         try:
-            if isinstance(request, Hello):
-                self._hello(request)
-            elif isinstance(request, Ack):
-                self._acknowledge(request.seq)
-            elif self._version == 0 and isinstance(request, _BEYOND_LIFELINE):
-                close(fds)
-                raise VmbusError("Restricted", f"this worker speaks version {VERSION} of the protocol")
-            elif isinstance(request, AddFile):
-                self._files.add(request.slot, fds)
-                reply.done()
-            else:
-                if isinstance(request, Configure):
-                    self.collect_files()
-                self._desk.handle(request, fds, reply)
+            self._carry_out(request, fds, reply)
         except VmbusError as error:
             reply.failed(error)
+        except packet.Violation:
+            raise
+        except Exception as error:  # a bug of ours costs a request, not the guest
+            say(f"{type(request).__name__}: {type(error).__name__}: {error}")
+            reply.failed(VmbusError("Internal", "a bug in the worker; its log says more"))
+
+    def _carry_out(self, request: Request, fds: list[int], reply: Reply) -> None:
+        if isinstance(request, Hello):
+            self._hello(request)
+        elif isinstance(request, Ack):
+            self._acknowledge(request.seq)
+        elif self._version == 0 and isinstance(request, _BEYOND_LIFELINE):
+            close(fds)
+            raise VmbusError("Restricted", f"this worker speaks version {VERSION} of the protocol")
+        elif isinstance(request, AddFile):
+            self._files.add(request.slot, fds)
+            reply.done()
+        else:
+            if isinstance(request, Configure):
+                self.collect_files()
+            self._desk.handle(request, fds, reply)
 
     def _hello(self, request: Hello) -> None:
         if self._version is not None:
