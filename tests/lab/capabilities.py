@@ -25,7 +25,7 @@ from tests.lab import nested
 
 NESTED: Final = frozenset(
     {"bridge", "cgroup-v2-controllers", "fuse", "hugepages", "io-uring", "ksm", "kvm", "kvm-hardware"}
-    | {"landlock", "root", "tap"}
+    | {"landlock", "root", "systemd-in-namespaces", "tap"}
 )
 """What the nested host has."""
 
@@ -145,6 +145,17 @@ def _cgroup() -> str:
     return f"cgroup v2 lacks {', '.join(sorted(missing))}" if missing else ""
 
 
+def _systemd_in_namespaces() -> str:
+    """tests/testbed/systemd_host.py"""
+    if not Path("/lib/systemd/systemd").exists():
+        return "systemd is not installed"
+    if "\toverlay\n" not in Path("/proc/filesystems").read_text() and not shutil.which("modprobe"):
+        return "no overlayfs"
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    places = [place for _, place, kind, *_ in mounts if kind == "cgroup2"]
+    return "" if any(os.access(place, os.W_OK) for place in places) else "cgroup v2 is not mounted"
+
+
 def _fuse() -> str:
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
@@ -225,6 +236,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "selinux": _selinux,
     "selinux-compiler": _program("checkmodule"),
     "systemd": _systemd,
+    "systemd-in-namespaces": _systemd_in_namespaces,
     "systemd-analyze": _program("systemd-analyze"),
     "tap": _tap,
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The units as systemd runs them: sandboxed, in their cgroups, restarted and stopped without harm to guests."""
+"""The units as systemd runs them: sandboxed, in their cgroups, restarted and stopped without harm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.lab.system import ALICE, SLOW
 from tests.local.worker_guest import image
 from tests.testbed.systemd_host import UNITS, SystemdHost
 
-pytestmark = [pytest.mark.requires("root", "kvm", "cgroup-v2-controllers"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.requires("root", "kvm", "systemd-in-namespaces"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_the_broker_has_the_capabilities_of_its_unit_and_a_filter(host: SystemdH
     assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
 
 
+@pytest.mark.requires("cgroup-v2-controllers")
 def test_a_machine_runs_in_a_cgroup_below_the_machines_unit(host: SystemdHost) -> None:
     start(host, "placed", "idle")
     uuid = json.loads(vmbusctl(host, "show", "placed", "--json"))["uuid"]
