@@ -238,6 +238,19 @@ def test_sigterm_ends_the_broker_and_no_worker() -> None:
         machine.close()
 
 
+@pytest.mark.parametrize(("uid", "mode"), [(ALICE, 0o644), (0, 0o664), (0, 0o646)])
+def test_a_policy_that_others_can_write_is_refused(uid: int, mode: int) -> None:
+    bed = Bed()
+    try:
+        os.chown(bed.config, uid, 0)
+        bed.config.chmod(mode)
+        with pytest.raises(AssertionError, match="can be written by others than root"):
+            bed.start()
+        assert not (bed.run / "broker/socket").exists()
+    finally:
+        bed.close()
+
+
 def test_sighup_reads_the_policy_again() -> None:
     with broker() as bed:
         client = bed.connect()

@@ -105,6 +105,18 @@ def test_grants_and_quotas_are_for_those_they_name() -> None:
     assert as_nobody(granted, text, "bob", []) == ([], (1 << 30, 8, 1))
 
 
+def test_a_home_directory_that_is_the_root_grants_nothing() -> None:
+    def asked(home: str) -> list[str]:
+        from vmbus.broker.dropped import policy
+
+        text = b"[[open.grant]]\nusers = ['*']\nprefixes = ['{home}', '/x']"
+        return policy.load(text).prefixes(policy.Account("daemon", home, []))
+
+    assert as_nobody(asked, "/") == ["/x"]
+    assert as_nobody(asked, "") == ["/x"]
+    assert as_nobody(asked, "/home/a") == ["/home/a", "/x"]
+
+
 def test_sizes_are_powers_of_1024() -> None:
     def sizes(_: None) -> list[int]:
         from vmbus.broker.dropped import policy

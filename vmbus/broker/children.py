@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 
 class _Report(msgspec.Struct):
-    value: msgspec.Raw = msgspec.Raw(b"\xc0")
-    error: tuple[str, str, str] | None = None  # kind, message, argument
+    value: msgspec.Raw
+    error: tuple[str, str, str] | None
 
 
 class Channel:
@@ -47,15 +47,9 @@ class Channel:
     def __init__(self, sock: socket.socket, fds: list[int]) -> None:
         self.socket, self.fds = sock, fds
 
-    def report(self, value: Any) -> None:
-        """Hand the value to the broker."""
-        self._send(_Report(value=msgspec.Raw(msgspec.msgpack.encode(value))))
-
-    def fail(self, kind: str, message: str, argument: str = "") -> None:
-        """Hand an error to the broker."""
-        self._send(_Report(error=(kind, message[:4000], argument)))
-
-    def _send(self, report: _Report) -> None:
+    def report(self, value: Any, error: tuple[str, str, str] | None = None) -> None:
+        """Hand the value, or the error (kind, message, argument), to the broker."""
+        report = _Report(msgspec.Raw(msgspec.msgpack.encode(value)), error)
         self.socket.send(msgspec.msgpack.encode(report))
 
 
@@ -122,9 +116,9 @@ def _child(sock: socket.socket, fds: list[int], work: Work) -> NoReturn:
             work(channel)
             status = 0
         except VmbusError as error:
-            channel.fail(error.kind, error.message, error.argument)
+            channel.report(None, (error.kind, error.message[:4000], error.argument))
         except Exception as error:
-            channel.fail("Internal", f"{type(error).__name__}: {error}")
+            channel.report(None, ("Internal", f"{type(error).__name__}: {error}"[:4000], ""))
     finally:
         os._exit(status)
 
@@ -173,7 +167,11 @@ class Crew:
         self._admit()
         yield from turn
         self.loop.cancel(timer)
-        child = Child(self.loop, work, kind, fds, DEADLINE)
+        try:
+            child = Child(self.loop, work, kind, fds, DEADLINE)
+        except OSError:
+            self._left(user)
+            raise
         child.gone.when_settled(lambda: self._left(user))
         value = yield from child.reported
         return value

@@ -39,7 +39,9 @@ class Policy:
 
     def read(self) -> Task[None]:
         """Read the file (again). Raises VmbusError or OSError, and the old text stays."""
-        text = self.config.read_bytes()
+        seen, text = self.config.stat(), self.config.read_bytes()
+        if seen.st_uid != 0 or seen.st_mode & 0o022:
+            raise VmbusError("AccessDenied", f"{self.config} can be written by others than root")
         self.survey = yield from self.crew.run(0, functools.partial(_survey, text), Survey, [])
         self.text = text
 

@@ -103,7 +103,7 @@ class Requests:
 
     def do_open(self, request: wire.Open) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
-        with self._workers.get(request.uuid).connect(Greeting(role="inlet")) as inlet:
+        with self._workers.get(request.uuid).directory.connect(Greeting(role="inlet")) as inlet:
             work = functools.partial(files.open_for, rights, request, self._policy.survey.fuse)
             identity = yield from self._crew.run(rights.uid, work, wire.Identity, [inlet.fileno()])
         return wire.Reply(id=request.id, identity=identity), []
@@ -117,7 +117,7 @@ class Requests:
         # At most 15 characters; a worker's uid is its own on the whole host, whatever the instance.
         name = f"vt{worker.record.worker_uid:08x}{worker.taps & 0xFFFF:x}"
         wanted = tap.Wanted(name, request.bridge, request.queues, self._workers.mark(worker))
-        with worker.connect(Greeting(role="inlet")) as inlet:
+        with worker.directory.connect(Greeting(role="inlet")) as inlet:
             work = functools.partial(tap.make, wanted, request.slot)
             made = yield from self._crew.run(0, work, tap.Made, [inlet.fileno()])
         log(f"{made.what}; index {made.index}")

@@ -31,7 +31,7 @@ import prctl
 
 from vmbus.broker import cgroup, root, syscalls
 from vmbus.broker.children import Channel
-from vmbus.wire import inlet
+from vmbus.wire import inlet, packet
 from vmbus.wire.errors import VmbusError
 
 IMPORT_DEADLINE = 60.0  # seconds, of the whole stager; an emulated host takes several for the imports
@@ -88,11 +88,12 @@ class WorkerDirectory:
         if self.path.exists():
             self.path.rmdir()
 
-    def connect(self) -> socket.socket:
-        """A new connection to the worker that listens here. Raises VmbusError."""
+    def connect(self, greeting: inlet.Greeting) -> socket.socket:
+        """A new connection to the worker that listens here, begun with ``greeting``. Raises Disconnected."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             self._at(connection.connect)
+            packet.send(connection, greeting)
         except OSError as error:
             connection.close()
             full = isinstance(error, BlockingIOError)

@@ -17,7 +17,6 @@ import functools
 import os
 import resource
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import msgspec
 
 from vmbus.broker import cgroup, children, kvm, memfd, policy, spawn, steps, tap, uids
 from vmbus.broker.loop import Task, start
-from vmbus.wire import packet
 from vmbus.wire.broker import Ended, Spawn, WorkerInfo
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
@@ -70,16 +68,10 @@ class Worker:
         draft.write_bytes(msgspec.json.encode(self.record))
         draft.replace(self.directory.path / "record.json")
 
-    def connect(self, greeting: Greeting) -> socket.socket:
-        """A new connection that begins with ``greeting``, the caller's. Raises Disconnected."""
-        connection = self.directory.connect()
-        packet.send(connection, greeting)
-        return connection
-
     def connect_control(self) -> list[int]:
         """A control connection with the next epoch, and the figures; the caller's. Raises Disconnected."""
         self.save(epoch=self.record.epoch + 1)
-        connection = self.connect(Greeting(role="control", epoch=self.record.epoch))
+        connection = self.directory.connect(Greeting(role="control", epoch=self.record.epoch))
         try:
             figures = spawn.open_figures(self.record.pid, self.record.start_time)
         except OSError as error:
@@ -157,7 +149,7 @@ class Workers:
             self._bound(worker, whole, vcpus)
             worker.save(owner=owner, memory=memory, vcpus=vcpus)
             if request.memory_kind == "shareable":
-                with worker.connect(Greeting(role="inlet")) as inlet:
+                with worker.directory.connect(Greeting(role="inlet")) as inlet:
                     memfd.deliver(memory, inlet)
             return worker.connect_control()
         except BaseException:

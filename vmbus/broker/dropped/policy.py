@@ -110,6 +110,8 @@ class Policy(_Strict, frozen=True, kw_only=True):
     def prefixes(self, account: Account) -> list[str]:
         """The directories granted to ``account``, {user} and {home} filled in."""
         granted = [prefix for grant in self.open.grant if grant.fits(account) for prefix in grant.prefixes]
+        if not account.home.strip("/"):  # that would be everything
+            granted = [prefix for prefix in granted if "{home}" not in prefix]
         return [p.replace("{user}", account.name).replace("{home}", account.home) for p in granted]
 
     def limits(self, account: Account) -> tuple[int, int, int]:
