@@ -8,7 +8,7 @@ use crate::buffer::Buffer;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::mailbox::{Mailbox, Waiter};
-use crate::plan::{CommitIo, CommitStep, Planned, Stop};
+use crate::plan::{CommitIo, CommitStep, Extents, Planned, Source, Stop};
 use crate::ring::event_fd;
 use crate::state::State;
 
@@ -115,4 +115,51 @@ fn perform(image: &Image, io: &CommitIo) -> Result<()> {
 fn new_mailbox() -> Result<Arc<Mailbox>> {
     let event = event_fd().map_err(|e| Error::io("eventfd", &e))?;
     Ok(Arc::new(Mailbox::new(event)))
+}
+
+/// The bytes of a plan's extents, read at once.
+pub(crate) fn fetch(image: &Image, extents: &Extents) -> Result<Vec<u8>> {
+    let mut data = Vec::new();
+    for extent in extents {
+        let start = data.len();
+        data.resize(start + extent.len as usize, 0);
+        let Some(part) = data.get_mut(start..) else {
+            continue;
+        };
+        read_extent(image, &extent.source, part)?;
+    }
+    Ok(data)
+}
+
+/// Fill `part` from one source.
+pub(crate) fn read_extent(image: &Image, source: &Source, part: &mut [u8]) -> Result<()> {
+    let missing = || Error::invalid("no such file in the chain");
+    match source {
+        Source::Zero => part.fill(0),
+        Source::File { file, offset } => image
+            .files()
+            .get(*file)
+            .ok_or_else(missing)?
+            .read_at(part, offset.0)?,
+        Source::Compressed {
+            file,
+            offset,
+            stored,
+            codec,
+            cluster_size,
+            skip,
+        } => {
+            let mut packed = vec![0; *stored as usize];
+            image
+                .files()
+                .get(*file)
+                .ok_or_else(missing)?
+                .read_at(&mut packed, offset.0)?;
+            let cluster = crate::compress::expand(*codec, &packed, *cluster_size as usize)?;
+            if let Some(from) = cluster.get(*skip as usize..*skip as usize + part.len()) {
+                part.copy_from_slice(from);
+            }
+        }
+    }
+    Ok(())
 }

@@ -114,6 +114,8 @@ impl BlockFile {
     /// Write all of `data` at `offset`; with O_DIRECT unaligned edges are read first.
     pub(crate) fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
         let failed = |e: io::Error| Error::io(format_args!("write at {offset:#x}"), &e);
+        #[cfg(test)]
+        crate::powercut::note_write(self.fd(), offset, data);
         if self.alignment == 1 {
             return self.file.write_all_at(data, offset).map_err(failed);
         }
@@ -138,6 +140,8 @@ impl BlockFile {
 
     /// fdatasync.
     pub(crate) fn sync(&self) -> Result<()> {
+        #[cfg(test)]
+        crate::powercut::note_sync(self.fd());
         self.file
             .sync_data()
             .map_err(|e| Error::io("fdatasync", &e))
@@ -145,6 +149,8 @@ impl BlockFile {
 
     /// Set a regular file's length.
     pub(crate) fn set_len(&self, len: u64) -> Result<()> {
+        #[cfg(test)]
+        crate::powercut::note_len(self.fd(), len);
         self.file
             .set_len(len)
             .map_err(|e| Error::io(format_args!("set the file's length to {len}"), &e))

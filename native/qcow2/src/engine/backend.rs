@@ -25,6 +25,9 @@ pub(crate) enum IoOp {
 pub(crate) enum Backend {
     Uring(Box<Uring>),
     Blocking(Blocking),
+    /// A disk that completes in any order, for the power cut tests.
+    #[cfg(test)]
+    Reordering(Reordering),
 }
 
 impl Backend {
@@ -33,6 +36,8 @@ impl Backend {
         match self {
             Backend::Uring(uring) => uring.register(fd),
             Backend::Blocking(_) => Ok(fd as u32),
+            #[cfg(test)]
+            Backend::Reordering(_) => Ok(fd as u32),
         }
     }
 
@@ -54,6 +59,8 @@ impl Backend {
             Backend::Blocking(blocking) => blocking
                 .done
                 .push_back((token, unsafe { execute(handle as RawFd, op) })),
+            #[cfg(test)]
+            Backend::Reordering(disk) => disk.waiting.push((token, handle, std::ptr::from_ref(op))),
         }
     }
 
@@ -65,12 +72,22 @@ impl Backend {
                 ended.extend(blocking.done.drain(..));
                 Ok(())
             }
+            #[cfg(test)]
+            Backend::Reordering(disk) => {
+                disk.turn(ended);
+                Ok(())
+            }
         }
     }
 
     /// Whether something has ended that no event told of.
     pub(crate) fn has_news(&self) -> bool {
-        matches!(self, Backend::Blocking(blocking) if !blocking.done.is_empty())
+        match self {
+            Backend::Uring(_) => false,
+            Backend::Blocking(blocking) => !blocking.done.is_empty(),
+            #[cfg(test)]
+            Backend::Reordering(disk) => !disk.waiting.is_empty(),
+        }
     }
 
     /// As [`Backend::turn`], but wait for at least one end if anything is under way.
@@ -216,6 +233,36 @@ pub(crate) struct Blocking {
     done: VecDeque<(u64, i32)>,
 }
 
+/// Operations are carried out when the engine turns, a few at a time, in any order.
+#[cfg(test)]
+pub(crate) struct Reordering {
+    waiting: Vec<(u64, u32, *const IoOp)>,
+    random: u64,
+}
+
+#[cfg(test)]
+impl Reordering {
+    pub(crate) fn new(seed: u64) -> Reordering {
+        Reordering {
+            waiting: Vec::new(),
+            random: seed | 1,
+        }
+    }
+
+    fn turn(&mut self, ended: &mut Vec<(u64, i32)>) {
+        for _ in 0..2.min(self.waiting.len()) {
+            self.random = self
+                .random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            let place = (self.random >> 33) as usize % self.waiting.len();
+            let (token, handle, op) = self.waiting.swap_remove(place);
+            // SAFETY: the operation lives until its token comes back (push's contract).
+            ended.push((token, unsafe { execute(handle as RawFd, &*op) }));
+        }
+    }
+}
+
 /// # Safety
 /// The pieces are valid memory.
 unsafe fn execute(fd: RawFd, op: &IoOp) -> i32 {
@@ -237,6 +284,8 @@ unsafe fn execute(fd: RawFd, op: &IoOp) -> i32 {
             },
         };
         if result >= 0 {
+            #[cfg(test)]
+            crate::powercut::note_op(fd, op, result as u64);
             return i32::try_from(result).unwrap_or(i32::MAX);
         }
         let errno = io::Error::last_os_error()

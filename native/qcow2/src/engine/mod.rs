@@ -89,6 +89,15 @@ impl Engine {
         ))
     }
 
+    /// An engine whose operations end in any order.
+    #[cfg(test)]
+    pub(crate) fn reordering(seed: u64) -> std::io::Result<Engine> {
+        Ok(Engine::new(
+            Backend::Reordering(backend::Reordering::new(seed)),
+            event_fd()?,
+        ))
+    }
+
     fn new(backend: Backend, event: std::os::fd::OwnedFd) -> Engine {
         let fd = event.as_raw_fd();
         Engine {

@@ -599,6 +599,13 @@ impl State {
         }
     }
 
+    /// A cluster's count has sunk: look for free ones from there.
+    pub(crate) fn may_be_free(&mut self, cluster: u64) {
+        if let Some(writer) = &mut self.writer {
+            writer.cursor = writer.cursor.min(cluster);
+        }
+    }
+
     /// Whether a commit would change anything on the disk.
     pub(crate) fn unsettled(&self) -> bool {
         self.cache.has_dirty()

@@ -7,13 +7,22 @@
 //! | `mapping`  | guest cluster to host cluster (L1 and L2 tables)     |
 //! | `refcount` | how often each host cluster is used                  |
 //! | `alloc`    | finding clusters, freeing them, growing the tables   |
+//! | `create`   | making images                                        |
+//! | `resize`   | growing and shrinking                                |
+//! | `snapshot` | internal snapshots                                   |
+//! | `check`    | counting every pointer; `repair` sets right          |
 //! | `write`    | planning writes                                      |
 //! | `zero`     | planning discards and zeroes                         |
 
 pub(crate) mod alloc;
+pub(crate) mod check;
+pub(crate) mod create;
 pub(crate) mod header;
 pub(crate) mod mapping;
 pub(crate) mod refcount;
+pub(crate) mod repair;
+pub(crate) mod resize;
+pub mod snapshot;
 pub(crate) mod write;
 pub(crate) mod zero;
 

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Making an image: a header, a refcount table with one block, and then growth to the size wanted
+//! by the same code that resizes images later.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::error::{Error, Kind, Result};
+use crate::file::BlockFile;
+use crate::image::{Image, LayerFiles, OpenOptions};
+use crate::plan::{Codec, WriteStep};
+use crate::qcow2::header::{
+    autoclear, extension, feature_names, incompatible, l1_entries, Extension, Header,
+    LAZY_REFCOUNTS,
+};
+use crate::qcow2::refcount;
+use crate::types::Format;
+
+/// How much is allocated when an image is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Preallocation {
+    /// Nothing.
+    #[default]
+    Off,
+    /// All tables; the data clusters are mapped but sparse on the host.
+    Metadata,
+    /// The same, and the host has allocated the space.
+    Falloc,
+    /// The same, and zeros were written.
+    Full,
+}
+
+/// What a new image is to be. `Default` is what QEMU makes: version 3, clusters of 64 KiB, 16-bit
+/// refcounts.
+#[derive(Debug, Clone)]
+pub struct CreateOptions {
+    /// The disk's size in bytes; rounded up to 512.
+    pub size: u64,
+    /// 2 or 3.
+    pub version: u32,
+    /// Bytes in a cluster: a power of two within 512 and 2 MiB.
+    pub cluster_size: u64,
+    /// 1 to 64, a power of two; version 2 has 16.
+    pub refcount_bits: u32,
+    /// The compatible feature bit (version 3).
+    pub lazy_refcounts: bool,
+    /// Compress with zstd instead of zlib (version 3).
+    pub zstd: bool,
+    /// The backing file's name as it shall stand in the header, and its format.
+    pub backing: Option<(String, Format)>,
+    /// The external data file's name (version 3).
+    pub data_name: Option<String>,
+    /// The data file holds exactly the guest's bytes.
+    pub data_raw: bool,
+    /// What is allocated at once.
+    pub preallocation: Preallocation,
+}
+
+impl Default for CreateOptions {
+    fn default() -> CreateOptions {
+        CreateOptions {
+            size: 0,
+            version: 3,
+            cluster_size: 65536,
+            refcount_bits: 16,
+            lazy_refcounts: false,
+            zstd: false,
+            backing: None,
+            data_name: None,
+            data_raw: false,
+            preallocation: Preallocation::Off,
+        }
+    }
+}
+
+impl CreateOptions {
+    /// The options as a header; InvalidArgument says which option is wrong.
+    fn header(&self) -> Result<Header> {
+        let refuse = |message: String| Err(Error::new(Kind::InvalidArgument, message));
+        if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
+            return refuse("cluster_size must be a power of two between 512 and 2M".into());
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return refuse("refcount_bits must be a power of two, at most 64".into());
+        }
+        let v3_only = self.refcount_bits != 16
+            || self.lazy_refcounts
+            || self.zstd
+            || self.data_name.is_some();
+        match self.version {
+            3 => {}
+            2 if v3_only => {
+                return refuse(
+                    "refcount_bits, lazy_refcounts, compression_type and data_file need compat 1.1"
+                        .into(),
+                )
+            }
+            2 => {}
+            n => return refuse(format!("version {n} is neither 2 nor 3")),
+        }
+        if self.data_raw && self.data_name.is_none() {
+            return refuse("data_file_raw needs data_file".into());
+        }
+        if self.data_raw && self.backing.is_some() {
+            return refuse("a backing file and data_file_raw exclude each other".into());
+        }
+        if self
+            .backing
+            .as_ref()
+            .is_some_and(|(name, _)| name.is_empty() || name.len() > 1023)
+        {
+            return refuse("the backing file's name must have 1 to 1023 bytes".into());
+        }
+        if self.backing.is_some() && self.preallocation != Preallocation::Off {
+            return refuse("a backing file and preallocation exclude each other".into());
+        }
+        let mut extensions = Vec::new();
+        if let Some((_, format)) = &self.backing {
+            extensions.push(Extension {
+                kind: extension::BACKING_FORMAT,
+                data: format.to_string().into_bytes(),
+            });
+        }
+        if let Some(name) = &self.data_name {
+            extensions.push(Extension {
+                kind: extension::DATA_FILE,
+                data: name.clone().into_bytes(),
+            });
+        }
+        if self.version == 3 {
+            extensions.push(feature_names());
+        }
+        let bit = |on: bool, bit: u64| if on { bit } else { 0 };
+        Ok(Header {
+            version: self.version,
+            cluster_bits: self.cluster_size.trailing_zeros(),
+            size: 0,
+            crypt_method: 0,
+            l1_entries: 0,
+            l1_offset: 0,
+            reftable_offset: self.cluster_size,
+            reftable_clusters: 1,
+            snapshots: 0,
+            snapshots_offset: 0,
+            incompatible: bit(self.zstd, incompatible::COMPRESSION)
+                | bit(self.data_name.is_some(), incompatible::DATA_FILE),
+            compatible: bit(self.lazy_refcounts, LAZY_REFCOUNTS),
+            autoclear: bit(self.data_raw, autoclear::DATA_FILE_RAW),
+            refcount_order: self.refcount_bits.trailing_zeros(),
+            codec: if self.zstd { Codec::Zstd } else { Codec::Zlib },
+            backing_name: self.backing.as_ref().map(|(name, _)| name.clone()),
+            extensions,
+        })
+    }
+}
+
+/// Make a qcow2 image in `file` (opened for reading and writing; what was in it is gone), with its
+/// external data file where the options name one.
+pub fn create_qcow2(file: &File, data_file: Option<&File>, options: &CreateOptions) -> Result<()> {
+    let header = options.header()?;
+    if data_file.is_some() != options.data_name.is_some() {
+        return Err(Error::new(
+            Kind::InvalidArgument,
+            "a data file needs a name, and the name a file",
+        ));
+    }
+    let size = options
+        .size
+        .checked_next_multiple_of(512)
+        .filter(|size| *size <= i64::MAX as u64);
+    let size = size.ok_or_else(|| {
+        Error::new(
+            Kind::InvalidArgument,
+            "the disk would be larger than 2^63 bytes",
+        )
+    })?;
+    if l1_entries(size, header.cluster_bits) * 8 > 32 << 20 {
+        return Err(Error::new(
+            Kind::InvalidArgument,
+            "the disk is too large for its clusters: choose a larger cluster_size",
+        ));
+    }
+    let target = BlockFile::new(clone(file)?)?;
+    if target.regular {
+        target.set_len(0)?;
+    }
+    write_empty(&target, &header)?;
+    let layer = LayerFiles {
+        format: Format::Qcow2,
+        file: clone(file)?,
+        data_file: data_file.map(clone).transpose()?,
+        backing_name: None,
+        data_name: options.data_name.clone(),
+    };
+    // The backing file's name is written last, so that the image can be opened alone here.
+    let image = Arc::new(Image::open_chain(vec![layer], OpenOptions::default())?);
+    image.activate()?;
+    let prepared = crate::qcow2::resize::resize(&image, size, false)
+        .and_then(|()| preallocate(&image, options.preallocation));
+    let closed = image.inactivate();
+    prepared?;
+    closed?;
+    if let (true, Some(data)) = (options.preallocation == Preallocation::Off, data_file) {
+        BlockFile::new(clone(data)?)?.set_len(size)?;
+    }
+    if header.backing_name.is_some() {
+        let mut named = Header::read(&target)?;
+        named.backing_name = header.backing_name;
+        target.write_at(&named.serialize()?, 0)?;
+    }
+    target.sync()
+}
+
+/// Header, refcount table and one refcount block; no L1 table yet.
+fn write_empty(target: &BlockFile, header: &Header) -> Result<()> {
+    let header = Header {
+        backing_name: None,
+        ..header.clone()
+    };
+    let cluster = 1usize << header.cluster_bits;
+    let mut start = header.serialize()?;
+    start.resize(3 * cluster, 0);
+    crate::bytes::put64(&mut start, cluster, 2 * cluster as u64);
+    if let Some(block) = start.get_mut(2 * cluster..) {
+        (0..3).for_each(|n| refcount::set(block, header.refcount_order, n, 1));
+    }
+    target.write_at(&start, 0)
+}
+
+/// Map every cluster of the disk.
+fn preallocate(image: &Arc<Image>, how: Preallocation) -> Result<()> {
+    if how == Preallocation::Off {
+        return Ok(());
+    }
+    let mut at = 0;
+    while at < image.size() {
+        let rest = image.size() - at;
+        let step = crate::blocking::run(image, |state, waiter| {
+            state.plan_write(image.files(), at, rest, waiter)
+        })?;
+        // A fresh cluster is mapped already, and reads as zeros; others are written with zeros.
+        if let WriteStep::Allocate(allocation) = &step {
+            let zeros = vec![0u8; allocation.len as usize];
+            let file = image
+                .files()
+                .get(allocation.file)
+                .ok_or_else(|| Error::invalid("no such file"))?;
+            let written = file.write_at(&zeros, allocation.offset.0);
+            image.finish(allocation.ticket, written.is_ok());
+            written?;
+        }
+        at += step.len();
+    }
+    crate::blocking::settle(image)?;
+    for file in image.files().iter().filter(|file| file.regular) {
+        let len = file.len()?;
+        match how {
+            Preallocation::Falloc => file.fallocate(0, 0, len)?,
+            Preallocation::Full => write_zeros_into_holes(file, len)?,
+            Preallocation::Off | Preallocation::Metadata => {}
+        }
+    }
+    Ok(())
+}
+
+fn write_zeros_into_holes(file: &BlockFile, len: u64) -> Result<()> {
+    let zeros = vec![0u8; 1 << 20];
+    let mut at = 0;
+    while at < len {
+        let (data, end) = file.next_data(at, len).unwrap_or((len, len));
+        while at < data {
+            let step = (data - at).min(zeros.len() as u64);
+            file.write_at(zeros.get(..step as usize).unwrap_or(&[]), at)?;
+            at += step;
+        }
+        at = end.max(at);
+    }
+    Ok(())
+}
+
+fn clone(file: &File) -> Result<File> {
+    file.try_clone()
+        .map_err(|e| Error::io("dup of the image's fd", &e))
+}
