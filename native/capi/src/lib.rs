@@ -11,6 +11,7 @@
 
 pub mod error;
 pub mod event;
+pub mod image;
 pub mod layout;
 pub mod machine;
 pub mod sandbox;

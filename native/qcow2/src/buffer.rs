@@ -34,6 +34,7 @@ impl Buffer {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn from_bytes(bytes: &[u8]) -> Buffer {
         let mut buffer = Buffer::zeroed(bytes.len());
         buffer.bytes_mut().copy_from_slice(bytes);

@@ -50,6 +50,8 @@ pub struct OpenOptions {
     pub cache: usize,
     /// Take QEMU's locks in `activate` (default).
     pub locks: bool,
+    /// Show the disk as it was in this internal snapshot (id or name); only with `read_only`.
+    pub snapshot: Option<String>,
 }
 
 impl Default for OpenOptions {
@@ -58,6 +60,7 @@ impl Default for OpenOptions {
             read_only: false,
             cache: 32 << 20,
             locks: true,
+            snapshot: None,
         }
     }
 }
@@ -128,7 +131,7 @@ impl Image {
         if self.options.locks {
             self.take_locks()?;
         }
-        match state.activate(&self.files) {
+        match state.activate(&self.files, self.options.snapshot.as_deref()) {
             Ok(()) => {
                 self.size.store(state.size(), Ordering::Release);
                 Ok(())

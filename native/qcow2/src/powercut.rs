@@ -41,7 +41,6 @@ enum Event {
         count: usize,
         value: Option<u8>,
     },
-    Completed(u64),
     /// A flush ended; all that was completed when it began is durable.
     Flushed {
         completed: Vec<u64>,
@@ -96,6 +95,9 @@ pub(crate) fn note_op(fd: RawFd, op: &IoOp, moved: u64) {
         IoOp::Read { .. } | IoOp::Fallocate { .. } => {}
     }
 }
+
+/// A request under way: offset, length, its memory, and for a flush what was completed before.
+type UnderWay = (u64, u64, Vec<u8>, Option<Vec<u64>>);
 
 struct Random(u64);
 
@@ -252,7 +254,7 @@ impl Bed {
     fn requests(&self, image: &Arc<Image>, first_id: u64, random: &mut Random) {
         let mut engine = Engine::reordering(random.below(1 << 40)).unwrap();
         let slot = engine.attach(image.clone()).unwrap();
-        let mut under_way: HashMap<u64, (u64, u64, Vec<u8>, Option<Vec<u64>>)> = HashMap::new();
+        let mut under_way: HashMap<u64, UnderWay> = HashMap::new();
         let mut completed = Vec::new();
         let mut id = first_id;
         while id < first_id + 120 || !under_way.is_empty() {
@@ -325,10 +327,9 @@ impl Bed {
             for completion in done {
                 completion.result.unwrap();
                 let (.., flush) = under_way.remove(&completion.id).unwrap();
-                note(None, || match flush {
-                    Some(completed) => Event::Flushed { completed },
-                    None => Event::Completed(completion.id),
-                });
+                if let Some(completed) = flush {
+                    note(None, || Event::Flushed { completed });
+                }
                 completed.push(completion.id);
             }
         }
@@ -368,7 +369,6 @@ impl Bed {
                         .iter_mut()
                         .for_each(|later| later.push((*id, *value)));
                 }
-                Event::Completed(_) => {}
                 Event::Flushed { completed } => guest.flushed(completed),
             }
             let due = cuts * (number as u64 + 1) / events.len() as u64;
@@ -462,12 +462,10 @@ impl Bed {
 
 fn apply(file: &mut Vec<u8>, event: &Event, keep: &mut dyn FnMut(usize) -> bool) {
     match event {
-        Event::Len(len) => {
+        Event::Len(len) if keep(0) => {
             // The length of a file changes in order; the one shortening is at the very end, when all
             // else is durable.
-            if keep(0) {
-                file.resize(file.len().max(*len as usize), 0);
-            }
+            file.resize(file.len().max(*len as usize), 0);
         }
         Event::Write { offset, data } => {
             let mut at = 0;

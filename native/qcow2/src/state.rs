@@ -18,7 +18,7 @@ use crate::qcow2::alloc::Writer;
 use crate::qcow2::header::{autoclear, field};
 use crate::qcow2::mapping::Mapping;
 use crate::qcow2::zero::Zeroing;
-use crate::qcow2::{Geometry, Qcow2};
+use crate::qcow2::{snapshot, Geometry, Qcow2};
 use crate::types::{Format, GuestCluster, HostOffset};
 
 /// A layer as the caller describes it.
@@ -102,7 +102,7 @@ impl State {
         }
     }
 
-    pub(crate) fn activate(&mut self, files: &[BlockFile]) -> Result<()> {
+    pub(crate) fn activate(&mut self, files: &[BlockFile], snapshot: Option<&str>) -> Result<()> {
         self.cache.clear();
         self.writer = None;
         for layer in &mut self.layers {
@@ -112,10 +112,40 @@ impl State {
             }
         }
         check_chain(&self.layers)?;
+        if let Some(wanted) = snapshot {
+            self.show_snapshot(files, wanted)?;
+        }
         if !self.read_only {
             self.open_writer(files)?;
         }
         self.active = true;
+        Ok(())
+    }
+
+    /// Look at the disk through a snapshot's L1 table.
+    fn show_snapshot(&mut self, files: &[BlockFile], wanted: &str) -> Result<()> {
+        let Some(Layer::Qcow2(qcow2)) = self.layers.first_mut().filter(|_| self.read_only) else {
+            return Err(Error::new(
+                Kind::InvalidArgument,
+                "snapshots are looked at in qcow2 images, read-only",
+            ));
+        };
+        let file = files.get(qcow2.geometry.file).ok_or_else(no_file)?;
+        let (snapshots, _) = snapshot::read_table(file, &qcow2.header)?;
+        let found = snapshots
+            .get(snapshot::find(&snapshots, wanted)?)
+            .ok_or_else(no_file)?;
+        if found.l1_offset % qcow2.geometry.cluster() != 0 {
+            return Err(Error::invalid(
+                "the snapshot's L1 table offset is not a cluster's",
+            ));
+        }
+        qcow2.header.l1_offset = found.l1_offset;
+        qcow2.header.l1_entries = found.l1_entries;
+        qcow2.header.size = found
+            .disk_size
+            .filter(|size| *size > 0)
+            .unwrap_or(qcow2.header.size);
         Ok(())
     }
 

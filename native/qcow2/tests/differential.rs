@@ -444,9 +444,9 @@ fn verify(case: &Case, scratch: &Scratch, model: &mut Model, after: &str) {
         &theirs,
         &format!("{}: we and QEMU read differently after {after}", case.name),
     );
-    for at in 0..ours.len() {
+    for (at, byte) in ours.iter().enumerate() {
         // A discarded sector reads as before or as zeros; from now on as it is.
-        if model.unsure[at / 512] && ours[at] == 0 {
+        if model.unsure[at / 512] && *byte == 0 {
             model.bytes[at] = 0;
         }
     }

@@ -56,6 +56,8 @@ pub(crate) struct Writer {
     regular: bool,
     /// Below this nothing is free.
     cursor: u64,
+    /// Where the next packed cluster may go.
+    pub(crate) packed_tail: Option<HostOffset>,
     pub(crate) freed: Freed,
     pub(crate) tickets: HashMap<u64, crate::qcow2::write::Ticket>,
     pub(crate) next_ticket: u64,
@@ -129,6 +131,7 @@ impl Writer {
             file_len,
             regular: file.regular,
             cursor: 0,
+            packed_tail: None,
             freed: Freed::default(),
             tickets: HashMap::new(),
             next_ticket: 1,

@@ -11,7 +11,7 @@
 //! | `resize`   | growing and shrinking                                |
 //! | `snapshot` | internal snapshots                                   |
 //! | `check`    | counting every pointer; `repair` sets right          |
-//! | `write`    | planning writes                                      |
+//! | `write`    | planning writes; `packed`: compressed ones           |
 //! | `zero`     | planning discards and zeroes                         |
 
 pub(crate) mod alloc;
@@ -19,6 +19,7 @@ pub(crate) mod check;
 pub(crate) mod create;
 pub(crate) mod header;
 pub(crate) mod mapping;
+pub(crate) mod packed;
 pub(crate) mod refcount;
 pub(crate) mod repair;
 pub(crate) mod resize;

@@ -76,6 +76,25 @@ pub fn resize(image: &Image, size: u64, shrink: bool) -> Result<()> {
     settle(image)
 }
 
+/// Let an active image hold nothing of its own any more: everything reads as in its backing file. No
+/// request may be under way.
+pub fn empty(image: &Image) -> Result<()> {
+    image.writable()?;
+    let geometry = match image.lock().layers.first() {
+        Some(Layer::Qcow2(qcow2)) => qcow2.geometry,
+        _ => return Err(Error::unsupported("emptying a raw image")),
+    };
+    if image.lock().epochs.under_way() > 0 {
+        return Err(Error::new(
+            Kind::InvalidState,
+            "requests of this image are under way",
+        ));
+    }
+    settle(image)?;
+    shrink_tables(image, &geometry, 0)?;
+    settle(image)
+}
+
 fn resize_raw(image: &Image, size: u64) -> Result<()> {
     let file = image
         .files()

@@ -31,7 +31,30 @@ pub(crate) struct Ticket {
     /// The clusters were those of a zero cluster before, or lie in an external data file: they
     /// need no counting down when the write fails.
     kept: bool,
+    /// A packed cluster: its L2 entry, and its bytes on the host.
+    packed: Option<(u64, u64)>,
     waiters: Vec<Waiter>,
+}
+
+impl Ticket {
+    /// One packed cluster of `len` bytes.
+    pub(crate) fn packed(
+        first: GuestCluster,
+        table: HostOffset,
+        host: HostOffset,
+        len: u64,
+        entry: u64,
+    ) -> Ticket {
+        Ticket {
+            first,
+            count: 1,
+            table,
+            host,
+            kept: false,
+            packed: Some((entry, len)),
+            waiters: Vec::new(),
+        }
+    }
 }
 
 /// A run of guest clusters that need new host clusters.
@@ -209,6 +232,7 @@ impl State {
                 table,
                 host,
                 kept,
+                packed: None,
                 waiters: Vec::new(),
             },
         )?;
@@ -263,7 +287,7 @@ impl State {
         })
     }
 
-    fn issue(&mut self, geometry: &Geometry, ticket: Ticket) -> Result<u64, Error> {
+    pub(crate) fn issue(&mut self, geometry: &Geometry, ticket: Ticket) -> Result<u64, Error> {
         let block = block_of(
             geometry,
             ticket.table.0 + ticket.first.0 % geometry.l2_entries() * 8,
@@ -291,20 +315,28 @@ impl State {
         for n in 0..ticket.count {
             writer.busy.remove(&GuestCluster(ticket.first.0 + n));
         }
-        if ok {
-            self.link(
+        let bytes = ticket
+            .packed
+            .map_or(ticket.count * geometry.cluster(), |(_, len)| len);
+        match (ok, ticket.packed) {
+            (true, Some((entry, _))) => {
+                let index = ticket.first.0 % geometry.l2_entries();
+                self.replace(&geometry, ticket.table, index, entry, true);
+            }
+            (true, None) => self.link(
                 &geometry,
                 ticket.table,
                 ticket.first,
                 ticket.count,
                 ticket.host,
                 !ticket.kept,
-            );
-        } else if !ticket.kept {
-            let bytes = ticket.count * geometry.cluster();
-            writer
-                .freed
-                .push(refcount::clusters(&geometry, ticket.host, bytes));
+            ),
+            (false, _) if !ticket.kept => {
+                writer
+                    .freed
+                    .push(refcount::clusters(&geometry, ticket.host, bytes))
+            }
+            (false, _) => {}
         }
         let block = block_of(
             &geometry,
@@ -326,15 +358,26 @@ impl State {
     ) {
         for n in 0..count {
             let index = (first.0 + n) % geometry.l2_entries();
-            let old = self.cached_entry(geometry, table, index).unwrap_or(0);
             let entry = host.plus(n * geometry.cluster()).0 | COPIED;
-            self.set_table_entry(geometry, table, index, entry, Class::Mapping);
-            if free_old {
-                self.free_mapping(
-                    geometry,
-                    decode_l2(geometry, old).unwrap_or(Mapping::Unallocated),
-                );
-            }
+            self.replace(geometry, table, index, entry, free_old);
+        }
+    }
+
+    fn replace(
+        &mut self,
+        geometry: &Geometry,
+        table: HostOffset,
+        index: u64,
+        entry: u64,
+        free_old: bool,
+    ) {
+        let old = self.cached_entry(geometry, table, index).unwrap_or(0);
+        self.set_table_entry(geometry, table, index, entry, Class::Mapping);
+        if free_old {
+            self.free_mapping(
+                geometry,
+                decode_l2(geometry, old).unwrap_or(Mapping::Unallocated),
+            );
         }
     }
 

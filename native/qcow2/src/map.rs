@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where each range of a disk comes from: which layer, data or zeros, at which offset. What
+//! `map` shows and what copying goes by.
+
+use crate::blocking::run;
+use crate::error::Result;
+use crate::image::Image;
+use crate::mailbox::Waiter;
+use crate::plan::Planned;
+use crate::qcow2::mapping::Mapping;
+use crate::state::{Layer, State};
+use crate::types::GuestCluster;
+
+/// What a range of the disk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    /// First byte on the disk.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The layer that decides, 0 being the active one.
+    pub depth: usize,
+    /// Some layer has it (else it is in none, and reads as zeros).
+    pub present: bool,
+    /// It reads as zeros.
+    pub zero: bool,
+    /// There is data for it in a file.
+    pub data: bool,
+    /// That data is compressed.
+    pub compressed: bool,
+    /// Where in the layer's file, unless compressed.
+    pub offset: Option<u64>,
+}
+
+impl Range {
+    fn joins(&self, next: &Range) -> bool {
+        let follows = match (self.offset, next.offset) {
+            (Some(here), Some(there)) => here + self.len == there,
+            (None, None) => true,
+            _ => false,
+        };
+        let same = |range: &Range| {
+            (
+                range.depth,
+                range.present,
+                range.zero,
+                range.data,
+                range.compressed,
+            )
+        };
+        follows && same(self) == same(next)
+    }
+}
+
+/// The range that begins at `at`, as long as it is of one kind, at most `len` bytes.
+pub fn range_at(image: &Image, at: u64, len: u64) -> Result<Range> {
+    let end = at.saturating_add(len).min(image.size());
+    let mut range = step(image, at, end)?;
+    while range.start + range.len < end {
+        let next = step(image, range.start + range.len, end)?;
+        if !range.joins(&next) {
+            break;
+        }
+        range.len += next.len;
+    }
+    Ok(range)
+}
+
+fn step(image: &Image, at: u64, end: u64) -> Result<Range> {
+    run(image, |state, waiter| state.range(image, at, end, waiter))
+}
+
+impl State {
+    /// One cluster's worth at most, or a raw file's extent.
+    fn range(&mut self, image: &Image, at: u64, end: u64, waiter: &Waiter) -> Planned<Range> {
+        let mut len = end.saturating_sub(at);
+        let mut range = Range {
+            start: at,
+            len,
+            depth: 0,
+            present: false,
+            zero: true,
+            data: false,
+            compressed: false,
+            offset: None,
+        };
+        for depth in 0..self.layers.len() {
+            range.depth = depth;
+            let geometry = match self.layers.get(depth) {
+                Some(Layer::Raw(raw)) => {
+                    let inside = raw.size.saturating_sub(at).min(len);
+                    if inside == 0 {
+                        // This layer is shorter: the one above decides.
+                        range.depth = depth.saturating_sub(1);
+                        break;
+                    }
+                    let file = image.files().get(raw.file);
+                    let data = file.and_then(|file| file.next_data(at, at + inside));
+                    range.present = true;
+                    range.offset = Some(at);
+                    match data {
+                        Some((start, hole)) if start == at => {
+                            (range.len, range.zero, range.data) = (hole - at, false, true);
+                        }
+                        Some((start, _)) => range.len = start - at,
+                        None => range.len = inside,
+                    }
+                    return Ok(range);
+                }
+                Some(Layer::Qcow2(qcow2)) => {
+                    let inside = qcow2.header.size.saturating_sub(at).min(len);
+                    if inside == 0 {
+                        // This layer is shorter: the one above decides.
+                        range.depth = depth.saturating_sub(1);
+                        break;
+                    }
+                    len = inside;
+                    qcow2.geometry
+                }
+                None => break,
+            };
+            let size = geometry.cluster();
+            len = len.min(size - at % size);
+            range.len = len;
+            match self.lookup(&geometry, GuestCluster(at >> geometry.cluster_bits), waiter)? {
+                Mapping::Unallocated => continue,
+                Mapping::Zero { host, .. } => {
+                    range.present = true;
+                    range.offset = host.map(|host| host.0 + at % size);
+                }
+                Mapping::Data { host, .. } => {
+                    (range.present, range.zero, range.data) = (true, false, true);
+                    range.offset = Some(host.0 + at % size);
+                }
+                Mapping::Compressed { .. } => {
+                    (range.present, range.zero, range.data, range.compressed) =
+                        (true, false, true, true);
+                }
+            }
+            return Ok(range);
+        }
+        range.len = len;
+        Ok(range)
+    }
+}

@@ -1,0 +1,447 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vmbus-img: disk images from the command line, with qemu-img's sub-commands, options, JSON keys and
+exit codes, so that a script works by changing the name.
+
+What it does not have is refused with a message that names it: encryption, persistent bitmaps,
+subclusters (extended_l2), and formats other than qcow2 and raw. As qemu-img does, it looks at what a file
+is when no format is given; scripts that handle other people's images should give one.
+
+One boundary (``main``) turns errors into one line on stderr and an exit code. This file holds the options and
+the sub-commands; img_text.py holds what people read, img_rebase.py the two operations between
+overlay and backing file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NoReturn, cast
+
+from vmbus import image
+from vmbus.cli import img_rebase, img_text
+from vmbus.image import Format, Image
+from vmbus.wire.errors import VmbusError
+
+UNITS: Final = {
+    "": 1,
+    "b": 1,
+    "k": 1 << 10,
+    "m": 1 << 20,
+    "g": 1 << 30,
+    "t": 1 << 40,
+    "p": 1 << 50,
+    "e": 1 << 60,
+}
+ABSENT: Final = frozenset({"amend", "bench", "bitmap", "dd", "measure"})
+CHECK_CORRUPT, CHECK_LEAKS, CHECK_UNSUPPORTED = 2, 3, 63
+COMPARE_DIFFERENT, COMPARE_CANNOT_OPEN, COMPARE_CANNOT_READ = 1, 2, 4
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"vmbus-img: {message}\nTry 'vmbus-img --help' for more information", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command; the exit code is qemu-img's."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ABSENT:
+        print(f"vmbus-img: not supported: the sub-command {words[0]}", file=sys.stderr)
+        return 1
+    options = _arguments().parse_args(words)
+    try:
+        return int(options.run(options))
+    except VmbusError as error:
+        message = str(error)
+        unsupported = error.kind == "NotSupported" and options.run is _check
+    except OSError as error:
+        message = f"Could not open '{error.filename}': {error.strerror}" if error.filename else str(error)
+        unsupported = False
+    except KeyboardInterrupt:
+        return 130
+    print(f"vmbus-img: {message}", file=sys.stderr)
+    if unsupported:
+        return CHECK_UNSUPPORTED
+    return COMPARE_CANNOT_OPEN if options.run is _compare else 1
+
+
+def size(text: str) -> int:
+    """A size as qemu-img takes it: a number, perhaps with a fraction, and a unit of powers of 1024."""
+    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    try:
+        if unit not in UNITS:
+            raise ValueError
+        value = int(number, 0) * UNITS[unit] if "." not in number else int(float(number) * UNITS[unit])
+    except ValueError:
+        message = f"Invalid image size '{text}': a number with k, M, G, T, P or E behind it"
+        raise argparse.ArgumentTypeError(message) from None
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"Image size '{text}' must be less than 8 EiB")
+    return value
+
+
+def _relative_size(text: str) -> tuple[str, int]:
+    sign = text[0] if text[:1] in {"+", "-"} else ""
+    return sign, size(text[len(sign) :])
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vmbus-img", description="Disk images, as qemu-img has them.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        one.add_argument("-q", dest="quiet", action="store_true", help="say nothing but errors")
+        return one
+
+    def common(one: argparse.ArgumentParser) -> None:
+        one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
+        one.add_argument("-U", "--force-share", dest="share", action="store_true", help="no locks")
+
+    def cache(one: argparse.ArgumentParser, *flags: str) -> None:
+        modes = ["none", "writeback", "unsafe", "directsync", "writethrough"]
+        for flag in flags:
+            one.add_argument(flag, dest=f"cache_{flag[1:]}", choices=modes, help="none: round the page cache")
+
+    output = {"choices": ["human", "json"], "default": "human", "help": "for people or for programs"}
+
+    one = command("create", _create, "make an image")
+    one.add_argument("-f", dest="format", choices=image.FORMATS, default="raw", help="the format")
+    one.add_argument("-b", dest="backing", help="the backing file")
+    one.add_argument("-F", dest="backing_format", choices=image.FORMATS, help="the backing file's format")
+    one.add_argument("-u", dest="unsafe", action="store_true", help="do not look at the backing file")
+    one.add_argument("-o", dest="options", action="append", default=[], help="options of the format, a=b,c=d")
+    one.add_argument("file")
+    one.add_argument("size", type=size, nargs="?")
+
+    one = command("info", _info, "show what an image says of itself")
+    common(one)
+    one.add_argument("--output", **cast(Any, output))
+    one.add_argument("--backing-chain", dest="chain", action="store_true", help="the whole chain")
+    one.add_argument("file")
+
+    one = command("check", _check, "look for leaks and corruptions, and repair them")
+    common(one)
+    one.add_argument("--output", **cast(Any, output))
+    one.add_argument("-r", dest="repair", choices=["leaks", "all"], default="none", help="repair")
+    cache(one, "-T")
+    one.add_argument("file")
+
+    one = command("convert", _convert, "copy an image into another format")
+    common(one)
+    one.add_argument(
+        "-O", dest="target_format", choices=image.FORMATS, default="raw", help="the target's format"
+    )
+    one.add_argument("-o", dest="options", action="append", default=[], help="options of the target's format")
+    one.add_argument("-c", dest="compress", action="store_true", help="compress")
+    one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
+    one.add_argument("-n", dest="existing", action="store_true", help="write into an existing target")
+    one.add_argument("--target-is-zero", action="store_true", help="with -n: the target reads as zeros")
+    one.add_argument("-S", dest="sparse", type=size, default=4096, help="zeros of this length are left out")
+    one.add_argument("-m", dest="threads", type=int, help="threads")
+    one.add_argument("-W", dest="unordered", action="store_true", help="as it comes (always done)")
+    one.add_argument("-l", dest="snapshot", help="a snapshot of the source")
+    one.add_argument("-B", "-b", dest="backing", help="the target's backing file")
+    one.add_argument("-F", dest="backing_format", choices=image.FORMATS, help="its format")
+    cache(one, "-t", "-T")
+    one.add_argument("file")
+    one.add_argument("target")
+
+    one = command("compare", _compare, "tell whether two images hold the same")
+    one.add_argument("-f", dest="format", choices=image.FORMATS, help="the first image's format")
+    one.add_argument("-F", dest="other_format", choices=image.FORMATS, help="the second image's format")
+    one.add_argument("-U", "--force-share", dest="share", action="store_true", help="no locks")
+    one.add_argument("-s", dest="strict", action="store_true", help="sizes must be equal too")
+    one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
+    cache(one, "-T")
+    one.add_argument("file")
+    one.add_argument("other")
+
+    one = command("map", _map, "show where an image's ranges come from")
+    common(one)
+    one.add_argument("--output", **cast(Any, output))
+    one.add_argument("-s", "--start-offset", dest="start", type=size, default=0)
+    one.add_argument("-l", "--max-length", dest="length", type=size)
+    one.add_argument("file")
+
+    one = command("resize", _resize, "change a disk's size")
+    one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
+    one.add_argument("--shrink", action="store_true", help="yes, the end will be lost")
+    one.add_argument("file")
+    one.add_argument("size", type=_relative_size, help="SIZE, +MORE or -LESS")
+
+    one = command("snapshot", _snapshot, "internal snapshots")
+    common(one)
+    which = one.add_mutually_exclusive_group()
+    which.add_argument("-l", dest="list", action="store_true", help="list them (also without an option)")
+    which.add_argument("-c", dest="create", metavar="NAME", help="take one")
+    which.add_argument("-a", dest="apply", metavar="NAME", help="go back to one")
+    which.add_argument("-d", dest="delete", metavar="NAME", help="delete one")
+    one.add_argument("file")
+
+    one = command("commit", _commit, "write an overlay's content into its backing file")
+    one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
+    one.add_argument("-b", dest="base", help="into this image of the chain")
+    one.add_argument("-d", dest="drop", action="store_true", help="do not empty the overlay")
+    one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
+    cache(one, "-t")
+    one.add_argument("file")
+
+    one = command("rebase", _rebase, "put an overlay on another backing file")
+    one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
+    one.add_argument("-u", dest="unsafe", action="store_true", help="change the name only")
+    one.add_argument("-b", dest="backing", help="the new backing file; empty for none")
+    one.add_argument("-F", "-B", dest="backing_format", choices=image.FORMATS, help="its format")
+    one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
+    cache(one, "-t", "-T")
+    one.add_argument("file")
+
+    return parser
+
+
+def _format(path: str, stated: str | None) -> Format:
+    return cast(Format, stated) if stated else image.probe(path)
+
+
+def _create(options: argparse.Namespace) -> int:
+    _make(
+        options.file, options.format, options.size, options.options, options.backing, options.backing_format,
+        look=not options.unsafe,
+    )  # fmt: skip
+    if not options.quiet:
+        print(f"Formatting '{options.file}', fmt={options.format}")
+    return 0
+
+
+def _make(
+    path: str,
+    format: Format,
+    length: int | None,
+    listed: list[str],
+    backing: str | None,
+    backing_format: str | None,
+    *,
+    look: bool,
+) -> None:
+    settings = _settings(format, listed)
+    backing = settings.pop("backing_file", backing)
+    backing_format = settings.pop("backing_fmt", backing_format)
+    length = settings.pop("size", length)
+    if backing is not None and format == "raw":
+        raise VmbusError("InvalidArgument", "Backing file not supported for file format 'raw'")
+    if backing is not None and backing_format is None:
+        raise VmbusError("InvalidArgument", "Backing file specified without backing format: use -F")
+    if backing is not None and look:
+        beside = image.beside(path, backing)
+        below = image.info(beside, cast(Format, backing_format))["virtual-size"]
+        length = below if length is None else length
+    if length is None:
+        raise VmbusError("InvalidArgument", "Image creation needs a size parameter")
+    Path(path).touch()
+    image.create(
+        path,
+        format,
+        size=length,
+        backing_name=backing,
+        backing_format=cast("Format | None", backing_format),
+        **settings,
+    )
+
+
+def _settings(format: Format, listed: list[str]) -> dict[str, Any]:
+    """The options of -o as arguments of image.create."""
+    settings: dict[str, Any] = {}
+    for pair in ",".join(listed).split(",") if listed else []:
+        name, _, value = pair.partition("=")
+        match name:
+            case "size":
+                settings["size"] = size(value)
+            case "preallocation":
+                settings["preallocation"] = value
+            case "cluster_size" if format == "qcow2":
+                settings["cluster_size"] = size(value)
+            case "refcount_bits" if format == "qcow2" and value.isdecimal():
+                settings["refcount_bits"] = int(value)
+            case "compat" if value in {"0.10", "v2", "1.1", "v3"}:
+                settings["version"] = 2 if value in {"0.10", "v2"} else 3
+            case "lazy_refcounts" if value in {"on", "off"}:
+                settings["lazy_refcounts"] = value == "on"
+            case "compression_type" if value in {"zlib", "zstd"}:
+                settings["compression"] = value
+            case "data_file":
+                settings["data_file"] = value
+            case "data_file_raw" if value in {"on", "off"}:
+                settings["data_raw"] = value == "on"
+            case "backing_file" | "backing_fmt":
+                settings[name] = value
+            case "encryption" | "extended_l2" if value == "off":
+                pass
+            case "encryption" | "extended_l2" | "encrypt.format" | "nocow" | "extent_size_hint":
+                raise VmbusError("NotSupported", f"option {pair}")
+            case _:
+                raise VmbusError("InvalidArgument", f"Invalid parameter '{pair}' for format {format}")
+    return settings
+
+
+def _info(options: argparse.Namespace) -> int:
+    format = _format(options.file, options.format)
+    described = []
+    for layer in image.chain(options.file, format, backing=options.chain, lock=not options.share, guess=True):
+        described.append(img_text.info(layer, image.info(layer.path, layer.format, lock=not options.share)))
+    if options.output == "json":
+        print(json.dumps(described if options.chain else described[0], indent=4))
+    else:
+        print("\n\n".join(img_text.info_for_people(one) for one in described))
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    if _format(options.file, options.format) == "raw":
+        print("This image format does not support checks", file=sys.stderr)
+        return CHECK_UNSUPPORTED
+    found = image.check(options.file, repair=options.repair, lock=not options.share)
+    if options.output == "json":
+        print(json.dumps(img_text.check(options.file, found), indent=4))
+    elif not options.quiet:
+        print(img_text.check_for_people(found), end="")
+    if found["corruptions"]:
+        return CHECK_CORRUPT
+    return CHECK_LEAKS if found["leaks"] else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    format = _format(options.file, options.format)
+    snapshot = options.snapshot.rpartition("=")[2] if options.snapshot else None
+    target_format = cast(Format, options.target_format)
+    if options.compress and target_format == "raw":
+        raise VmbusError("InvalidArgument", "Compression not supported for file format 'raw'")
+    with image.open(
+        options.file, format, read_only=True, locks=not options.share, snapshot=snapshot, guess=True,
+        direct=options.cache_T in {"none", "directsync"},
+    ) as source:  # fmt: skip
+        if not options.existing:
+            _make(
+                options.target, target_format, source.size, options.options, options.backing,
+                options.backing_format, look=True,
+            )  # fmt: skip
+        zero = options.target_is_zero or not (options.existing or options.backing)
+        direct = options.cache_t in {"none", "directsync"}
+        with image.open(options.target, target_format, direct=direct) as target:
+            source.copy_to(
+                target,
+                compress=options.compress,
+                sparse=options.sparse // 512 * 512,
+                target_is_zero=zero,
+                threads=options.threads,
+                report=img_text.progress(shown=options.progress and not options.quiet),
+            )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    def say(text: str) -> None:
+        if not options.quiet:
+            print(text)
+
+    with (
+        _read_only(options.file, options.format, options.share) as one,
+        _read_only(options.other, options.other_format, options.share) as other,
+    ):
+        if one.size != other.size and options.strict:
+            say("Strict mode: Image size mismatch!")
+            return COMPARE_DIFFERENT
+        try:
+            report = img_text.progress(shown=options.progress and not options.quiet)
+            where = one.first_difference(other, report=report)
+            if where is None and one.size != other.size:
+                say("Warning: Image size mismatch!")
+                longer, shorter = (one, other) if one.size > other.size else (other, one)
+                where = longer.first_nonzero(shorter.size, longer.size)
+        except VmbusError as error:
+            print(f"vmbus-img: Error while reading: {error}", file=sys.stderr)
+            return COMPARE_CANNOT_READ
+    if where is not None:
+        say(f"Content mismatch at offset {where // 512 * 512}!")
+        return COMPARE_DIFFERENT
+    say("Images are identical.")
+    return 0
+
+
+def _read_only(path: str, format: str | None, share: bool) -> Image:
+    return image.open(path, _format(path, format), read_only=True, locks=not share, guess=True)
+
+
+def _map(options: argparse.Namespace) -> int:
+    with _read_only(options.file, options.format, options.share) as one:
+        end = one.size if options.length is None else min(one.size, options.start + options.length)
+        ranges = one.map(options.start, end)
+        paths = [layer.data_path or layer.path for layer in one.layers]
+        if options.output == "json":
+            img_text.map_as_json(ranges)
+        else:
+            img_text.map_for_people(ranges, paths)
+    return 0
+
+
+def _resize(options: argparse.Namespace) -> int:
+    sign, length = options.size
+    # The chain is needed: growing hides what a longer backing file would show.
+    with image.open(options.file, _format(options.file, options.format), guess=True) as one:
+        wanted = one.size + length if sign == "+" else one.size - length if sign == "-" else length
+        if wanted < 0:
+            raise VmbusError("InvalidArgument", "New image size must be positive")
+        if wanted < one.size and not options.shrink:
+            raise VmbusError("InvalidArgument", "Use the --shrink option to perform a shrink operation.")
+        one.resize(wanted, shrink=options.shrink)
+    if not options.quiet:
+        print("Image resized.")
+    return 0
+
+
+def _snapshot(options: argparse.Namespace) -> int:
+    if _format(options.file, options.format) == "raw":
+        raise VmbusError("NotSupported", "snapshots in a raw image")
+    changes = options.create or options.apply or options.delete
+    with image.open(options.file, "qcow2", read_only=not changes, locks=not options.share, guess=True) as one:
+        if options.create:
+            one.snapshot(options.create)
+        elif options.apply:
+            one.apply_snapshot(options.apply)
+        elif options.delete:
+            one.delete_snapshot(options.delete)
+        else:
+            print(img_text.snapshots_for_people(one.snapshots()), end="")
+    return 0
+
+
+def _commit(options: argparse.Namespace) -> int:
+    report = img_text.progress(shown=options.progress and not options.quiet)
+    format = _format(options.file, options.format)
+    img_rebase.commit(options.file, format, base=options.base, empty=not options.drop, report=report)
+    if not options.quiet:
+        print("Image committed.")
+    return 0
+
+
+def _rebase(options: argparse.Namespace) -> int:
+    if _format(options.file, options.format) == "raw":
+        raise VmbusError("NotSupported", "a backing file under a raw image")
+    if options.backing is None:
+        raise VmbusError("InvalidArgument", "the new backing file is missing: -b FILE, or -b '' for none")
+    backing = options.backing or None
+    backing_format = cast("Format | None", options.backing_format)
+    if options.unsafe:
+        image.set_backing(options.file, backing, backing_format)
+        return 0
+    report = img_text.progress(shown=options.progress and not options.quiet)
+    img_rebase.rebase(options.file, backing, backing_format, report=report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

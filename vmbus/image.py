@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disk images: the qcow2 engine of the native core, for scripts, tests and vmbus-img.
+
+Example::
+
+    from vmbus import image
+
+    image.create("disk.qcow2", size=10 << 30)
+    with image.open("disk.qcow2", "qcow2") as disk:
+        disk.write(0, b"hello")
+        disk.snapshot("before")
+    print(image.info("disk.qcow2", "qcow2"))
+
+An image is opened *by the caller's rights*: the names of backing and data files are followed here, in
+Python, relative to the directory of the image that holds them; the core opens nothing. Formats are
+stated, never guessed. Errors are VmbusError with the kinds of ``vmbus.wire.errors``, OSError where a
+file cannot be opened. An open image is locked as QEMU locks it. All sizes and offsets are bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from threading import Event, Thread
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, Self, cast
+
+from vmbus._native import ffi, lib
+from vmbus.wire.errors import KINDS, VmbusError
+
+Format = Literal["qcow2", "raw"]
+FORMATS: Final = ("qcow2", "raw")
+MAX_LAYERS: Final = 200
+_DISCARD, _ZERO, _ZERO_UNMAP = 0, 1, 2
+
+Report = Callable[[int, int], None]
+
+
+class Layer(NamedTuple):
+    """One file of a chain, as its overlay names it."""
+
+    path: str
+    format: Format
+    backing_name: str | None = None
+    data_name: str | None = None
+    data_path: str | None = None
+
+
+def create(
+    path: str,
+    format: Format = "qcow2",
+    *,
+    size: int,
+    cluster_size: int = 65536,
+    version: int = 3,
+    refcount_bits: int = 16,
+    lazy_refcounts: bool = False,
+    compression: Literal["zlib", "zstd"] = "zlib",
+    backing_name: str | None = None,
+    backing_format: Format | None = None,
+    data_file: str | None = None,
+    data_raw: bool = False,
+    preallocation: Literal["off", "metadata", "falloc", "full"] = "off",
+) -> None:
+    """Make an image of ``size`` bytes at ``path``; what was there is gone.
+
+    ``backing_name`` goes into the header as it is, and the backing file is not looked at. ``data_file``
+    names an external data file, which is made too. Raises VmbusError InvalidArgument for options that
+    contradict each other.
+    """
+    request = {
+        "op": "create",
+        "size": size,
+        "cluster_size": cluster_size,
+        "version": version,
+        "refcount_bits": refcount_bits,
+        "lazy_refcounts": lazy_refcounts,
+        "zstd": compression == "zstd",
+        "backing_name": backing_name,
+        "backing_format": backing_format,
+        "data_name": data_file,
+        "data_raw": data_raw,
+        "preallocation": preallocation,
+    }
+    with contextlib.ExitStack() as stack:
+        if format == "raw":
+            _create_raw(path, size, preallocation)
+            return
+        request["fd"] = _file(stack, path, os.O_RDWR | os.O_CREAT)
+        if data_file is not None:
+            data_path = beside(path, data_file)
+            request["data_fd"] = _file(stack, data_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        _perform(request)
+
+
+def info(path: str, format: Format, *, lock: bool = True) -> dict[str, Any]:
+    """What an image says of itself: ``virtual-size``, ``actual-size``, and for qcow2 ``qcow2``."""
+    with contextlib.ExitStack() as stack:
+        fd = _file(stack, path, os.O_RDONLY)
+        return cast(dict[str, Any], _perform({"op": "info", "fd": fd, "format": format, "lock": lock}))
+
+
+def probe(path: str) -> Format:
+    """What a file looks like. For people; a program that trusts this can be told anything by a raw disk."""
+    with contextlib.ExitStack() as stack:
+        return cast(Format, _perform({"op": "probe", "fd": _file(stack, path, os.O_RDONLY)}))
+
+
+def check(
+    path: str, *, repair: Literal["none", "leaks", "all"] = "none", lock: bool = True
+) -> dict[str, Any]:
+    """Check a qcow2 image, and repair it as asked. The keys are qemu-img's, and ``messages``."""
+    with contextlib.ExitStack() as stack:
+        fd = _file(stack, path, os.O_RDONLY if repair == "none" else os.O_RDWR)
+        return cast(dict[str, Any], _perform({"op": "check", "fd": fd, "repair": repair, "lock": lock}))
+
+
+def set_backing(path: str, backing_name: str | None, backing_format: Format | None) -> None:
+    """Let a qcow2 header name another backing file; the content is the caller's affair."""
+    with contextlib.ExitStack() as stack:
+        fd = _file(stack, path, os.O_RDWR)
+        _perform(
+            {"op": "set-backing", "fd": fd, "backing_name": backing_name, "backing_format": backing_format}
+        )
+
+
+def beside(path: str, name: str) -> str:
+    """The file that a header of the image at ``path`` names: relative to that image's directory."""
+    return os.path.join(os.path.dirname(path), name.removeprefix("file:"))
+
+
+def chain(
+    path: str, format: Format, *, backing: bool = True, lock: bool = True, guess: bool = False
+) -> list[Layer]:
+    """The whole chain of an image, active layer first.
+
+    A backing file whose format its overlay does not state is refused, unless ``guess``. Raises
+    VmbusError ImageInvalid for a chain that loops or is deeper than MAX_LAYERS.
+    """
+    layers: list[Layer] = []
+    while True:
+        if len(layers) == MAX_LAYERS:
+            raise VmbusError("ImageInvalid", f"the chain is deeper than {MAX_LAYERS}, or a loop")
+        header = info(path, format, lock=lock).get("qcow2") or {}
+        data_name = header.get("data-name")
+        data_path = None if data_name is None else beside(path, data_name)
+        name = header.get("backing-name")
+        layers.append(Layer(path, format, name, data_name, data_path))
+        if name is None or not backing:
+            return layers
+        stated = header.get("backing-format")
+        path = beside(path, name)
+        if stated is None and guess:
+            stated = probe(path)
+        if stated not in FORMATS:
+            said = "no format" if stated is None else f"format '{stated}'"
+            raise VmbusError("NotSupported", f"{layers[-1].path} states {said} for its backing file {name}")
+        format = cast(Format, stated)
+
+
+class Image:
+    """An open, locked image with its chain. A context manager; ``close`` makes everything durable."""
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        *,
+        read_only: bool = False,
+        locks: bool = True,
+        snapshot: str | None = None,
+        cache: int | None = None,
+        direct: bool = False,
+    ) -> None:
+        """Open ``layers``, active one first; see ``open`` for the usual way."""
+        self.layers = layers
+        self._handle: Any = ffi.NULL
+        with contextlib.ExitStack() as stack:
+            described = []
+            for depth, layer in enumerate(layers):
+                flags = os.O_RDONLY if read_only or depth > 0 else os.O_RDWR
+                flags |= os.O_DIRECT if direct else 0
+                one: dict[str, Any] = {"format": layer.format, "fd": _file(stack, layer.path, flags)}
+                # A layer whose backing file is left out is opened alone.
+                one["backing_name"] = layer.backing_name
+                if layer.data_path is not None:
+                    one["data_fd"] = _file(stack, layer.data_path, flags)
+                    one["data_name"] = layer.data_name
+                described.append(one)
+            request = {
+                "layers": described,
+                "read_only": read_only,
+                "locks": locks,
+                "snapshot": snapshot,
+                "cache": cache,
+            }
+            text = json.dumps(request).encode()
+            out = ffi.new("struct VmbusImage **")
+            _call(lib.vmbus_image_open(text, len(text), out))
+            self._handle = out[0]
+
+    def close(self) -> None:
+        """Make everything durable and give up the locks."""
+        if self._handle != ffi.NULL:
+            handle, self._handle = self._handle, ffi.NULL
+            _call(lib.vmbus_image_close(handle))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """The disk's size."""
+        return int(lib.vmbus_image_size(self._open()))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``."""
+        data = ffi.new("uint8_t[]", length)
+        _call(lib.vmbus_image_read(self._open(), offset, data, length))
+        return bytes(ffi.buffer(data, length))
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write ``data`` at ``offset``. Durable after ``flush``."""
+        _call(lib.vmbus_image_write(self._open(), offset, ffi.from_buffer("uint8_t[]", data), len(data)))
+
+    def flush(self) -> None:
+        """Make all writes durable."""
+        _call(lib.vmbus_image_flush(self._open()))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The range is not needed any more; it reads as zeros or as before."""
+        _call(lib.vmbus_image_range(self._open(), _DISCARD, offset, length))
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Let the range read as zeros; with ``unmap`` its space is given back."""
+        _call(lib.vmbus_image_range(self._open(), _ZERO_UNMAP if unmap else _ZERO, offset, length))
+
+    def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Change the disk's size. Shrinking loses data and must be asked for."""
+        self._perform({"op": "resize", "size": size, "shrink": shrink})
+
+    def empty(self) -> None:
+        """Hold nothing any more: everything reads as in the backing file."""
+        self._perform({"op": "empty"})
+
+    def map(self, start: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+        """Where the disk's ranges come from, as ``qemu-img map --output=json`` has it."""
+        end = self.size if end is None else end
+        while start < end:
+            ranges = cast(list[dict[str, Any]], self._perform({"op": "map", "start": start, "end": end}))
+            if not ranges:
+                return
+            yield from ranges
+            start = ranges[-1]["start"] + ranges[-1]["length"]
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """The internal snapshots, with qemu-img's keys."""
+        return cast(list[dict[str, Any]], self._perform({"op": "snapshot-list"}))
+
+    def snapshot(self, name: str) -> dict[str, Any]:
+        """Take an internal snapshot."""
+        return cast(dict[str, Any], self._perform({"op": "snapshot-create", "name": name}))
+
+    def apply_snapshot(self, name: str) -> None:
+        """Go back to a snapshot, by id or name."""
+        self._perform({"op": "snapshot-apply", "name": name})
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot, by id or name."""
+        self._perform({"op": "snapshot-delete", "name": name})
+
+    def copy_to(
+        self,
+        target: Image,
+        *,
+        compress: bool = False,
+        sparse: int = 4096,
+        target_is_zero: bool = True,
+        above: int | None = None,
+        threads: int | None = None,
+        report: Report | None = None,
+    ) -> None:
+        """Let ``target`` hold what this image holds, or with ``above`` what its first layers have."""
+        request = {
+            "op": "copy",
+            "compress": compress,
+            "sparse": sparse,
+            "target_is_zero": target_is_zero,
+            "above": above,
+            "threads": threads,
+        }
+        self._perform(request, other=target, report=report)
+
+    def first_difference(self, other: Image, *, report: Report | None = None) -> int | None:
+        """The first byte in which two disks differ, within the shorter one; None if none does."""
+        return cast("int | None", self._perform({"op": "compare"}, other=other, report=report))
+
+    def first_nonzero(self, start: int, end: int) -> int | None:
+        """The first byte of a range that is not zero; None if all are."""
+        return cast("int | None", self._perform({"op": "first-nonzero", "start": start, "end": end}))
+
+    def _open(self) -> Any:
+        if self._handle == ffi.NULL:
+            raise VmbusError("InvalidState", "the image is closed")
+        return self._handle
+
+    def _perform(
+        self, request: dict[str, Any], *, other: Image | None = None, report: Report | None = None
+    ) -> object:
+        return _perform(request, self._open(), ffi.NULL if other is None else other._open(), report=report)
+
+
+def open(
+    path: str,
+    format: Format,
+    *,
+    read_only: bool = False,
+    locks: bool = True,
+    snapshot: str | None = None,
+    guess: bool = False,
+    direct: bool = False,
+) -> Image:
+    """Open an image with the chain that its headers name.
+
+    ``snapshot`` shows the disk as it was then (read-only). ``guess`` looks at backing files whose format
+    is not stated. ``direct`` goes round the host's page cache.
+    """
+    layers = chain(path, format, lock=locks, guess=guess)
+    return Image(layers, read_only=read_only, locks=locks, snapshot=snapshot, direct=direct)
+
+
+def _create_raw(path: str, size: int, preallocation: str) -> None:
+    with contextlib.ExitStack() as stack:
+        fd = _file(stack, path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.ftruncate(fd, size)
+        if preallocation in {"falloc", "full"} and size:
+            os.posix_fallocate(fd, 0, size)
+        if preallocation == "full":
+            zeros = bytes(1 << 20)
+            for start in range(0, size, len(zeros)):
+                os.pwrite(fd, zeros[: size - start], start)
+
+
+def _file(stack: contextlib.ExitStack, path: str, flags: int) -> int:
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _perform(
+    request: dict[str, Any], image: Any = ffi.NULL, other: Any = ffi.NULL, *, report: Report | None = None
+) -> object:
+    text = json.dumps(request).encode()
+    out = ffi.new("char **")
+    progress = ffi.new("uint64_t[3]")
+    ended = Event()
+
+    def watch() -> None:
+        while report is not None and not ended.wait(0.1):
+            report(int(progress[0]), int(progress[1]))
+
+    watcher = Thread(target=watch, daemon=True)
+    if report is not None:
+        watcher.start()
+    try:
+        shared = progress if report is not None else ffi.NULL
+        _call(lib.vmbus_image_call(image, other, text, len(text), shared, out))
+    finally:
+        ended.set()
+        if report is not None:
+            watcher.join()
+    if report is not None:
+        report(1, 1)
+    result = ffi.string(out[0])
+    lib.vmbus_image_free_text(out[0])
+    return cast(object, json.loads(result))
+
+
+def _call(result: int) -> None:
+    if result < 0:
+        error = json.loads(ffi.string(lib.vmbus_error()))
+        kind = error["kind"] if error["kind"] in KINDS else "Internal"
+        raise VmbusError(kind, error["message"], argument=error["argument"])
