@@ -2,9 +2,9 @@
 """``make run``: the main job, on real input, shown step by step.
 
 An ordinary user, in no special group, defines and starts a machine whose disk is that user's own qcow2 file
-(mode 0600, ext4) and whose kernel is Debian's stock kernel. The guest mounts the disk, writes a file,
-powers off. Then the image is checked by qemu-img and the file read back from it. In between, a table shows
-what each process may do.
+(mode 0600, ext4) and whose kernel is Debian's stock kernel. The guest mounts the disk, writes a file, powers
+off. Then the image is checked by qemu-img and the file read back from it. In between, a table shows what
+each process may do.
 
 It runs on this host's KVM when that can run a stock kernel, else in the nested host (tests/lab/nested.py),
 where it does exactly the same. Exit code 0 when all of it went as said.
@@ -13,24 +13,20 @@ where it does exactly the same. Exit code 0 when all of it went as said.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
-import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from tests.lab import capabilities, initramfs, kernels, namespace, processes
 from tests.lab.daemon import NotReady
+from tests.lab.guest import GuestFailed, StockGuest
 from tests.lab.kernels import CHECKOUT
 from tests.lab.nested import NestedHost, NestedHostFailed
 from tests.lab.system import ALICE, SLOW, System
 
 MACHINE: Final = "debian"
-DISK_SIZE: Final = "64M"
 
 GUEST: Final = """\
 echo "guest: kernel $(uname -r), $(grep -c ^processor /proc/cpuinfo) processor(s)"
@@ -41,23 +37,6 @@ umount /mnt
 sleep {linger}
 echo "guest: powering off"
 poweroff -f
-"""
-
-DEFINITION: Final = """\
-name = "{name}"
-memory = "256M"
-vcpus = 1
-
-[kernel]
-path = "{kernel}"
-initrd-path = "{initrd}"
-cmdline = "console=ttyS0 quiet panic=-1"
-
-[[disks]]
-id = "root"
-[[disks.layers]]
-path = "{disk}"
-format = "qcow2"
 """
 
 
@@ -73,11 +52,11 @@ def main() -> int:
     namespace.enter()
     try:
         kernel = kernels.stock("6.12")
-        say(f"Debian's stock kernel {kernel.release} is in {kernel.image.relative_to(CHECKOUT)}")
+        say(f"Debian's stock kernel {kernel.release}, unpacked in {kernel.image.parent}")
         initramfs.base(kernel)
         why = "" if options.here else capabilities.absent("kvm-hardware")
-        return in_nested_host(why) if why else here(kernel)
-    except (WentWrong, NotReady, NestedHostFailed, kernels.KernelUnavailable) as error:
+        return in_nested_host(why) if why else here()
+    except (WentWrong, GuestFailed, NotReady, NestedHostFailed, kernels.KernelUnavailable) as error:
         print(f"make run: {error}", file=sys.stderr)
         return 1
 
@@ -107,100 +86,57 @@ def in_nested_host(why: str) -> int:
     return 1 if done.code is None else done.code
 
 
-def here(kernel: kernels.Kernel) -> int:
+def here() -> int:
     """The job, on this machine's /dev/kvm."""
     if not os.environ.get("VMBUS_LAB"):
         say(f"this host's KVM runs stock kernels; starting the private bus, {since_command()}")
     say("a private system bus (dbus-daemon) with polkitd; vmbus-broker as root; vmbusd as user vmbus")
     with System() as system:
-        say(f"user {ALICE} makes a disk: qcow2, {DISK_SIZE}, ext4, mode 0600, in a directory of its own")
-        disk = make_disk(system)
-        word = secrets.token_hex(8)
-        initrd = initramfs.guest(GUEST.format(word=word, linger=2 * SLOW), kernel=kernel)
-        define(system, kernel, initrd, disk)
-        before = system.counts()
-        run_machine(system)
-        check_image(system, disk, word)
-        say(
-            "the machine has left nothing behind: fds, processes, cgroups, taps, records in the run directory"
-        )
-        after = system.settle(before)
-        if after != before:
-            raise WentWrong(f"left over: {before} before, {after} after")
-        ctl(system, "undefine", MACHINE)
+        try:
+            job(system)
+        except (GuestFailed, WentWrong):
+            for name, text in system.logs().items():
+                print(f"-- log of {name}\n{text[-3000:]}", file=sys.stderr)
+            raise
     say("all as it should be")
     return 0
 
 
-def make_disk(system: System) -> Path:
-    """An image of the user's own, made by the user."""
-    disk = system.files(ALICE) / "disk.qcow2"
-    script = f"""set -e; umask 077
-truncate -s {DISK_SIZE} disk.raw; /sbin/mkfs.ext4 -q disk.raw
-qemu-img convert -f raw -O qcow2 disk.raw {disk}; rm disk.raw; ls -l {disk}"""
-    print(succeed(system.run_as(ALICE, ["sh", "-c", script], timeout=60)), end="")
-    return disk
-
-
-def define(system: System, kernel: kernels.Kernel, initrd: Path, disk: Path) -> None:
-    """vmbusctl define, and what it says."""
-    say(f"{ALICE}: vmbusctl define {MACHINE}.toml (the chain of the disk is looked up as that user)")
-    text = DEFINITION.format(name=MACHINE, kernel=kernel.image, initrd=initrd, disk=disk)
-    succeed(system.run_as(ALICE, ["sh", "-c", f"cat >{MACHINE}.toml"], stdin=text))
-    print(ctl(system, "define", f"{MACHINE}.toml"), end="")
-
-
-def run_machine(system: System) -> None:
-    """Start it, show its console and the table, wait for its end."""
-    say(f"{ALICE}: vmbusctl start {MACHINE}")
-    print(ctl(system, "start", MACHINE), end="")
-    say(f"{ALICE}: vmbusctl console {MACHINE} --read-only")
-    console = system.popen(
-        ALICE,
-        ["vmbusctl", "console", MACHINE, "--read-only"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-    )
-    written = threading.Event()
-    assert console.stdout
-    show = threading.Thread(target=show_console, args=(console.stdout, written), daemon=True)
-    show.start()
-    if not written.wait(60 * SLOW):
-        console.kill()
-        raise WentWrong(f"the guest has not written its file\n{logs(system)}")
-    say("what each process may do, while the machine runs")
-    print(table(system))
-    print(ctl(system, "wait", MACHINE, "--timeout", str(60 * SLOW), timeout=70), end="")
-    console.wait(10 * SLOW)
-    show.join(5)
-    print(ctl(system, "show", MACHINE), end="")
-    shown = json.loads(ctl(system, "show", MACHINE, "--json"))
-    if "guest-poweroff" not in json.dumps(shown):
-        raise WentWrong(f"the machine did not end by powering off: {shown}")
-
-
-def show_console(stream: BinaryIO, written: threading.Event) -> None:
-    """Copy the console to our output."""
-    for line in stream:
-        print("  | " + line.decode(errors="replace").rstrip("\r\n"), flush=True)
-        if b"guest: file written" in line:
-            written.set()
-
-
-def check_image(system: System, disk: Path, word: str) -> None:
-    """qemu-img check, and the file read back without the guest."""
-    say("qemu-img check, and the file read back with debugfs")
-    print(succeed(system.run_as(ALICE, ["qemu-img", "check", str(disk)], timeout=60)), end="")
-    script = f"""qemu-img convert -f qcow2 -O raw {disk} back.raw
-/sbin/debugfs -R 'cat /written-by-the-guest' back.raw"""
-    read = succeed(system.run_as(ALICE, ["sh", "-c", script], timeout=60))
-    print(read, end="")
-    if not read.startswith(f"{word} from "):
-        raise WentWrong(f"the file in the image is not the one that the guest wrote: {read!r}")
+def job(system: System) -> None:
+    """Disk, definition, start, end, check."""
+    word = secrets.token_hex(8)
+    script = GUEST.format(word=word, linger=2 * SLOW)
+    with StockGuest(system, MACHINE, script=script) as guest:
+        say(f"user {ALICE} makes a disk: qcow2, ext4, mode 0600, in a directory that only {ALICE} can enter")
+        print(guest.make_disk(), end="")
+        say(f"{ALICE}: vmbusctl define {MACHINE}.toml (the disk's chain is looked up as that user)")
+        print(guest.define(), end="")
+        before = system.counts()
+        say(f"{ALICE}: vmbusctl start {MACHINE}; its console, from vmbusctl console {MACHINE}:")
+        guest.start(show=lambda line: print(f"  | {line}", flush=True))
+        guest.console.wait_for("guest: file written", 60)
+        say("what each process may do, while the machine runs")
+        print(table(system))
+        ended = guest.wait_stopped()
+        say(f"the machine has ended: state {ended['state']}, reason {ended['reason']}")
+        if ended["reason"] != "guest-poweroff":
+            raise WentWrong("it did not end by powering off")
+        say("qemu-img check, and the file read back with debugfs")
+        print(guest.check_disk(), end="")
+        found = guest.read_back("/written-by-the-guest")
+        print(found, end="")
+        if not found.startswith(f"{word} from "):
+            raise WentWrong("the file in the image is not the one that the guest wrote")
+        say("nothing of it is left: fds, processes, cgroups, taps, records in the run directory")
+        after = system.settle(before)
+        print(after)
+        if after != before:
+            raise WentWrong(f"before the start there were {before}")
+        guest.ctl("undefine", MACHINE)
 
 
 def table(system: System) -> str:
-    """The processes of this system."""
+    """The processes of this system, and what the worker holds open."""
     named = [("dbus-daemon", system.bus.pid), ("polkitd", system.polkitd.pid)]
     named += [("vmbus-broker", system.broker.pid), ("vmbusd", system.service.pid)]
     named += [("vmbus-worker", pid) for pid in sorted(system.workers())]
@@ -208,27 +144,9 @@ def table(system: System) -> str:
     lines = [processes.table(seen)]
     for name, process in seen:
         if name == "vmbus-worker":
-            lines.append(f"fds of {name} {process.pid}:")
+            lines.append(f"open in {name} {process.pid}:")
             lines += [f"  {number:>3} {target}" for number, target in process.fds.items()]
     return "\n".join(lines)
-
-
-def ctl(system: System, *words: str, timeout: float = 60) -> str:
-    """vmbusctl as the user; its output."""
-    return succeed(system.vmbusctl(ALICE, *words, timeout=timeout), logs(system))
-
-
-def logs(system: System) -> str:
-    """All logs in one text."""
-    return "\n".join(f"-- {name}\n{text[-3000:]}" for name, text in system.logs().items())
-
-
-def succeed(done: subprocess.CompletedProcess[str], more: str = "") -> str:
-    """The output of a command that went well."""
-    if done.returncode:
-        words = " ".join(str(word) for word in done.args)
-        raise WentWrong(f"{words}: exit code {done.returncode}\n{done.stdout}{done.stderr}{more}")
-    return done.stdout
 
 
 if __name__ == "__main__":
