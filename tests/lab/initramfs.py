@@ -29,7 +29,9 @@ from tests.lab.kernels import CACHE, Kernel
 
 BUSYBOX: Final = Path("/bin/busybox")
 
-GUEST_MODULES: Final = ("virtio_pci", "virtio_blk", "virtio_rng", "virtio_net", "ext4", "button", "evdev")
+GUEST_MODULES: Final = (
+    *("virtio_pci", "virtio_blk", "virtio_rng", "virtio_net", "crc32c_generic", "ext4", "button", "evdev"),
+)
 
 LOAD: Final = """\
 #!/bin/sh
