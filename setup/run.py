@@ -118,8 +118,8 @@ def job(system: System) -> None:
         say("what each process may do, while the machine runs")
         print(table(system))
         ended = guest.wait_stopped()
-        say(f"the machine has ended: state {ended['state']}, reason {ended['reason']}")
-        if ended["reason"] != "guest-poweroff":
+        say(f"the machine has ended: state {ended['state']}, reason {ended['state-reason']}")
+        if ended["state-reason"] != "guest-poweroff":
             raise WentWrong("it did not end by powering off")
         say("qemu-img check, and the file read back with debugfs")
         print(guest.check_disk(), end="")

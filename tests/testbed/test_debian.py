@@ -65,7 +65,7 @@ def cycle(guest: StockGuest, number: int) -> None:
     guest.console.wait_for("unmounted", 60)
     text = guest.console.text
     ended = guest.wait_stopped()
-    assert (ended["state"], ended["reason"]) == ("stopped", "guest-poweroff")
+    assert (ended["state"], ended["state-reason"]) == ("stopped", "guest-poweroff")
     assert f"processors: {guest.vcpus}\n" in text
     assert "cannot mount" not in text and "DAMAGED" not in text and "FAILED" not in text
     assert text.count(": OK") == number
@@ -133,7 +133,7 @@ def test_debian_goes_on_when_what_serves_it_is_killed(system: System, killed: tu
         guest.ctl("shutdown", name)
         console.wait_for("unmounted", 60)
         ended = guest.wait_stopped()
-        assert (ended["state"], ended["reason"]) == ("stopped", "guest-poweroff")
+        assert (ended["state"], ended["state-reason"]) == ("stopped", "guest-poweroff")
         assert guest.read_back("/log").startswith("end after beat ")
         guest.check_disk()
         guest.ctl("undefine", name)
