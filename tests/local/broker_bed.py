@@ -161,7 +161,15 @@ class Machine:
 class Bed:
     """Directories, users, and the broker."""
 
-    def __init__(self, *, worker: str = "answers", spares: int = 0, cgroup: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        worker: str = "answers",
+        spares: int = 0,
+        cgroup: Path | None = None,
+        import_deadline: float = 60,
+    ) -> None:
+        """``worker``: a KIND of broker_worker.py, or "real"; ``import_deadline``: seconds."""
         self.place = Path(tempfile.mkdtemp(prefix="vmbus-broker-", dir="/var/tmp"))
         self.place.chmod(0o755)
         self.run, self.state = self.place / "run", self.place / "state"
@@ -176,6 +184,11 @@ class Bed:
         self.config = self.place / "broker.toml"
         self.config.write_text(POLICY.replace("@", str(self.place)).replace("UID_FIRST", str(self.uid_first)))
         self._code(worker)
+        if import_deadline != 60:
+            spawn = self.code / "vmbus/broker/spawn.py"
+            text = spawn.read_text()
+            assert "\nIMPORT_DEADLINE = 60.0" in text
+            spawn.write_text(text.replace("IMPORT_DEADLINE = 60.0", f"IMPORT_DEADLINE = {import_deadline}"))
 
     def _users(self) -> None:
         accounts = Path("/etc/passwd").read_text()

@@ -260,6 +260,16 @@ def test_a_worker_that_dies_before_it_has_imported_is_told_of(bed: Bed) -> None:
         assert list((dying.run / "workers").iterdir()) == []
 
 
+def test_a_worker_that_never_says_imported_is_ended(bed: Bed) -> None:
+    with broker(worker="late", import_deadline=1.0) as late:
+        client = late.connect()
+        machine = late.machine(client)
+        client.wait_ended(machine.uuid)
+        assert late.said("its root was not taken away") == 1
+        assert late.worker_pids() == []
+        machine.close()
+
+
 def test_a_worker_that_does_not_accept_holds_nobody_up(bed: Bed) -> None:
     with broker(worker="deaf") as deaf:
         client = deaf.connect()

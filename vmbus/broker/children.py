@@ -144,6 +144,7 @@ def become(uid: int, gids: list[int], capability: int = -1) -> None:
         prctl.cap_permitted.limit(capability)
         prctl.set_caps((capability, prctl.CAP_EFFECTIVE, True))
     prctl.set_no_new_privs(True)
+    prctl.set_dumpable(False)  # whatever fs.suid_dumpable says: nobody traces it
     prctl.set_pdeathsig(signal.SIGKILL)  # the change of uid cleared it
     os.umask(0o077)
 
