@@ -137,12 +137,23 @@ impl Mailbox {
     }
 }
 
+/// Called when an I/O thread ends although nobody told it to: its disks answer no more.
+pub type Trouble = Arc<dyn Fn(String) + Send + Sync>;
+
 /// Closes the mailbox when the thread ends, however it ends.
-struct Closing(Arc<Mailbox>);
+struct Closing {
+    mailbox: Arc<Mailbox>,
+    trouble: Trouble,
+    /// Why it ends; None when it was told to.
+    reason: Option<String>,
+}
 
 impl Drop for Closing {
     fn drop(&mut self) {
-        self.0.lock().take();
+        self.mailbox.lock().take();
+        if let Some(reason) = self.reason.take() {
+            (self.trouble)(reason);
+        }
     }
 }
 
@@ -155,6 +166,7 @@ pub struct IoThread {
 
 impl IoThread {
     /// Starts thread `index` on `ring` (None: plain system calls), to serve these; a port for each comes back.
+    /// `trouble` hears of an end that nobody asked for.
     ///
     /// # Errors
     /// `Unavailable` when the kernel gives no thread or the ring has no room for all files.
@@ -163,6 +175,7 @@ impl IoThread {
         ring: Option<Ring>,
         served: Vec<Served>,
         hook: &ThreadHook,
+        trouble: &Trouble,
     ) -> Result<(IoThread, Vec<Port>)> {
         let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
             .map_err(|e| Error::kernel("eventfd", e))?;
@@ -176,10 +189,14 @@ impl IoThread {
                 device,
             })
             .collect();
-        let closing = Closing(mailbox.clone());
+        let mut closing = Closing {
+            mailbox: mailbox.clone(),
+            trouble: trouble.clone(),
+            reason: None,
+        };
         let (started, start) = channel();
         let thread = spawn(&format!("block-{index}"), Role::Block, hook, move || {
-            let mut server = match Server::new(ring, served, closing.0.clone()) {
+            let mut server = match Server::new(ring, served, closing.mailbox.clone()) {
                 Ok(server) => server,
                 Err(error) => {
                     let _ = started.send(Err(error));
@@ -187,7 +204,12 @@ impl IoThread {
                 }
             };
             let _ = started.send(Ok(()));
+            // Should it panic, this is why.
+            closing.reason = Some(format!("I/O thread {index} panicked"));
             let result = server.run();
+            closing.reason = result.as_ref().err().map(ToString::to_string);
+            // The ring goes first: nobody is told that all is quiet while it is not.
+            drop(server);
             drop(closing);
             result
         })?;

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Image, Ring};
 
-use crate::block::{Counters, IoDevice, IoThread, Port, Served};
+use crate::block::{Counters, IoDevice, IoThread, Port, Served, Trouble};
 use crate::bus::{Bus, BusDevice};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -50,6 +50,8 @@ pub struct Board {
     pub mmio: Arc<Bus>,
     /// How many vCPUs there are.
     pub vcpus: u8,
+    /// Hears of an I/O thread that ended although nobody told it to.
+    pub trouble: Trouble,
 }
 
 /// The devices of a machine.
@@ -106,7 +108,7 @@ pub fn assemble(
     let mut threads: Vec<Arc<dyn Device>> = Vec::new();
     for (index, (ring, share)) in rings.into_iter().zip(shares).enumerate() {
         let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
-        let (thread, ports) = IoThread::start(index, ring, served, hook)?;
+        let (thread, ports) = IoThread::start(index, ring, served, hook, &board.trouble)?;
         threads.push(Arc::new(thread));
         for (endpoint, port) in endpoints.into_iter().zip(ports) {
             functions.push((endpoint.place, endpoint.function(board, &port)?));

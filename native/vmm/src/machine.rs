@@ -23,7 +23,7 @@ use crate::boot::{Boot, BootFile};
 use crate::config::{Config, Files};
 use crate::control::{Control, VcpuThreads};
 use crate::cpu::entry::Entry;
-use crate::cpu::gate::{self, Gate};
+use crate::cpu::gate::{self, Cause, Gate};
 use crate::cpu::model;
 use crate::cpu::reset::ResetState;
 use crate::cpu::run::Vcpu;
@@ -95,6 +95,10 @@ impl Machine {
             memory: Arc::clone(&vm.memory),
             mmio: Arc::clone(&vm.mmio),
             vcpus: config.vcpus,
+            trouble: {
+                let gate = Arc::clone(&gate);
+                Arc::new(move |detail| gate.raise(Cause::IoError(detail)))
+            },
         };
         let devices = devices::assemble(&board, disks, config.rng, rings, &hook)?;
         let legacy = Legacy {

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -32,6 +32,8 @@ pub struct Rig {
     pub memory: Arc<GuestMemoryMmap>,
     pub devices: Devices,
     pub file: File,
+    /// What was heard of I/O threads that ended.
+    pub trouble: Arc<Mutex<Vec<String>>>,
 }
 
 impl Rig {
@@ -39,11 +41,14 @@ impl Rig {
     pub fn new(ring: Option<Ring>) -> Rig {
         let wiring = Arc::new(FakeWiring::default());
         let file = nameless_file();
+        let trouble = Arc::new(Mutex::new(Vec::new()));
+        let heard = trouble.clone();
         let board = Board {
             wiring: wiring.clone(),
             memory: memory(),
             mmio: Arc::new(Bus::new()),
             vcpus: 2,
+            trouble: Arc::new(move |reason| heard.lock().unwrap().push(reason)),
         };
         let disks = vec![
             disk("root", file.try_clone().unwrap(), false),
@@ -57,6 +62,7 @@ impl Rig {
             memory: board.memory,
             devices,
             file,
+            trouble,
         }
     }
 
@@ -86,7 +92,7 @@ impl Drop for Rig {
     fn drop(&mut self) {
         for device in &self.devices.list {
             let stopped = device.pause().and_then(|()| device.stop());
-            if !std::thread::panicking() {
+            if !std::thread::panicking() && self.trouble.lock().unwrap().is_empty() {
                 stopped.unwrap();
             }
         }

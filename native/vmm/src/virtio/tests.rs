@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Devices as a guest's driver meets them: found on the bus, negotiated with, used, moved, broken and reset.
 
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -59,7 +60,7 @@ fn a_disk_is_written_flushed_and_read_by_system_calls() {
 fn a_disk_is_written_flushed_and_read_by_io_uring() {
     match Ring::new(64, 8) {
         Ok(ring) => round_trip(&Rig::new(Some(ring))),
-        Err(error) => eprintln!("skipped: no io_uring here ({error})"),
+        Err(error) => eprintln!("absent: io_uring ({error})"),
     }
 }
 
@@ -320,4 +321,68 @@ fn one_descriptor_offered_over_and_over_ends() {
     guest.ring_and_wait(8);
     assert_eq!(guest.status(), 15);
     assert_eq!(rig.device("disk/root").stats()["reads"], 8);
+}
+
+#[test]
+fn an_io_thread_whose_ring_fails_is_heard_of_and_nobody_waits_for_it() {
+    let ring = match Ring::new(64, 8) {
+        Ok(ring) => ring,
+        Err(error) => return eprintln!("absent: io_uring ({error})"),
+    };
+    let fd = ring.fd();
+    let rig = Rig::new(Some(ring));
+    let mut guest = Guest::probe(&rig, Place::disk(0));
+    guest.start(ALL_FEATURES, rings(RINGS, 8));
+    // The ring's number now names something that is none.
+    let null = std::fs::File::open("/dev/null").unwrap();
+    // SAFETY: both are fds; the ring's own stays open, as /dev/null.
+    let renamed = unsafe { libc::dup2(null.as_raw_fd(), fd) };
+    assert_eq!(renamed, fd);
+    guest.offer(IN, 0, 0, 512);
+    assert!(rig.wiring.ring(guest.doorbell()));
+    until("the trouble", || !rig.trouble.lock().unwrap().is_empty());
+    assert!(rig.device("disk/root").pause().is_err());
+    assert!(rig.device("io/0").stop().is_err());
+    guest.put(20, 0, 1);
+    assert_eq!(guest.status(), 0);
+}
+
+/// Part of the machine type: a change here is a new version of it.
+#[test]
+fn features_and_limits_are_the_machine_types() {
+    let rig = Rig::new(None);
+    for (place, features, queues, size) in [
+        (Place::disk(0), 0x1_3000_7646, 2, 256),
+        (Place::disk(1), 0x1_3000_1666, 2, 256),
+        (Place::RNG, 0x1_3000_0000u64, 1, 64),
+    ] {
+        let mut guest = Guest::probe(&rig, place);
+        guest.start(ALL_FEATURES, rings(RINGS, 8));
+        assert_eq!(guest.features, features, "{place:?}");
+        assert_eq!(guest.get(18, 2), queues);
+        guest.put(20, 0, 1);
+        assert_eq!(guest.get(24, 2), size);
+    }
+    let device = Guest::probe(&rig, Place::disk(0)).bar + 0x2000;
+    let config: Vec<u32> = (0..15)
+        .map(|word| rig.read(device + 4 * word, 4) as u32)
+        .collect();
+    let expected = [
+        2048,
+        0,
+        1 << 20,
+        254,
+        0,
+        512,
+        0x0008_0003,
+        0,
+        0x0002_0001,
+        1 << 22,
+        1,
+        128,
+        1 << 22,
+        1,
+        1,
+    ];
+    assert_eq!(config, expected);
 }
