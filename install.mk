@@ -15,6 +15,7 @@ INSTALL_PYTHON ?= /usr/bin/python3
 INSTALL_LIB = $(DESTDIR)/usr/lib/vmbus
 INSTALL_ENV = $(INSTALL_LIB)/env
 INSTALL_UNITS = vmbus-broker.service vmbusd.service vmbus-machines.service vmbus-shutdown.service
+INSTALL_PROGRAMS = vmbusd vmbus-broker vmbusctl vmbus-img
 INSTALL_WHEELS = build/wheels
 INSTALL_MAN1 = $(wildcard man/*.1)
 INSTALL_MAN5 = $(wildcard man/*.5)
@@ -41,10 +42,12 @@ install-programs: wheel
 	rm -rf $(INSTALL_ENV)
 	$(INSTALL) -d $(INSTALL_LIB) $(DESTDIR)/usr/bin
 	$(INSTALL_PYTHON) -m venv --without-pip $(INSTALL_ENV)
-	.venv/bin/python -m pip --python $(INSTALL_ENV)/bin/python install --quiet --no-compile --no-warn-script-location $(INSTALL_WHEELS)/*.whl
+	.venv/bin/python -m pip --python $(INSTALL_ENV)/bin/python install --quiet --no-compile --no-warn-script-location \
+	    "$$(echo $(INSTALL_WHEELS)/*.whl)[fast]"
 	# Scripts name the interpreter where it will be, not where it was staged.
-	sed -i '1s|^#!.*|#!/usr/lib/vmbus/env/bin/python -I|' $(addprefix $(INSTALL_ENV)/bin/,vmbusd vmbus-broker vmbusctl vmbus-img)
-	rm -f $(INSTALL_ENV)/bin/activate* $(INSTALL_ENV)/bin/Activate.ps1
+	sed -i '1s|^#!.*|#!/usr/lib/vmbus/env/bin/python -I|' $(addprefix $(INSTALL_ENV)/bin/,$(INSTALL_PROGRAMS))
+	# The programs of the libraries are not ours to offer.
+	cd $(INSTALL_ENV)/bin && find . -type f $(foreach n,$(INSTALL_PROGRAMS),! -name $(n)) -delete
 	$(INSTALL_PYTHON) -m compileall -q --invalidation-mode unchecked-hash -s "$(DESTDIR)" $(INSTALL_ENV)/lib
 	ln -sf ../lib/vmbus/env/bin/vmbusctl $(DESTDIR)/usr/bin/vmbusctl
 	ln -sf ../lib/vmbus/env/bin/vmbus-img $(DESTDIR)/usr/bin/vmbus-img

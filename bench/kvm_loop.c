@@ -84,7 +84,7 @@ static uint32_t pm_timer(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (now.tv_sec * 3579545ull + now.tv_nsec * 3579545ull / 1000000000) & 0xffffff;
+    return now.tv_sec * 3579545ull + now.tv_nsec * 3579545ull / 1000000000;
 }
 
 int main(int argc, char **argv)

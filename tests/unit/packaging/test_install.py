@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make install` puts the files where an administrator's system looks for them, and `make uninstall` undoes it."""
+"""`make install` puts files where a system looks for them, and `make uninstall` undoes it."""
 
 from __future__ import annotations
 
