@@ -2,9 +2,9 @@
 //! Runs one machine with its console on stdin and stdout, for tests, benchmarks and curiosity.
 //!
 //!     boot --kernel K [--initrd I] [--cmdline C] [--disk FILE:FORMAT]… [--memory MiB] [--vcpus N] [--cpu MODEL]
-//!          [--on-reset restart|end] [--button MS] [--time-limit S]
+//!          [--on-reset restart|end] [--button-on TEXT] [--time-limit S]
 //!
-//! Nothing is confined here. `--button` presses the power button after so many milliseconds, SIGINT and
+//! Nothing is confined here. `--button-on` presses the power button once the guest has printed TEXT; SIGINT and
 //! SIGTERM stop the machine in order. Events go to stderr. Exit code: 0 when the guest powered off or was stopped, 3 for any
 //! other end, 2 for a machine that could not be built, 1 for a wrong command line, 4 when the time ran out.
 
@@ -22,10 +22,11 @@ use vmbus_vmm::thread::unconfined;
 use vmbus_vmm::{Config, EndReason, Event, Machine, Request};
 
 static STOP: AtomicBool = AtomicBool::new(false);
+static BUTTON: AtomicBool = AtomicBool::new(false);
 
 struct Arguments {
     config: Value,
-    button: Option<Duration>,
+    button_on: Option<String>,
     time_limit: Option<Duration>,
 }
 
@@ -46,10 +47,10 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let output = connect_console(ours);
+    let output = connect_console(ours, arguments.button_on);
     stop_on_signals();
     machine.request(1, Request::Run);
-    let code = follow(&machine, arguments.button, arguments.time_limit);
+    let code = follow(&machine, arguments.time_limit);
     drop(machine);
     // The machine's end of the console is closed: what it wrote last is on its way.
     let _ = output.join();
@@ -62,7 +63,7 @@ fn parse(console_fd: RawFd) -> Result<Arguments, String> {
         "memory": 256u64 << 20, "cpu_model": "host", "console_fd": console_fd, "rng": true,
         "kvm_fd": open("/dev/kvm", true)?, "kernel": {}, "disks": [],
     });
-    let (mut button, mut time_limit) = (None, None);
+    let (mut button_on, mut time_limit) = (None, None);
     let mut words = std::env::args().skip(1);
     while let Some(name) = words.next() {
         let value = words.next().ok_or(format!("{name} needs a value"))?;
@@ -79,7 +80,7 @@ fn parse(console_fd: RawFd) -> Result<Arguments, String> {
             "--vcpus" => config["vcpus"] = number()?.into(),
             "--cpu" => config["cpu_model"] = value.into(),
             "--on-reset" => config["on_reset"] = value.into(),
-            "--button" => button = Some(Duration::from_millis(number()?)),
+            "--button-on" => button_on = Some(value),
             "--time-limit" => time_limit = Some(Duration::from_secs(number()?)),
             "--disk" => {
                 let disks = config["disks"].as_array_mut().expect("an array");
@@ -93,7 +94,7 @@ fn parse(console_fd: RawFd) -> Result<Arguments, String> {
     }
     Ok(Arguments {
         config,
-        button,
+        button_on,
         time_limit,
     })
 }
@@ -121,7 +122,7 @@ fn open(path: &str, write: bool) -> Result<RawFd, String> {
 }
 
 /// Two threads copy bytes; the one that writes to stdout ends with the machine.
-fn connect_console(ours: UnixStream) -> std::thread::JoinHandle<()> {
+fn connect_console(ours: UnixStream, button_on: Option<String>) -> std::thread::JoinHandle<()> {
     let mut input = ours.try_clone().expect("dup");
     std::thread::spawn(move || {
         let mut bytes = [0; 4096];
@@ -134,7 +135,15 @@ fn connect_console(ours: UnixStream) -> std::thread::JoinHandle<()> {
     let mut output = ours;
     std::thread::spawn(move || {
         let mut bytes = [0; 4096];
+        let mut awaited = button_on.map(|text| (text, String::new()));
         while let Ok(len @ 1..) = output.read(&mut bytes) {
+            if let Some((text, printed)) = &mut awaited {
+                printed.push_str(&String::from_utf8_lossy(&bytes[..len]));
+                if printed.contains(text.as_str()) {
+                    BUTTON.store(true, Ordering::SeqCst);
+                    awaited = None;
+                }
+            }
             let mut stdout = io::stdout().lock();
             if stdout
                 .write_all(&bytes[..len])
@@ -163,9 +172,8 @@ fn stop_on_signals() {
 }
 
 /// Until the machine has ended.
-fn follow(machine: &Machine, button: Option<Duration>, limit: Option<Duration>) -> ExitCode {
+fn follow(machine: &Machine, limit: Option<Duration>) -> ExitCode {
     let begin = Instant::now();
-    let mut button = button;
     loop {
         let mut poll = libc::pollfd {
             fd: machine.event_fd(),
@@ -187,8 +195,7 @@ fn follow(machine: &Machine, button: Option<Duration>, limit: Option<Duration>) 
                 event => eprintln!("boot: {event:?}"),
             }
         }
-        if button.is_some_and(|after| begin.elapsed() >= after) {
-            button = None;
+        if BUTTON.swap(false, Ordering::SeqCst) {
             machine.request(2, Request::PowerButton);
         }
         if STOP.swap(false, Ordering::SeqCst) {

@@ -131,10 +131,10 @@ pub const KVM_6_1: [Flag; 11] = [
     kvm("kvmclock_stable", 24),
 ];
 
-/// x86-64-v1 (System V ABI, AMD64 supplement, 3.1.1), and what every 64-bit system expects beside it.
-pub const LEVEL_1: [Flag; 27] = [
+/// x86-64-v1 (System V ABI, AMD64 supplement, 3.1.1), and what every 64-bit system expects beside it. No VME:
+/// emulated processors lack it, and nobody runs virtual 8086 mode.
+pub const LEVEL_1: [Flag; 26] = [
     basic("fpu", 0),
-    basic("vme", 1),
     basic("de", 2),
     basic("pse", 3),
     basic("tsc", 4),
