@@ -12,6 +12,7 @@
 //! reset is stale and forgotten. Besides, this thread moves the console's bytes.
 
 use std::os::fd::RawFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -26,7 +27,7 @@ use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request};
 use crate::platform::Platform;
-use crate::thread::{self, Role, ThreadHook};
+use crate::thread::{self, panic_message, Role, ThreadHook};
 
 const INBOX: u64 = 0;
 const CONSOLE: u64 = 1;
@@ -120,8 +121,11 @@ impl Control {
 
     /// Until the machine is dropped.
     pub(crate) fn run(mut self) {
-        if let Err(error) = self.serve() {
-            self.end(EndReason::Error, error.to_string());
+        // A bug ends the machine and says so, rather than leave everybody waiting.
+        match catch_unwind(AssertUnwindSafe(|| self.serve())) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => self.end(EndReason::Error, error.to_string()),
+            Err(panic) => self.end(EndReason::Error, panic_message(panic.as_ref())),
         }
         self.end(EndReason::Stopped, String::new());
     }
@@ -170,10 +174,16 @@ impl Control {
                 self.enter(Running);
             }
             (Pause, Running) => {
-                self.stand_still()?;
+                if let Err(error) = self.stand_still() {
+                    self.let_go();
+                    return Err(error);
+                }
                 self.enter(Paused);
             }
-            (Resume, Paused) => self.go_on(),
+            (Resume, Paused) => {
+                self.let_go();
+                self.enter(Running);
+            }
             (PowerButton, Running | Paused) => self.platform.pm.press_power_button(),
             (Reset, Running | Paused) => self.reset_or_end(),
             (Stop, Built | Running | Paused) => self.end(EndReason::Stopped, String::new()),
@@ -223,12 +233,11 @@ impl Control {
         self.devices.iter().try_for_each(|device| device.pause())
     }
 
-    fn go_on(&mut self) {
+    fn let_go(&self) {
         for device in &self.devices {
             device.resume();
         }
         self.gate.run();
-        self.enter(State::Running);
     }
 
     fn reset_or_end(&mut self) {
@@ -238,10 +247,7 @@ impl Control {
                 self.resets = self.resets.saturating_add(1);
                 self.tell(Event::Reset);
                 if !was_paused {
-                    for device in &self.devices {
-                        device.resume();
-                    }
-                    self.gate.run();
+                    self.let_go();
                 }
             }
             Err(error) => self.end(EndReason::Error, format!("the reset failed: {error}")),

@@ -68,15 +68,14 @@ fn region(
                 .map_err(|e| Error::kernel("dup of memory_fd", e))?;
             (Some(FileOffset::new(file, offset)), libc::MAP_SHARED)
         }
-        None => (None, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS),
+        // What the guest never touches costs nothing.
+        None => (
+            None,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        ),
     };
-    let mapping = MmapRegion::build(
-        source,
-        size,
-        libc::PROT_READ | libc::PROT_WRITE,
-        flags | libc::MAP_NORESERVE,
-    )
-    .map_err(|e| Error::kernel("mmap of the guest's memory", e))?;
+    let mapping = MmapRegion::build(source, size, libc::PROT_READ | libc::PROT_WRITE, flags)
+        .map_err(|e| Error::kernel("mmap of the guest's memory", e))?;
     advise(&mapping, libc::MADV_DONTFORK)?;
     advise(&mapping, libc::MADV_DONTDUMP)?;
     if kind == MemoryKind::Mergeable {

@@ -5,6 +5,7 @@
 //! every thread of the core calls it first, with its role. In a worker it installs the role's seccomp
 //! filter; in a test or an example it does nothing.
 
+use std::any::Any;
 use std::sync::{mpsc, Arc};
 use std::thread::JoinHandle;
 
@@ -46,4 +47,14 @@ pub fn spawn<T: Send + 'static>(
         .recv()
         .unwrap_or_else(|_| Err(Error::internal("a thread ended before it began")))?;
     Ok(thread)
+}
+
+/// What a panic said, for the detail of an end.
+pub fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let words = panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_default();
+    format!("a bug of the core's: {words}")
 }

@@ -7,7 +7,7 @@
 
 use kvm_bindings::{
     kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, Msrs, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave, Msrs, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -33,6 +33,8 @@ pub struct ResetState {
     regs: kvm_regs,
     sregs: kvm_sregs,
     fpu: kvm_fpu,
+    /// All vector state; it includes what `fpu` has. None on a host without XSAVE.
+    xsave: Option<Box<kvm_xsave>>,
     xcrs: Option<kvm_xcrs>,
     debug: Option<kvm_debugregs>,
     lapic: kvm_lapic_state,
@@ -53,6 +55,7 @@ impl ResetState {
             regs: vcpu.get_regs().map_err(kernel("KVM_GET_REGS"))?,
             sregs: vcpu.get_sregs().map_err(kernel("KVM_GET_SREGS"))?,
             fpu: vcpu.get_fpu().map_err(kernel("KVM_GET_FPU"))?,
+            xsave: vcpu.get_xsave().ok().map(Box::new),
             // Without XSAVE in its CPUID a vCPU has no XCR0, without guest debugging KVM may have no DRs.
             xcrs: vcpu.get_xcrs().ok(),
             debug: vcpu.get_debug_regs().ok(),
@@ -85,6 +88,11 @@ impl ResetState {
         vcpu.set_sregs(&sregs).map_err(kernel("KVM_SET_SREGS"))?;
         vcpu.set_regs(&regs).map_err(kernel("KVM_SET_REGS"))?;
         vcpu.set_fpu(&self.fpu).map_err(kernel("KVM_SET_FPU"))?;
+        if let Some(xsave) = &self.xsave {
+            // SAFETY: KVM reads more than the 4096 bytes of this structure only in a process that has asked for
+            // AMX (arch_prctl), which this one never does.
+            unsafe { vcpu.set_xsave(xsave) }.map_err(kernel("KVM_SET_XSAVE"))?;
+        }
         if let Some(xcrs) = &self.xcrs {
             vcpu.set_xcrs(xcrs).map_err(kernel("KVM_SET_XCRS"))?;
         }

@@ -5,6 +5,7 @@
 //! does not already say: orders arrive as EINTR (see `gate.rs`). An exit that means the end is raised at the
 //! gate; the thread then waits there for orders like any other.
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -18,6 +19,7 @@ use crate::bus::Bus;
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{Cause, Gate, Order};
 use crate::cpu::reset::ResetState;
+use crate::thread::panic_message;
 
 /// What one vCPU did since it was made. Written by its own thread only.
 #[derive(Default)]
@@ -72,7 +74,13 @@ impl Vcpu {
             // SAFETY: as above; the byte is only ever accessed atomically or by the kernel.
             unsafe { (*immediate_exit.cast::<AtomicU8>()).store(0, Ordering::SeqCst) };
             match gate.wait(&mut epoch) {
-                Order::Run => self.run_guest(),
+                Order::Run => {
+                    // A bug in a device's register ends the machine, not the process, and not this
+                    // thread, for which others wait at the gate.
+                    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.run_guest())) {
+                        gate.raise(Cause::Error(panic_message(panic.as_ref())));
+                    }
+                }
                 Order::Reset => gate.has_reset(self.restore()),
                 Order::Stand => {}
                 Order::End => return self,
