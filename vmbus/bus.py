@@ -8,8 +8,6 @@ tracebacks. What this adds to the libraries:
 
 * **Sends that wait.** Both treat a full socket as the end of the connection; ``_PatientSocket`` says
   "nothing sent" instead, and keeps the fds for the next try.
-* **Flags are not an enumeration.** D-Bus says that unknown flags are ignored; both libraries would drop the
-  connection, so that any client could end any service. Unknown bits are kept.
 * **fds belong to somebody.** Every fd of an incoming message is in its ``Call`` or its ``Answer``, whose
   receiver settles it, or goes to ``discard``; nothing stays behind in the library.
 
@@ -22,7 +20,6 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
-import enum
 import importlib
 import logging
 import os
@@ -55,7 +52,6 @@ def _library() -> tuple[str, Any, Any]:
 
 
 LIBRARY, _lib, _aio = _library()
-_lib.MessageFlag._boundary_ = enum.KEEP
 Variant: Final[Any] = _lib.Variant
 _Message: Final[Any] = _lib.Message
 _CALL, _RETURN = _lib.MessageType.METHOD_CALL, _lib.MessageType.METHOD_RETURN
