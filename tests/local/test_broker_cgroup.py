@@ -78,6 +78,9 @@ def test_after_a_restart_the_cgroup_of_a_dead_worker_is_removed(base: Path) -> N
         os.kill(machine.pid, 9)
         wait_until(lambda: machine.pid not in bed.worker_pids())
         assert list(base.glob("worker-*"))
+        (base / f"worker-{bed.uid_first + 9}").mkdir()  # of a start that was cut short
+        other = base / f"worker-{bed.uid_first - 1}"  # another instance's
+        other.mkdir()
         bed.start()
-        wait_until(lambda: not list(base.glob("worker-*")))
+        wait_until(lambda: list(base.glob("worker-*")) == [other])
         machine.close()

@@ -173,7 +173,7 @@ def test_a_flood_of_requests_is_answered_or_ends_the_flooder(bed: Bed) -> None:
 
 def test_many_users_cannot_fill_it_with_children(bed: Bed) -> None:
     client = bed.connect()
-    numbers = [client.post(wire.Own, uuid=new_uuid(), uid=70_000 + n) for n in range(300)]
+    numbers = [client.post(wire.Own, uuid=new_uuid(), uid=70_000 + n) for n in range(150)]
     for number in numbers:
         assert client.reply(number)[0].error == "NotFound"
     assert bed.process is not None

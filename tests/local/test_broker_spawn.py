@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,33 @@ def test_killing_it_leaves_nothing(bed: Bed) -> None:
     assert client.ask(wire.Workers).workers == []
     assert client.ask(wire.Disown, uuid=machine.uuid).error is None
     assert not (bed.state / "owners" / machine.uuid).exists()
+    client.close()
+
+
+def test_without_kvm_nothing_is_started_and_nothing_left(bed: Bed) -> None:
+    client = bed.connect()
+    name = new_uuid()
+    client.ask(wire.Own, uuid=name, uid=ALICE)
+    assert bed.process is not None
+    fds = Path(f"/proc/{bed.process.pid}/fd")
+    inside = ["nsenter", f"--mount=/proc/{bed.process.pid}/ns/mnt", "sh", "-c"]
+    cover = f"mount --bind {bed.config} /dev/kvm && mount -o remount,ro,bind /dev/kvm"
+    subprocess.run([*inside, cover], check=True)
+    time.sleep(0.2)
+    before = len(os.listdir(fds))
+    try:
+        reply = client.ask(wire.Spawn, uuid=name, memory=MIB, vcpus=1)
+        assert reply.error == "Unavailable"
+        assert "/dev/kvm" in reply.message
+        assert client.ask(wire.Workers).workers == []
+        wait_until(lambda: len(os.listdir(fds)) == before)
+        assert list((bed.run / "workers").iterdir()) == []
+    finally:
+        subprocess.run([*inside, "umount /dev/kvm"], check=True)
+    machine = bed.machine(client, name=name)
+    client.ask(wire.Kill, uuid=name)
+    client.wait_ended(name)
+    machine.close()
     client.close()
 
 

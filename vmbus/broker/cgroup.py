@@ -16,16 +16,16 @@ _ADDRESS_SPACE_VCPU = 128 << 20  # a thread's stack and its malloc arena
 _WEIGHT_MOST = 10000
 
 
-def delegated(base: Path) -> str:
-    """Enable the controllers in ``base``; "" if it can be used, else what is missing, as a sentence."""
-    without = "machines are limited by rlimits only"
+def delegated(base: Path) -> list[str]:
+    """Enable the controllers in ``base``; [] if it can be used, else a sentence that says what is missing."""
     try:
         present = {"memory", "pids", "cpu", "io"} & set((base / "cgroup.controllers").read_text().split())
         for name in sorted(present):
             (base / "cgroup.subtree_control").write_text(f"+{name}")
+        why = "" if {"memory", "pids"} <= present else "lacks the memory or pids controller"
     except OSError as error:
-        return f"{base} is not a delegated cgroup v2 ({error.strerror}): {without}"
-    return "" if {"memory", "pids"} <= present else f"{base} lacks the memory or pids controller: {without}"
+        why = f"is not a delegated cgroup v2 ({error.strerror})"
+    return [f"{base} {why}: machines are limited by rlimits only"] if why else []
 
 
 class WorkerCgroup:

@@ -62,7 +62,7 @@ def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
     listener = service.listen(run / "broker", user.pw_gid)
     fleet.ended = service.Service(loop, listener, user.pw_uid, operations).tell
     loop.on_signals({signal.SIGTERM: loop.stop, signal.SIGINT: loop.stop, signal.SIGHUP: operations.reload})
-    log(fleet.note or f"machines have cgroups in {options.cgroup}")
+    log("; ".join([f"instance {options.instance}", *fleet.notes]))
     log("ready")
     if address := os.environ.get("NOTIFY_SOCKET", ""):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

@@ -57,19 +57,16 @@ class Requests:
             ours = VmbusError("Internal", f"the broker failed ({type(error).__name__}); its log says how")
             named = error if isinstance(error, VmbusError) else ours
             log(f"{what}: {named.kind}: {error}")
-            reply = wire.Reply(
-                id=request.id, error=named.kind, message=named.message, argument=named.argument
-            )
+            kind, message = named.kind, named.message
+            reply = wire.Reply(id=request.id, error=kind, message=message, argument=named.argument)
         return reply, fds
 
     def do_hello(self, request: wire.Hello) -> Answer:
         if wire.VERSION not in request.versions:
             message = f"this broker speaks version {wire.VERSION} only; install service and broker together"
             raise VmbusError("NotSupported", message, argument="versions")
-        notes = [self._workers.note] if self._workers.note else []
-        return wire.Reply(
-            id=request.id, version=wire.VERSION, instance=self._workers.instance, notes=notes
-        ), []
+        name, notes = self._workers.instance, self._workers.notes
+        return wire.Reply(id=request.id, version=wire.VERSION, instance=name, notes=notes), []
 
     def do_own(self, request: wire.Own) -> Task[Answer]:
         yield from self._owners.own(request.uuid, request.uid)

@@ -41,12 +41,6 @@ _NAMESPACES |= syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
 _LISTEN, _STATUS, _KVM = 3, 4, 5  # the worker's descriptors, beside 0 (the startup line), 1 and 2 (its log)
 
 
-class Started(msgspec.Struct, frozen=True):
-    """The stager's report: pid 1 of the new pid namespace, as the broker sees it."""
-
-    pid: int
-
-
 class Plan(msgspec.Struct, frozen=True):
     """What one worker is made of."""
 
@@ -111,7 +105,7 @@ class WorkerDirectory:
 
 
 def stage(plan: Plan, channel: Channel) -> None:
-    """The stager's whole work; kept: listening socket, /dev/kvm, the log. Reports ``Started``."""
+    """The stager's whole work; kept: listening socket, /dev/kvm, the log. Reports the worker's pid."""
     listener, kvm, log = channel.fds
     proc = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
     group = os.open(f"{plan.cgroup}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) if plan.cgroup else -1
@@ -131,7 +125,7 @@ def stage(plan: Plan, channel: Channel) -> None:
         reason = os.read(doomed_read, 4096)
         if reason:
             raise VmbusError("Internal", f"the worker cannot be executed: {reason.decode(errors='replace')}")
-        channel.report(Started(pid))
+        channel.report(pid)
         if channel.socket.recv(16) != b"go":
             raise VmbusError("Disconnected", "the broker went away")
         prctl.set_pdeathsig(0)  # recorded: from here on neither needs the broker

@@ -59,7 +59,7 @@ class Worker:
         self.killed = 0  # the timer since then
         self.ended = False
         self.taps = 0
-        self.stager: children.Child[spawn.Started] | None = None
+        self.stager: children.Child[int] | None = None
 
     def save(self, **changes: int) -> None:
         """Write the record, with ``changes``, atomically."""
@@ -90,8 +90,8 @@ class Workers:
         self.rules, self.instance, self._uids = rules, instance, pool
         self._crew, self._loop = rules.crew, rules.crew.loop
         self._directory, self._place = run / "workers", run / "root"
-        self.note = cgroup.delegated(base)
-        self._base = None if self.note else base
+        self.notes = cgroup.delegated(base)
+        self._base = None if self.notes else base
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._spares: list[Worker] = []
         self._wanted_spares = 0
@@ -160,9 +160,9 @@ class Workers:
         uid = self._uids.take()
         directory = spawn.WorkerDirectory(self._directory / name)
         made: list[steps.Step] = [directory]
-        if self._base is not None:
-            made.append(cgroup.WorkerCgroup(self._base / f"worker-{uid}"))
         group = str(self._base / f"worker-{uid}") if self._base is not None else ""
+        if group:
+            made.append(cgroup.WorkerCgroup(Path(group)))
         limits = cgroup.limits(0 if group else whole, wanted.vcpus)
         index = uid - self._uids.range.start  # two categories make a label its own
         label = self.rules.survey.label.format(index % 512, 512 + index // 512)
@@ -176,8 +176,8 @@ class Workers:
             steps.log(f"spawn {name}: {'; '.join(step.describe() for step in made)}; {plan.describe()}")
             kept = [directory.listener.fileno(), fds[1], words_write]
             stage = functools.partial(spawn.stage, plan)
-            child = children.Child(self._loop, stage, spawn.Started, kept, spawn.IMPORT_DEADLINE)
-            pid = (yield from child.reported).pid
+            child = children.Child(self._loop, stage, int, kept, spawn.IMPORT_DEADLINE)
+            pid = yield from child.reported
             process = {"pid": pid, "start_time": spawn.start_time(pid), "boot_id": self._boot}
             record = msgspec.structs.replace(wanted, worker_uid=uid, cgroup=group, **process)
             worker = Worker(name, record, directory)
@@ -197,7 +197,7 @@ class Workers:
         child.socket.send(b"go")
         return worker
 
-    def _staged(self, worker: Worker, child: children.Child[spawn.Started]) -> None:
+    def _staged(self, worker: Worker, child: children.Child[int]) -> None:
         if child.gone.result() != 0 and not worker.ended:
             steps.log(f"worker {worker.name}: its root was not taken away; ending it")
             self.kill(worker)
@@ -308,6 +308,7 @@ class Workers:
 
     def adopt(self, spares: int) -> Task[None]:
         """Find the workers of before and remove what nobody owns, of this instance; keep ``spares``."""
+        held = set()
         for path in sorted(self._directory.iterdir()):
             directory = spawn.WorkerDirectory(path)
             directory.listener.close()
@@ -317,18 +318,22 @@ class Workers:
                 record = Record(-1)
             worker = self._found(path.name, record, directory)
             if worker is None:
-                steps.log(f"worker {path.name}: gone; removing {directory.describe()} {record.cgroup}")
-                groups = [cgroup.WorkerCgroup(Path(record.cgroup))] if record.cgroup else []
-                steps.take_back([directory, *groups])
+                steps.log(f"worker {path.name}: gone; removing {directory.describe()}")
+                steps.take_back([directory])
                 continue
             steps.log(f"worker {worker.name}: adopted, pid {record.pid}, uid {record.worker_uid}")
             self._uids.hold(record.worker_uid)
+            held.add(record.cgroup)
             self._loop.watch(worker.pidfd, functools.partial(self._died, worker))
             if record.owner < 0:
                 self.kill(worker)  # a spare one; its age is not known
             else:
                 worker.taps = 1  # it may have some
                 self._live[worker.name] = worker
+        for path in self._base.glob("worker-*") if self._base else ():
+            uid = path.name.removeprefix("worker-")
+            if uid.isdigit() and int(uid) in self._uids.range and str(path) not in held:
+                steps.take_back([cgroup.WorkerCgroup(path)])  # of a start that was cut short
         keep = [self.mark(worker) for worker in self._live.values()]
         yield from self._crew.run(0, functools.partial(tap.sweep, keep, [f"vmbus:{self.instance}:"]), int, [])
         self._wanted_spares = spares
