@@ -361,15 +361,21 @@ class Lifecycle:
             self._spin(self._reconnect(machine))
 
     async def _reconnect(self, machine: Machine) -> None:
+        """Until it is reached, or its end is known. The end may come in a pause, and the next start after it:
+        that has its own connection, which another one would replace."""
         attempt = 0
-        while not machine.gone.is_set() and not (machine.worker and machine.worker.open):
+        while self._to_be_reached(machine):
             await asyncio.sleep(RECONNECT[min(attempt, len(RECONNECT) - 1)])
             attempt += 1
-            if self._broker.connected and not machine.gone.is_set():
+            if self._broker.connected and self._to_be_reached(machine):
                 try:
                     await self._take_up(machine)
                 except VmbusError as error:
                     log.info("%s is not reached: %s", machine.uuid, error)
+
+    def _to_be_reached(self, machine: Machine) -> bool:
+        connected = machine.worker is not None and machine.worker.open
+        return not (machine.gone.is_set() or connected or _being_started(machine))
 
     def ended(self, message: broker_wire.Ended) -> None:
         """The broker's word that a worker has ended, or is stuck."""
