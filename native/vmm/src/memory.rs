@@ -210,6 +210,37 @@ mod tests {
         assert_eq!(seen, [0x34, 0x12]);
     }
 
+    /// The flags of the mapping at an address, as /proc/self/smaps has them.
+    fn flags(address: u64) -> Vec<String> {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        for line in smaps.lines() {
+            if let Some((range, _)) = line.split_once(' ').filter(|(r, _)| r.contains('-')) {
+                let (start, end) = range.split_once('-').unwrap();
+                let number = |text| u64::from_str_radix(text, 16).unwrap();
+                inside = (number(start)..number(end)).contains(&address);
+            } else if let Some(flags) = line.strip_prefix("VmFlags: ").filter(|_| inside) {
+                return flags.split(' ').map(str::to_owned).collect();
+            }
+        }
+        panic!("no mapping at {address:#x}");
+    }
+
+    #[test]
+    fn only_mergeable_memory_is_offered_to_ksm_and_none_goes_to_children_or_dumps() {
+        let ksm = std::path::Path::new("/sys/kernel/mm/ksm").exists();
+        for (kind, file, mergeable) in [
+            (MemoryKind::Mergeable, None, ksm),
+            (MemoryKind::Shareable, Some(tempfile(4 << 20)), false),
+        ] {
+            let memory = create(kind, 4 << 20, file).unwrap();
+            let flags = flags(memory.get_host_address(GuestAddress(0)).unwrap() as u64);
+            let has = |flag: &str| flags.iter().any(|f| f == flag);
+            assert_eq!(has("mg"), mergeable, "{kind:?}: {flags:?}");
+            assert!(has("dc") && has("dd"), "{kind:?}: {flags:?}");
+        }
+    }
+
     fn tempfile(len: u64) -> OwnedFd {
         use std::os::fd::FromRawFd;
         // SAFETY: a fresh memfd, owned by nobody else.

@@ -75,6 +75,9 @@ impl Vcpu {
             unsafe { (*immediate_exit.cast::<AtomicU8>()).store(0, Ordering::SeqCst) };
             match gate.wait(&mut epoch) {
                 Order::Run => {
+                    // After a pause the guest's watchdogs must not take the gap for a lock-up. A guest without
+                    // a kvmclock has none to be told (EINVAL).
+                    let _ = self.fd.kvmclock_ctrl();
                     // A bug in a device's register ends the machine, not the process, and not this
                     // thread, for which others wait at the gate.
                     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.run_guest())) {

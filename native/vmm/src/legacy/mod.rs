@@ -8,3 +8,74 @@ pub mod i8042;
 pub mod pm;
 pub mod reset_control;
 pub mod serial;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::bus::BusDevice;
+    use crate::cpu::gate::Gate;
+    use crate::irq::Line;
+    use crate::layout;
+
+    struct Nothing;
+    impl BusDevice for Nothing {
+        fn read(&self, _: u64, _: u64, _: &mut [u8]) {}
+        fn write(&self, _: u64, _: u64, _: &[u8]) {}
+    }
+
+    /// Every offset, with every width from 1 to 8 bytes, with random values: nothing panics.
+    #[test]
+    fn no_access_is_too_strange() {
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let gate = Arc::new(Gate::new(0, Arc::new(|_, _| ())));
+        let line = || Line::with(|_| ());
+        let devices: [(u64, u64, Box<dyn BusDevice>); 6] = [
+            (
+                layout::COM1,
+                8,
+                Box::new(serial::Serial::new(ours.into(), line())),
+            ),
+            (
+                layout::PM_BASE,
+                layout::PM_SIZE,
+                Box::new(pm::PowerManagement::new(line(), gate.clone())),
+            ),
+            (layout::CMOS, 2, Box::new(cmos::Cmos::new(1 << 30, 16))),
+            (
+                layout::I8042_DATA,
+                1,
+                Box::new(i8042::I8042::new(gate.clone())),
+            ),
+            (
+                layout::I8042_COMMAND,
+                1,
+                Box::new(i8042::I8042::new(gate.clone())),
+            ),
+            (
+                layout::PCI_CONFIG,
+                8,
+                Box::new(reset_control::ResetControl::new(
+                    gate.clone(),
+                    Arc::new(Nothing),
+                )),
+            ),
+        ];
+        let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+        for _ in 0..20_000 {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            let (base, size, device) = &devices[random as usize % devices.len()];
+            let offset = (random >> 8) % size;
+            let len = (1 + (random >> 16) % 8).min(size - offset) as usize;
+            let mut data = random.to_le_bytes();
+            if random >> 63 == 0 {
+                device.write(*base, offset, &data[..len]);
+            } else {
+                device.read(*base, offset, &mut data[..len]);
+            }
+        }
+    }
+}
