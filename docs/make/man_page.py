@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from docs.make import roff
 from vmbus.cli import arguments, commands, main
 
 OUTPUT = "man/vmbusctl.1"
@@ -89,61 +90,35 @@ def text() -> str:
     lines.append(".SH COMMON OPTIONS")
     lines.append("These may stand before or after the command.")
     for action in _common(top):
-        lines.extend(_action(action))
+        lines.extend(roff.option(action))
     lines.append(".SH EXIT STATUS")
     statuses = {0, main.OTHERWISE, main.INTERRUPTED, commands.CRASHED, *main.STATUS.values()}
     for status in sorted(statuses):
-        lines += [".TP", f".B {status}", _escaped(_MEANING[status])]
+        lines += [".TP", f".B {status}", roff.escaped(_MEANING[status])]
         kinds = ", ".join(kind for kind, found in main.STATUS.items() if found == status)
         if kinds:
-            lines.append(_escaped(f"({kinds})"))
+            lines.append(roff.escaped(f"({kinds})"))
     lines.append(_TAIL.rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 
 def _command(command: arguments.Command, parser: argparse.ArgumentParser) -> Iterator[str]:
     own = [action for action in parser._actions if action.dest not in _shared(parser)]
-    positionals = [_metavar(action) for action in own if not action.option_strings]
-    yield f".SS {_escaped(' '.join(['vmbusctl', command.name, *positionals]))}"
-    yield _escaped(f"{command.summary[:1].upper()}{command.summary[1:]}.")
+    positionals = [roff.metavar(action) for action in own if not action.option_strings]
+    yield f".SS {roff.escaped(' '.join(['vmbusctl', command.name, *positionals]))}"
+    yield roff.escaped(f"{command.summary[:1].upper()}{command.summary[1:]}.")
     if command.detail:
-        yield _escaped(command.detail.replace("\n", " "))
+        yield roff.escaped(command.detail.replace("\n", " "))
     for action in own:
         if action.dest != "help":
-            yield from _action(action)
+            yield from roff.option(action)
     for line, what in command.examples:
         yield ".PP"
-        yield _escaped(f"{what[:1].upper()}{what[1:]}:")
+        yield roff.escaped(f"{what[:1].upper()}{what[1:]}:")
         yield ".PP"
         yield ".EX"
-        yield f"    {_escaped(line)}"
+        yield f"    {roff.escaped(line)}"
         yield ".EE"
-
-
-def _action(action: argparse.Action) -> Iterator[str]:
-    yield ".TP"
-    if action.option_strings:
-        name = ", ".join(f"\\fB{_escaped(one)}\\fR" for one in action.option_strings)
-        yield f"{name} \\fI{_escaped(_metavar(action))}\\fR" if action.nargs != 0 else name
-    else:
-        yield f"\\fI{_escaped(_metavar(action))}\\fR"
-    yield _escaped(_sentence(action.help or ""))
-
-
-def _sentence(words: str) -> str:
-    return f"{words[:1].upper()}{words[1:].rstrip('.')}."
-
-
-def _metavar(action: argparse.Action) -> str:
-    if action.choices is not None:
-        name = "|".join(map(str, action.choices))
-    else:
-        name = str(action.metavar or action.dest.upper())
-    if action.nargs == "?":
-        return f"[{name}]"
-    if action.nargs in ("+", "*"):
-        return f"{name}..." if action.nargs == "+" else f"[{name}...]"
-    return name
 
 
 def _shared(parser: argparse.ArgumentParser) -> set[str]:
@@ -153,8 +128,3 @@ def _shared(parser: argparse.ArgumentParser) -> set[str]:
 def _common(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     (group,) = (group for group in parser._action_groups if group.title == "common options")
     return group._group_actions
-
-
-def _escaped(words: str) -> str:
-    plain = words.replace("\\", "\\e").replace("-", "\\-").replace("^", "\\(ha")
-    return f"\\&{plain}" if plain[:1] in (".", "'") else plain

@@ -12,12 +12,12 @@ from types import ModuleType
 
 import pytest
 
-from docs.make import bash_completion, dbus_api, man_page, zsh_completion
+from docs.make import bash_completion, dbus_api, img_man_page, man_page, zsh_completion
 from vmbus.cli import arguments
 from vmbus.wire import contract
 
 ROOT = Path(__file__).parents[3]
-MAKERS = (bash_completion, dbus_api, man_page, zsh_completion)
+MAKERS = (bash_completion, dbus_api, img_man_page, man_page, zsh_completion)
 PAGES = sorted((ROOT / "man").iterdir())
 
 
