@@ -305,6 +305,36 @@ class Image:
         """The first byte of a range that is not zero; None if all are."""
         return cast("int | None", self._perform({"op": "first-nonzero", "start": start, "end": end}))
 
+    def bench(
+        self,
+        *,
+        count: int = 75000,
+        depth: int = 64,
+        size: int = 4096,
+        offset: int = 0,
+        step: int = 0,
+        random: bool = False,
+        write: bool = False,
+        pattern: int = 0,
+        fua: bool = False,
+        flush_interval: int = 0,
+    ) -> float:
+        """Put a load on the disk, as ``qemu-img bench`` does; gives the seconds that it took."""
+        request = {
+            "op": "bench",
+            "count": count,
+            "depth": depth,
+            "size": size,
+            "offset": offset,
+            "step": step,
+            "random": random,
+            "write": write,
+            "pattern": pattern,
+            "fua": fua,
+            "flush_interval": flush_interval,
+        }
+        return cast(float, self._perform(request))
+
     def _open(self) -> Any:
         if self._handle == ffi.NULL:
             raise VmbusError("InvalidState", "the image is closed")

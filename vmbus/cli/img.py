@@ -35,7 +35,7 @@ UNITS: Final = {
     "p": 1 << 50,
     "e": 1 << 60,
 }
-ABSENT: Final = frozenset({"amend", "bench", "bitmap", "dd", "measure"})
+ABSENT: Final = frozenset({"amend", "bitmap", "dd", "measure"})
 CHECK_CORRUPT, CHECK_LEAKS, CHECK_UNSUPPORTED = 2, 3, 63
 COMPARE_DIFFERENT, COMPARE_CANNOT_OPEN, COMPARE_CANNOT_READ = 1, 2, 4
 
@@ -182,6 +182,21 @@ def _arguments() -> argparse.ArgumentParser:
     which.add_argument("-c", dest="create", metavar="NAME", help="take one")
     which.add_argument("-a", dest="apply", metavar="NAME", help="go back to one")
     which.add_argument("-d", dest="delete", metavar="NAME", help="delete one")
+    one.add_argument("file")
+
+    one = command("bench", _bench, "put a load on an image and take the time")
+    common(one)
+    one.add_argument("-c", dest="count", type=int, default=75000, help="requests")
+    one.add_argument("-d", dest="depth", type=int, default=64, help="requests under way at once")
+    one.add_argument("-s", dest="bytes", type=size, default=4096, help="bytes of a request")
+    one.add_argument("-o", dest="offset", type=size, default=0, help="first byte")
+    one.add_argument("-S", dest="step", type=size, default=0, help="bytes from one request to the next")
+    one.add_argument("-w", dest="write", action="store_true", help="write")
+    one.add_argument("--pattern", type=int, default=0, help="the byte to write")
+    one.add_argument("--flush-interval", type=int, default=0, help="a flush behind so many requests")
+    one.add_argument("--no-drain", action="store_true", help="flushes do not wait (never done)")
+    one.add_argument("--random", action="store_true", help="places in no order (not in qemu-img)")
+    cache(one, "-t")
     one.add_argument("file")
 
     one = command("commit", _commit, "write an overlay's content into its backing file")
@@ -416,6 +431,37 @@ def _snapshot(options: argparse.Namespace) -> int:
             one.delete_snapshot(options.delete)
         else:
             print(img_text.snapshots_for_people(one.snapshots()), end="")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    mode = options.cache_t or "writeback"
+    with image.open(
+        options.file,
+        _format(options.file, options.format),
+        read_only=not options.write,
+        locks=not options.share,
+        guess=True,
+        direct=mode in {"none", "directsync"},
+    ) as one:
+        kind = "write" if options.write else "read"
+        print(
+            f"Sending {options.count} {kind} requests, {options.bytes} bytes each, "
+            f"{options.depth} in parallel (starting at offset {options.offset}, step size {options.step or options.bytes})"
+        )
+        seconds = one.bench(
+            count=options.count,
+            depth=options.depth,
+            size=options.bytes,
+            offset=options.offset,
+            step=options.step,
+            random=options.random,
+            write=options.write,
+            pattern=options.pattern,
+            fua=mode in {"directsync", "writethrough"},
+            flush_interval=options.flush_interval,
+        )
+    print(f"Run completed in {seconds:.3f} seconds.")
     return 0
 
 

@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_qcow2::{
-    check, compare, copy, create_qcow2, empty, first_nonzero, info, looks_like_qcow2, range_at,
-    resize, set_backing, snapshot, CheckReport, CopyOptions, CreateOptions, Disk, Error, Format,
-    Image, ImageInfo, LayerFiles, OpenOptions, Preallocation, Progress, Repair, Snapshot,
+    bench, check, compare, copy, create_qcow2, empty, first_nonzero, info, looks_like_qcow2,
+    range_at, resize, set_backing, snapshot, BenchOptions, CheckReport, CopyOptions, CreateOptions,
+    Disk, Error, Format, Image, ImageInfo, LayerFiles, OpenOptions, Preallocation, Progress,
+    Repair, Snapshot,
 };
 
 use crate::error::{borrowed, guard, Failure};
@@ -340,6 +341,22 @@ fn perform(
             }
             copy(&needed(&image)?, &needed(&other)?, &options, progress)?;
             Ok(Value::Null)
+        }
+        "bench" => {
+            let image = needed(&image)?;
+            let options = BenchOptions {
+                count: number(request, "count")?,
+                depth: number(request, "depth")?,
+                size: number(request, "size")?,
+                offset: number(request, "offset")?,
+                step: number(request, "step")?,
+                random: flag(request, "random"),
+                write: flag(request, "write"),
+                pattern: number(request, "pattern")? as u8,
+                fua: flag(request, "fua"),
+                flush_interval: number(request, "flush_interval")?,
+            };
+            Ok(json!(bench(&image, &options)?.as_secs_f64()))
         }
         "compare" => Ok(json!(compare(
             &needed(&image)?,

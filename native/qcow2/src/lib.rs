@@ -32,6 +32,7 @@
     )
 )]
 
+mod bench;
 mod blocking;
 mod buffer;
 mod bytes;
@@ -43,6 +44,8 @@ mod disk;
 mod engine;
 mod epoch;
 mod error;
+#[cfg(test)]
+mod faults;
 mod file;
 mod image;
 mod info;
@@ -59,6 +62,7 @@ mod slab;
 mod state;
 mod types;
 
+pub use bench::{bench, BenchOptions};
 pub use copy::{compare, copy, first_nonzero, CopyOptions, Progress};
 pub use disk::Disk;
 pub use engine::{Engine, Slot};

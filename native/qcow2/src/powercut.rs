@@ -252,7 +252,7 @@ impl Bed {
     }
 
     fn requests(&self, image: &Arc<Image>, first_id: u64, random: &mut Random) {
-        let mut engine = Engine::reordering(random.below(1 << 40)).unwrap();
+        let mut engine = Engine::reordering(random.below(1 << 40), None).unwrap();
         let slot = engine.attach(image.clone()).unwrap();
         let mut under_way: HashMap<u64, UnderWay> = HashMap::new();
         let mut completed = Vec::new();

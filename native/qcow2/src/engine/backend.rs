@@ -238,15 +238,39 @@ pub(crate) struct Blocking {
 pub(crate) struct Reordering {
     waiting: Vec<(u64, u32, *const IoOp)>,
     random: u64,
+    faults: Option<Faults>,
+}
+
+/// Operation number `at` fails, and with `lasting` all that follow.
+#[cfg(test)]
+#[derive(Clone, Copy)]
+pub(crate) struct Faults {
+    pub(crate) at: u64,
+    pub(crate) lasting: bool,
+    pub(crate) errno: i32,
 }
 
 #[cfg(test)]
 impl Reordering {
-    pub(crate) fn new(seed: u64) -> Reordering {
+    pub(crate) fn new(seed: u64, faults: Option<Faults>) -> Reordering {
         Reordering {
             waiting: Vec::new(),
             random: seed | 1,
+            faults,
         }
+    }
+
+    fn fault(&mut self) -> Option<i32> {
+        let faults = self.faults.as_mut()?;
+        let errno = faults.errno;
+        if faults.at > 0 {
+            faults.at -= 1;
+            return None;
+        }
+        if !faults.lasting {
+            self.faults = None;
+        }
+        Some(errno)
     }
 
     fn turn(&mut self, ended: &mut Vec<(u64, i32)>) {
@@ -257,8 +281,12 @@ impl Reordering {
                 .wrapping_add(1_442_695_040_888_963_407);
             let place = (self.random >> 33) as usize % self.waiting.len();
             let (token, handle, op) = self.waiting.swap_remove(place);
-            // SAFETY: the operation lives until its token comes back (push's contract).
-            ended.push((token, unsafe { execute(handle as RawFd, &*op) }));
+            let result = match self.fault() {
+                Some(errno) => -errno,
+                // SAFETY: the operation lives until its token comes back (push's contract).
+                None => unsafe { execute(handle as RawFd, &*op) },
+            };
+            ended.push((token, result));
         }
     }
 }

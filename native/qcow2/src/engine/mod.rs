@@ -89,13 +89,14 @@ impl Engine {
         ))
     }
 
-    /// An engine whose operations end in any order.
+    /// An engine whose operations end in any order, and some not well.
     #[cfg(test)]
-    pub(crate) fn reordering(seed: u64) -> std::io::Result<Engine> {
-        Ok(Engine::new(
-            Backend::Reordering(backend::Reordering::new(seed)),
-            event_fd()?,
-        ))
+    pub(crate) fn reordering(
+        seed: u64,
+        faults: Option<backend::Faults>,
+    ) -> std::io::Result<Engine> {
+        let disk = backend::Reordering::new(seed, faults);
+        Ok(Engine::new(Backend::Reordering(disk), event_fd()?))
     }
 
     fn new(backend: Backend, event: std::os::fd::OwnedFd) -> Engine {

@@ -133,6 +133,8 @@ pub(crate) struct Checker<'a> {
     pub(crate) file_len: u64,
     pub(crate) reftable: Vec<u64>,
     blocks: HashMap<u64, Vec<u8>>,
+    /// The block used last, out of `blocks`: neighbours' counts stand together.
+    current: (u64, Vec<u8>),
     /// Leave out the refcount structure (repair makes a new one).
     pub(crate) without_refcounts: bool,
     first_pass: bool,
@@ -161,6 +163,7 @@ impl<'a> Checker<'a> {
             geometry,
             reftable,
             blocks: HashMap::new(),
+            current: (u64::MAX, Vec::new()),
             without_refcounts: false,
             first_pass: true,
             highest: 0,
@@ -518,24 +521,39 @@ impl<'a> Checker<'a> {
     pub(crate) fn refcount(&mut self, cluster: u64) -> Result<u64> {
         let per_block = self.geometry.refblock_entries();
         let index = cluster / per_block;
-        let offset = self.reftable.get(index as usize).copied().unwrap_or(0);
-        if offset == 0 || offset % self.geometry.cluster() != 0 {
+        if self.current.0 != index && !self.load_block(index)? {
             return Ok(0);
         }
-        if !self.blocks.contains_key(&index) {
-            if (self.blocks.len() + 1) << self.geometry.cluster_bits > BLOCK_CACHE {
-                self.blocks.clear();
-            }
-            let mut block = vec![0u8; self.geometry.cluster() as usize];
-            self.file.read_at(&mut block, offset)?;
-            self.blocks.insert(index, block);
-        }
-        let block = self.blocks.get(&index).map_or(&[][..], Vec::as_slice);
         Ok(refcount::get(
-            block,
+            &self.current.1,
             self.geometry.refcount_order,
             cluster % per_block,
         ))
+    }
+
+    /// Make refcount block `index` the current one; false if there is none.
+    fn load_block(&mut self, index: u64) -> Result<bool> {
+        let offset = self.reftable.get(index as usize).copied().unwrap_or(0);
+        if offset == 0 || offset % self.geometry.cluster() != 0 {
+            return Ok(false);
+        }
+        let (old, content) = std::mem::replace(&mut self.current, (u64::MAX, Vec::new()));
+        if old != u64::MAX {
+            if (self.blocks.len() + 2) << self.geometry.cluster_bits > BLOCK_CACHE {
+                self.blocks.clear();
+            }
+            self.blocks.insert(old, content);
+        }
+        let block = match self.blocks.remove(&index) {
+            Some(block) => block,
+            None => {
+                let mut block = vec![0u8; self.geometry.cluster() as usize];
+                self.file.read_at(&mut block, offset)?;
+                block
+            }
+        };
+        self.current = (index, block);
+        Ok(true)
     }
 
     fn walk_snapshots(&mut self, window: &mut Window, report: &mut CheckReport) -> Result<()> {

@@ -30,7 +30,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::blocking::{commit, run, settle};
 use crate::bytes::{be16, be32, be64, put32, put64};
-use crate::cache::Class;
+use crate::cache::{Block, Class};
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::image::Image;
@@ -440,23 +440,10 @@ fn clear_copied(image: &Image, geometry: &Geometry, l1_offset: u64, l1: &[u64]) 
         let Some(table) = decode_l1(geometry, *entry)? else {
             continue;
         };
-        each_block(
-            image,
-            geometry,
-            table.offset,
-            |state, geometry, index, entry, _| {
-                if entry & COPIED != 0 {
-                    state.set_table_entry(
-                        geometry,
-                        table.offset,
-                        index,
-                        entry & !COPIED,
-                        Class::Mapping,
-                    );
-                }
-                Ok(())
-            },
-        )?;
+        each_block(image, geometry, table.offset, |_, entries, _| {
+            entries.iter_mut().for_each(|entry| *entry &= !COPIED);
+            Ok(())
+        })?;
         run(image, |state, waiter| {
             let l1 = HostOffset(l1_offset);
             let entry = state.table_entry(geometry, l1, index as u64, waiter)?;
@@ -479,25 +466,17 @@ fn set_copied(image: &Image, geometry: &Geometry) -> Result<()> {
             let Some(table) = decode_l1(geometry, entry)? else {
                 return Ok(None);
             };
-            if !table.copied
-                && state.refcount(
-                    geometry,
-                    HostCluster(table.offset.0 >> geometry.cluster_bits),
-                    waiter,
-                )? == 1
-            {
-                state.table_entry(geometry, l1, index, waiter)?;
+            let cluster = HostCluster(table.offset.0 >> geometry.cluster_bits);
+            if !table.copied && state.refcount(geometry, cluster, waiter)? == 1 {
                 state.set_table_entry(geometry, l1, index, entry | COPIED, Class::Mapping);
             }
             Ok(Some(table))
         })?;
         let Some(table) = table else { continue };
-        each_block(
-            image,
-            geometry,
-            table.offset,
-            |state, geometry, index, entry, waiter| {
-                let host = match decode_l2(geometry, entry)? {
+        each_block(image, geometry, table.offset, |state, entries, waiter| {
+            let mut counts = Counts::default();
+            for entry in entries.iter_mut() {
+                let host = match decode_l2(geometry, *entry)? {
                     Mapping::Data {
                         host,
                         copied: false,
@@ -506,48 +485,80 @@ fn set_copied(image: &Image, geometry: &Geometry) -> Result<()> {
                         host: Some(host),
                         copied: false,
                     } => host,
-                    _ => return Ok(()),
+                    _ => continue,
                 };
-                if state.refcount(
-                    geometry,
-                    HostCluster(host.0 >> geometry.cluster_bits),
-                    waiter,
-                )? == 1
-                {
-                    state.set_table_entry(
-                        geometry,
-                        table.offset,
-                        index,
-                        entry | COPIED,
-                        Class::Mapping,
-                    );
+                if counts.get(state, geometry, host.0 >> geometry.cluster_bits, waiter)? == 1 {
+                    *entry |= COPIED;
                 }
-                Ok(())
-            },
-        )?;
+            }
+            Ok(())
+        })?;
     }
     Ok(())
 }
 
-/// Call `change` for each entry of an L2 table, a cached block at a time. A stop repeats the block.
+/// Refcounts of neighbours, with one look into the cache for many.
+#[derive(Default)]
+struct Counts {
+    clusters: Range<u64>,
+    first: u64,
+    block: Option<Block>,
+}
+
+impl Counts {
+    fn get(
+        &mut self,
+        state: &mut State,
+        geometry: &Geometry,
+        cluster: u64,
+        waiter: &Waiter,
+    ) -> Planned<u64> {
+        if !self.clusters.contains(&cluster) {
+            let Some(place) = state.count_place(geometry, HostCluster(cluster)) else {
+                return Ok(0);
+            };
+            self.block = Some(state.cache.fetch(place.need, waiter)?.clone());
+            let start = cluster - place.index;
+            self.clusters = start..start + ((geometry.block() * 8) >> geometry.refcount_order);
+            self.first = start;
+        }
+        let bytes = self.block.as_ref().map_or(&[][..], |block| block.bytes());
+        Ok(refcount::get(
+            bytes,
+            geometry.refcount_order,
+            cluster - self.first,
+        ))
+    }
+}
+
+/// Let `change` look at an L2 table's entries, a cached block at a time, and write back what it
+/// changed. A stop repeats the block.
 fn each_block(
     image: &Image,
     geometry: &Geometry,
     table: HostOffset,
-    mut change: impl FnMut(&mut State, &Geometry, u64, u64, &Waiter) -> Planned<()>,
+    mut change: impl FnMut(&mut State, &mut [u64], &Waiter) -> Planned<()>,
 ) -> Result<()> {
-    let per_block = geometry.block() / 8;
-    for first in (0..geometry.l2_entries()).step_by(per_block as usize) {
+    let block = geometry.block();
+    for at in (0..geometry.cluster()).step_by(block as usize) {
         run(image, |state, waiter| {
             if state.cache.crowded() {
                 return Err(Stop::Commit);
             }
-            let need = block_of(geometry, table.0 + first * 8);
-            let block = state.cache.fetch(need, waiter)?.clone();
-            for n in 0..per_block {
-                let entry = be64(block.bytes(), (n * 8) as usize).unwrap_or(0);
-                if entry != 0 {
-                    change(state, geometry, first + n, entry, waiter)?;
+            let need = block_of(geometry, table.0 + at);
+            let words = state.cache.fetch(need, waiter)?.bytes().chunks_exact(8);
+            let before: Vec<u64> = words.map(|word| be64(word, 0).unwrap_or(0)).collect();
+            let mut entries = before.clone();
+            change(state, &mut entries, waiter)?;
+            if entries != before {
+                if let Some(bytes) = state
+                    .cache
+                    .modify(geometry.layer, need.offset, Class::Mapping)
+                {
+                    entries
+                        .iter()
+                        .enumerate()
+                        .for_each(|(n, entry)| put64(bytes, n * 8, *entry));
                 }
             }
             Ok(())
