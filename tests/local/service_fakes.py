@@ -30,6 +30,7 @@ class FakeWorker:
 
     def __init__(self, ended: Callable[[], None]) -> None:
         self.state: wire.State = "ready"
+        self.version = 1
         self.obeys = True
         self.silent: set[str] = set()
         self.refuse: dict[str, Refusal] = {}
@@ -71,8 +72,15 @@ class FakeWorker:
             self._seq += 1
             event = wire.Event(seq=self._seq, kind=kind, **fields)
             self.events.append(event)
-            with contextlib.suppress(OSError):  # it is sent again on the next connection
-                self.say(event)
+            while True:
+                try:
+                    self.say(event)
+                except BlockingIOError:
+                    time.sleep(0.01)
+                    continue
+                except OSError:
+                    pass  # it is sent again on the next connection
+                return
 
     def enter(self, state: wire.State) -> None:
         """A new state."""
@@ -130,7 +138,12 @@ class FakeWorker:
             self.say(wire.Result(id=request.id, error=kind, message=message, argument=argument))
             return
         if isinstance(request, wire.Hello):
-            fields: dict[str, Any] = {"version": 1, "lifeline": 1, "state": self.state, "reason": self.reason}
+            fields: dict[str, Any] = {
+                "version": self.version,
+                "lifeline": 1,
+                "state": self.state,
+                "reason": self.reason,
+            }
             self.say(wire.Result(id=request.id, **fields))
             for event in self.events:
                 self.say(event)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.local.service_bed import ALICE, BOB, ROOT, Bed, form, scenario, uuid_of
-from vmbus.bus import SignalMessage
+from vmbus.bus import RemoteError, SignalMessage
+from vmbus.service.dispatcher import IN_FLIGHT
 from vmbus.wire import contract
 from vmbus.wire.errors import VmbusError
 
@@ -220,6 +221,50 @@ async def test_polkitd_absent_is_unavailable_and_lists_go_on(bed: Bed) -> None:
             bed.system.polkitd.start()
         await alice(machine, "Machine.Start", {}, {})
         await alice(machine, "Machine.Kill")
+
+
+@scenario
+async def test_a_packaging_mistake_is_told_from_a_denial(bed: Bed) -> None:
+    installed = bed.system.place / "stage" / "actions" / "org.vmbus1.policy"
+    text = installed.read_text()
+    async with bed.caller(ALICE) as alice:
+        machine = await alice.define()
+        try:
+            for broken, message in (
+                (
+                    text.replace("org.vmbus1.machine.start", "org.vmbus1.machine.begin"),
+                    "does not know the action",
+                ),
+                (text.replace("unix-user:vmbus", "unix-user:nobody"), "lacks the annotation"),
+            ):
+                installed.write_text(broken)
+                bed.system.polkitd.kill()
+                bed.system.polkitd.start()
+                error = await refused(alice(machine, "Machine.Start", {}, {}), "Unavailable")
+                assert message in str(error)
+                host = await alice(f"{ROOT}/host", "Host.GetCapabilities")
+                assert host["polkit"] is False
+        finally:
+            installed.write_text(text)
+            bed.system.polkitd.kill()
+            bed.system.polkitd.start()
+        await alice(machine, "Machine.Start", {}, {})
+        await alice(machine, "Machine.Kill")
+
+
+@scenario
+async def test_a_connection_has_so_many_calls_waiting_and_no_more(bed: Bed) -> None:
+    async with bed.caller(ALICE) as alice, bed.caller(ALICE) as other:
+        machine = await alice.define()
+        with polkit_stopped(bed):
+            waiting = [asyncio.ensure_future(alice(machine, "Machine.Undefine")) for _ in range(IN_FLIGHT)]
+            await asyncio.sleep(0.3)
+            with pytest.raises(RemoteError) as caught:
+                await alice(machine, "Machine.Undefine")
+            assert caught.value.name == "org.freedesktop.DBus.Error.LimitsExceeded"
+            assert machine in await other(ROOT, "Manager.ListMachines")
+        done = await asyncio.gather(*waiting, return_exceptions=True)
+        assert done.count(None) == 1
 
 
 @contextmanager

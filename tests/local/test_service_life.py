@@ -336,6 +336,52 @@ async def test_events_come_at_least_once_and_are_acknowledged(bed: Bed) -> None:
 
 
 @scenario
+async def test_a_worker_that_talks_without_end_is_heard_slowly_and_in_order(bed: Bed) -> None:
+    heard: list[str] = []
+
+    def hear(interface: str, member: str, body: list[Any]) -> None:
+        heard.append(member)
+
+    async with bed.caller() as alice:
+        machine = await running(alice)
+        await alice(ROOT, "Manager.Subscribe")
+        await alice.client.watch(machine, hear)
+        worker = bed.broker.workers[uuid_of(machine)]
+
+        def talk() -> None:
+            for _ in range(50):
+                worker.event("console")
+            for _ in range(250):
+                worker.event("reset")
+            worker.enter("paused")
+
+        begin = time.monotonic()
+        await asyncio.to_thread(talk)
+        await alice.until(machine, "paused")
+        assert time.monotonic() - begin > 1.5  # 300 events at no more than a hundred a second
+        assert heard.count("ConsoleActivity") == 1
+        assert heard.count("GuestReset") == 250
+
+
+@scenario
+async def test_a_worker_of_another_version_is_driven_by_the_lifeline_alone(bed: Bed) -> None:
+    async with bed.caller() as alice:
+        machine = await running(alice)
+        bed.broker.workers[uuid_of(machine)].version = 0
+        restart(bed)
+    async with bed.caller() as alice:
+        await alice.until(machine, "running")
+        assert await alice.client.get(machine, "Machine", "StatusFlags") == ["restricted"]
+        with pytest.raises(VmbusError) as caught:
+            await alice(machine, "Machine.GetStats")
+        assert caught.value.kind == "Restricted"
+        os.close(await alice(machine, "Machine.OpenConsole", {}))
+        for method in ("Pause", "Resume", "Reset", "Shutdown"):
+            await alice(machine, f"Machine.{method}")
+        await alice.until(machine, "stopped")
+
+
+@scenario
 async def test_a_host_restart_is_a_crash_with_that_reason(bed: Bed) -> None:
     async with bed.caller() as alice:
         machine = await running(alice)

@@ -80,6 +80,7 @@ class Channel(Generic[A, E]):
         self._queue: deque[tuple[msgspec.Struct, list[int]]] = deque()
         self._loop = asyncio.get_running_loop()
         self.open = True
+        self._resting = False
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock.fileno(), self._readable)
 
@@ -126,6 +127,18 @@ class Channel(Generic[A, E]):
         if len(self._queue) == 1:
             self._writable()
 
+    def rest(self, seconds: float) -> None:
+        """Read nothing for a while: the peer says more than it should, and waits in its socket."""
+        if self.open:
+            self._resting = True
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.call_later(seconds, self._go_on)
+
+    def _go_on(self) -> None:
+        self._resting = False
+        if self.open:
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+
     def close(self) -> None:
         """End the channel; pending requests fail, ``on_closed`` is not called."""
         self._on_closed = lambda: None
@@ -155,7 +168,7 @@ class Channel(Generic[A, E]):
 
     def _readable(self) -> None:
         for _ in range(32):  # others want the loop too
-            if not self.open:
+            if not self.open or self._resting:
                 return
             try:
                 received = packet.receive(self._sock, self._decoder, max_fds=self._max_fds)

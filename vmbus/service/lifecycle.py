@@ -38,6 +38,8 @@ log = logging.getLogger("vmbus.lifecycle")
 
 END_DEADLINE: Final = 15.0
 """Seconds from a kill to the proof of the end; the broker calls a worker stuck after 5."""
+CONSOLE_INTERVAL: Final = 0.95
+"""Seconds between two signals of console activity: one, less what a timer may be early."""
 RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 """Seconds before each attempt to connect to a living worker again; the last is repeated."""
 
@@ -325,7 +327,7 @@ class Lifecycle:
         if worker is None:
             return
         if event.kind == "console":
-            self.on_console(machine)
+            self._console(machine)
         elif event.kind == "reset":
             self.on_reset(machine)
         elif event.kind == "state":
@@ -345,6 +347,13 @@ class Lifecycle:
         worker.acknowledge(event.seq)
         if event.kind == "ended" and machine.state in ("running", "paused"):
             machine.set_state("stopping", "ended", event.reason)
+
+    def _console(self, machine: Machine) -> None:
+        """An honest worker says it once a second; others are not passed on more often."""
+        clock = asyncio.get_running_loop().time()
+        if clock - machine.console_told >= CONSOLE_INTERVAL:
+            machine.console_told = clock
+            self.on_console(machine)
 
     def _guest_state(self, machine: Machine, state: str) -> None:
         if state not in ("running", "paused"):

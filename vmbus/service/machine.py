@@ -111,6 +111,8 @@ class Machine:
         self.job: Job | None = None
         self.run: Run | None = None
         self.killed = False
+        self.console_told = 0.0
+        """When console activity was last announced, on the loop's clock."""
         self.busy = ""
         """Why no operation is possible just now, a sentence; empty for none."""
         self.gone = asyncio.Event()

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-from vmbus.bus import Bus, BusLost, RemoteError, SignalMessage, Variant
+from vmbus.bus import DAEMON, Bus, BusLost, RemoteError, SignalMessage, Variant
 from vmbus.service.credentials import Credentials
 from vmbus.wire.errors import VmbusError
 
@@ -50,11 +50,14 @@ class Polkit:
     async def begin(self) -> None:
         """Hear of changed rules, and see whether our actions are installed; a log entry says if not."""
         await self._bus.add_match(f"type='signal',sender='{NAME}',path='{PATH}',interface='{INTERFACE}'")
+        await self._bus.add_match(f"type='signal',sender='{DAEMON}',member='NameOwnerChanged',arg0='{NAME}'")
         await self._enumerate()
 
     def feed(self, signal: SignalMessage) -> None:
-        """Take notice of Changed."""
-        if signal.interface == INTERFACE and signal.member == "Changed" and signal.path == PATH:
+        """Take notice of Changed, and of a polkitd that comes or goes."""
+        changed = signal.interface == INTERFACE and signal.member == "Changed" and signal.path == PATH
+        replaced = signal.sender == DAEMON and signal.member == "NameOwnerChanged" and signal.body[0] == NAME
+        if changed or replaced:
             self._missing = None
             for hear in self.on_change:
                 hear()
