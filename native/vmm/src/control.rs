@@ -185,7 +185,7 @@ impl Control {
                 self.enter(Running);
             }
             (PowerButton, Running | Paused) => self.platform.pm.press_power_button(),
-            (Reset, Running | Paused) => self.reset_or_end(),
+            (Reset, Running | Paused) => self.reset_or_end()?,
             (Stop, Built | Running | Paused) => self.end(EndReason::Stopped, String::new()),
             (request, state) => {
                 return Err(Error::new(
@@ -217,7 +217,10 @@ impl Control {
         }
         match cause {
             Cause::PowerOff => self.end(EndReason::GuestPoweroff, String::new()),
-            Cause::Reset(_) if self.on_reset == OnReset::Restart => self.reset_or_end(),
+            Cause::Reset(_) if self.on_reset == OnReset::Restart => {
+                // The end, if it came to that, has been told.
+                let _ = self.reset_or_end();
+            }
             Cause::Reset(means) => self.end(EndReason::GuestReset, format!("through the {means}")),
             Cause::TripleFault => self.end(EndReason::TripleFault, String::new()),
             Cause::KvmInternalError(detail) => self.end(EndReason::KvmInternalError, detail),
@@ -240,18 +243,19 @@ impl Control {
         self.gate.run();
     }
 
-    fn reset_or_end(&mut self) {
+    /// Resets, and goes on if it ran; a machine that cannot be reset is at its end.
+    fn reset_or_end(&mut self) -> Result<()> {
         let was_paused = self.state == State::Paused;
-        match self.reset() {
-            Ok(()) => {
-                self.resets = self.resets.saturating_add(1);
-                self.tell(Event::Reset);
-                if !was_paused {
-                    self.let_go();
-                }
-            }
-            Err(error) => self.end(EndReason::Error, format!("the reset failed: {error}")),
+        if let Err(error) = self.reset() {
+            self.end(EndReason::Error, format!("the reset failed: {error}"));
+            return Err(error);
         }
+        self.resets = self.resets.saturating_add(1);
+        self.tell(Event::Reset);
+        if !was_paused {
+            self.let_go();
+        }
+        Ok(())
     }
 
     fn reset(&mut self) -> Result<()> {

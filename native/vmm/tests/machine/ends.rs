@@ -2,7 +2,7 @@
 //! Every way to end or to begin again is told apart.
 
 use serde_json::json;
-use vmbus_vmm::{EndReason, Event, Request};
+use vmbus_vmm::{EndReason, Event, Kind, Request};
 
 use crate::{requires_kvm, run};
 
@@ -53,6 +53,28 @@ fn a_reset_ends_the_machine_where_the_definition_says_so() {
     let (reason, detail) = guest.end();
     assert_eq!(reason, EndReason::GuestReset);
     assert!(detail.contains("0xcf9"), "{detail}");
+}
+
+#[test]
+fn a_kernel_that_is_gone_at_the_reset_ends_the_machine() {
+    requires_kvm!();
+    let path = std::env::temp_dir().join(format!("vmbus-kernel-{}", std::process::id()));
+    std::fs::copy(crate::guest(), &path).unwrap();
+    let kernel = json!({ "fd": crate::fd(&path), "cmdline": "idle" });
+    let mut guest = run("", json!({ "kernel": kernel }));
+    guest.until("idle");
+    std::fs::write(&path, b"").unwrap();
+    let (result, events) = guest.ask(Request::Reset);
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(result.unwrap_err().kind, Kind::ImageInvalid);
+    let [Event::Ended {
+        reason: EndReason::Error,
+        detail,
+    }] = &events[..]
+    else {
+        panic!("{events:?}");
+    };
+    assert!(detail.contains("cut off"), "{detail}");
 }
 
 #[test]
