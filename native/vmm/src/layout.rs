@@ -7,7 +7,7 @@
 //! | from | to | what |
 //! |---|---|---|
 //! | 0 | 0xa0000 | RAM |
-//! | 0xa0000 | 0x100000 | RAM, reserved in the memory map: ACPI tables and the PVH start information lie here |
+//! | 0xa0000 | 0x100000 | RAM, reserved in the memory map: the ACPI tables lie here |
 //! | 0x100000 | 0x8000_0000 | low RAM |
 //! | 0xb000_0000 | 0xc000_0000 | PCIe ECAM, buses 0 to 255 |
 //! | 0xc000_0000 | 0xfc00_0000 | 32-bit MMIO window |

@@ -17,6 +17,8 @@
 mod bzimage;
 mod file;
 mod pvh;
+#[cfg(test)]
+mod tests;
 
 pub use file::BootFile;
 
