@@ -249,8 +249,8 @@ pub fn express_capability(
     let fields: [(usize, u32); 4] = [
         (0, u32::from(2 | u16::from(kind) << 4 | implemented)),
         (2, device),
-        // Link capabilities: 2.5 GT/s, x1; a port reports its link's state.
-        (10, 0x11 | if slot.is_some() { 1 << 20 } else { 0 }),
+        // Link capabilities: 2.5 GT/s, x1, reports its state. An integrated endpoint has no link.
+        (10, slot.map_or(0, |_| 1 << 20 | 0x11)),
         (18, slot.map_or(0, slot_capabilities)),
     ];
     for (place, value) in fields {
