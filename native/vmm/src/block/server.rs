@@ -1,0 +1,510 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The life of an I/O thread: doorbells, commands and completions, in turn.
+//!
+//! Each round takes what epoll has, serves the queues that were rung or left over, and lets the engine go on.
+//! Nothing in a round waits, and each part of it is bounded by the queues' sizes.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::mpsc::Sender;
+use std::sync::Arc;
+
+use vm_memory::{Bytes, GuestAddress};
+use vmbus_qcow2::{Completion, Engine, Image, Op, Request, Ring, Slot};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::{image_error, Command, Counters, Mailbox, Served};
+use crate::error::{Error, Result};
+use crate::virtio::blk::{self, BlkRequest, Work, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
+use crate::virtio::interrupt::Interrupt;
+use crate::virtio::queue::Fault;
+use crate::virtio::{rng, Activation, ActiveQueue};
+
+/// Epoll's data for the mailbox and for the engine; doorbells have device and queue.
+const WAKE: u64 = u64::MAX;
+const ENGINE: u64 = u64::MAX - 1;
+
+fn bell(device: usize, queue: usize) -> u64 {
+    (device as u64) << 32 | queue as u64
+}
+
+/// The thread's own state.
+pub(super) struct Server {
+    mailbox: Arc<Mailbox>,
+    epoll: Epoll,
+    engine: Engine,
+    devices: Vec<ServedDevice>,
+    pending: Slab,
+    /// Queues to look at again although nobody rings: device and place in its list.
+    again: VecDeque<(usize, usize)>,
+    exiting: bool,
+}
+
+struct ServedDevice {
+    kind: Kinds,
+    active: Option<Active>,
+    paused: bool,
+    in_flight: usize,
+    /// Who hears when nothing is in flight, and whether the queues go then.
+    drains: Vec<(Sender<()>, bool)>,
+}
+
+enum Kinds {
+    Disk {
+        disk: blk::Disk,
+        image: Arc<Image>,
+        slot: Option<Slot>,
+        counters: Arc<Counters>,
+    },
+    Rng,
+}
+
+struct Active {
+    queues: Vec<ServedQueue>,
+    activation: Shared,
+    /// The driver broke the rules, or is resetting the device: nothing new is begun.
+    halted: bool,
+    /// The driver broke the rules: nothing is given back either.
+    broken: bool,
+}
+
+struct Shared {
+    features: u64,
+    interrupt: Arc<Interrupt>,
+}
+
+struct ServedQueue {
+    inner: ActiveQueue,
+    in_flight: u16,
+    size: u16,
+}
+
+/// A request that the engine has.
+struct Pending {
+    device: usize,
+    queue: usize,
+    head: u16,
+    /// Guest address of the status byte.
+    status: u64,
+    op: Op,
+    len: u64,
+}
+
+impl Server {
+    /// With everything attached and nothing active.
+    pub(super) fn new(
+        ring: Option<Ring>,
+        served: Vec<Served>,
+        mailbox: Arc<Mailbox>,
+    ) -> Result<Server> {
+        let mut engine = match ring {
+            Some(ring) => Engine::uring(ring),
+            None => Engine::blocking().map_err(|e| Error::kernel("eventfd", e))?,
+        };
+        let mut devices = Vec::with_capacity(served.len());
+        for served in served {
+            let kind = match served {
+                Served::Disk {
+                    disk,
+                    image,
+                    counters,
+                } => Kinds::Disk {
+                    disk,
+                    slot: Some(engine.attach(image.clone()).map_err(image_error)?),
+                    image,
+                    counters,
+                },
+                Served::Rng => Kinds::Rng,
+            };
+            devices.push(ServedDevice {
+                kind,
+                active: None,
+                paused: false,
+                in_flight: 0,
+                drains: Vec::new(),
+            });
+        }
+        let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
+        watch(&epoll, mailbox.wake.as_raw_fd(), WAKE)?;
+        watch(&epoll, engine.event_fd(), ENGINE)?;
+        Ok(Server {
+            mailbox,
+            epoll,
+            engine,
+            devices,
+            pending: Slab::default(),
+            again: VecDeque::new(),
+            exiting: false,
+        })
+    }
+
+    /// Until it is told to exit and nothing is in flight.
+    pub(super) fn run(&mut self) -> Result<()> {
+        let mut events = [EpollEvent::default(); 64];
+        let mut done = Vec::new();
+        while !(self.exiting && self.pending.is_empty()) {
+            let timeout = if self.again.is_empty() { -1 } else { 0 };
+            let count = match self.epoll.wait(timeout, &mut events) {
+                Ok(count) => count,
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => 0,
+                Err(e) => return Err(Error::kernel("epoll_wait", e)),
+            };
+            for event in events.iter().take(count) {
+                match event.data() {
+                    WAKE => {
+                        for command in self.mailbox.take() {
+                            self.obey(command)?;
+                        }
+                    }
+                    ENGINE => {}
+                    data => self.rung((data >> 32) as usize, data as u32 as usize),
+                }
+            }
+            for _ in 0..self.again.len() {
+                if let Some((device, queue)) = self.again.pop_front() {
+                    self.serve(device, queue);
+                }
+            }
+            self.engine.poll(&mut done).map_err(image_error)?;
+            self.complete(&mut done);
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, command: Command) -> Result<()> {
+        match command {
+            Command::Start(device, activation) => self.activate(device, activation)?,
+            Command::Stop(device, sender) => self.drain(device, sender, true),
+            Command::Pause(device, sender) => self.drain(device, sender, false),
+            Command::Resume(device) => {
+                if let Some(served) = self.devices.get_mut(device) {
+                    served.paused = false;
+                }
+                self.look_at_all(device);
+            }
+            Command::Close(device, sender) => {
+                let _ = sender.send(self.close(device));
+            }
+            Command::Exit => self.exiting = true,
+        }
+        Ok(())
+    }
+
+    fn activate(&mut self, device: usize, activation: Activation) -> Result<()> {
+        let Some(served) = self.devices.get_mut(device) else {
+            return Ok(());
+        };
+        let mut queues = Vec::with_capacity(activation.queues.len());
+        for (place, inner) in activation.queues.into_iter().enumerate() {
+            watch(&self.epoll, inner.kick.as_raw_fd(), bell(device, place))?;
+            queues.push(ServedQueue {
+                size: inner.queue.size(),
+                inner,
+                in_flight: 0,
+            });
+        }
+        served.active = Some(Active {
+            queues,
+            activation: Shared {
+                features: activation.features,
+                interrupt: activation.interrupt,
+            },
+            halted: false,
+            broken: false,
+        });
+        // The driver may have made requests available before it was ready.
+        self.look_at_all(device);
+        Ok(())
+    }
+
+    fn look_at_all(&mut self, device: usize) {
+        let active = self.devices.get(device).and_then(|d| d.active.as_ref());
+        let count = active.map_or(0, |active| active.queues.len());
+        self.again.extend((0..count).map(|queue| (device, queue)));
+    }
+
+    fn drain(&mut self, device: usize, sender: Sender<()>, stop: bool) {
+        let Some(served) = self.devices.get_mut(device) else {
+            return;
+        };
+        match &mut served.active {
+            Some(active) if stop => active.halted = true,
+            _ if stop => {}
+            _ => served.paused = true,
+        }
+        served.drains.push((sender, stop));
+        self.settle(device);
+    }
+
+    /// Tells those who wait when nothing is in flight any more.
+    fn settle(&mut self, device: usize) {
+        let Some(served) = self.devices.get_mut(device) else {
+            return;
+        };
+        if served.in_flight > 0 {
+            return;
+        }
+        for (sender, stop) in served.drains.drain(..) {
+            if stop {
+                for queue in served.active.take().iter().flat_map(|a| &a.queues) {
+                    unwatch(&self.epoll, queue.inner.kick.as_raw_fd());
+                }
+            }
+            // Whoever asked may have gone.
+            let _ = sender.send(());
+        }
+    }
+
+    /// Makes the image durable and lets it go. Comes after a pause: nothing is in flight.
+    fn close(&mut self, device: usize) -> Result<()> {
+        let Some(served) = self.devices.get_mut(device) else {
+            return Ok(());
+        };
+        served.paused = true;
+        if let Kinds::Disk { image, slot, .. } = &mut served.kind {
+            if let Some(slot) = slot.take() {
+                self.engine.detach(slot).map_err(image_error)?;
+                image.inactivate().map_err(image_error)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn rung(&mut self, device: usize, queue: usize) {
+        let active = self.devices.get(device).and_then(|d| d.active.as_ref());
+        if let Some(queue) = active.and_then(|active| active.queues.get(queue)) {
+            // Empty when another event of this round has served it.
+            let _ = queue.inner.kick.read();
+        }
+        self.serve(device, queue);
+    }
+
+    /// Takes requests off a queue, up to its size, and begins them.
+    fn serve(&mut self, device: usize, queue: usize) {
+        if let Err(_fault) = self.try_serve(device, queue) {
+            self.fail(device);
+        }
+    }
+
+    fn try_serve(&mut self, device: usize, place: usize) -> std::result::Result<(), Fault> {
+        let Some(served) = self.devices.get_mut(device) else {
+            return Ok(());
+        };
+        let Some(active) = served.active.as_mut().filter(|active| !active.halted) else {
+            return Ok(());
+        };
+        let Some(queue) = active.queues.get_mut(place).filter(|_| !served.paused) else {
+            return Ok(());
+        };
+        queue.inner.queue.disable_notifications()?;
+        let memory = queue.inner.queue.memory().clone();
+        let mut budget = queue.size;
+        loop {
+            // A queue this full goes on when something completes.
+            if queue.in_flight >= queue.size {
+                break;
+            }
+            if budget == 0 {
+                self.again.push_back((device, place));
+                break;
+            }
+            let Some(chain) = queue.inner.queue.pop()? else {
+                if queue.inner.queue.enable_notifications()? {
+                    budget -= 1;
+                    continue;
+                }
+                break;
+            };
+            budget -= 1;
+            match &served.kind {
+                Kinds::Rng => {
+                    let written = rng::answer(&chain, &memory)?;
+                    queue.inner.queue.push(chain.head, written)?;
+                }
+                Kinds::Disk {
+                    disk,
+                    slot,
+                    counters,
+                    ..
+                } => {
+                    let head = chain.head;
+                    let BlkRequest { status, work } =
+                        blk::read_request(chain, &memory, disk, active.activation.features)?;
+                    match (work, slot) {
+                        (Work::Image(work), Some(slot)) => {
+                            let id = self.pending.insert(Pending {
+                                device,
+                                queue: place,
+                                head,
+                                status,
+                                op: work.op,
+                                len: work.len,
+                            });
+                            queue.in_flight += 1;
+                            served.in_flight += 1;
+                            let request = Request {
+                                id,
+                                op: work.op,
+                                offset: work.offset,
+                                len: work.len,
+                                buffers: work.buffers,
+                            };
+                            // SAFETY: the buffers are guest memory, which the queue keeps mapped; the queue is
+                            // not dropped while a request of it is in flight (`settle`).
+                            unsafe { self.engine.submit(*slot, request) };
+                        }
+                        (Work::Done(status_byte, written), _) => {
+                            if status_byte != STATUS_OK {
+                                counters.refused();
+                            }
+                            memory.write_obj(status_byte, GuestAddress(status))?;
+                            queue.inner.queue.push(head, written.saturating_add(1))?;
+                        }
+                        (Work::Image(_), None) => {
+                            memory.write_obj(STATUS_IOERR, GuestAddress(status))?;
+                            queue.inner.queue.push(head, 0)?;
+                        }
+                    }
+                }
+            }
+        }
+        if queue.inner.queue.wants_interrupt()? {
+            active.activation.interrupt.used(queue.inner.index);
+        }
+        Ok(())
+    }
+
+    /// Gives completed requests back and tells their drivers, once a queue.
+    fn complete(&mut self, done: &mut Vec<Completion>) {
+        let mut touched: Vec<(usize, usize)> = Vec::new();
+        for completion in done.drain(..) {
+            let Some(pending) = self.pending.remove(completion.id) else {
+                continue;
+            };
+            let place = (pending.device, pending.queue);
+            if !touched.contains(&place) {
+                touched.push(place);
+            }
+            let device = pending.device;
+            if self.give_back(pending, completion.result).is_err() {
+                self.fail(device);
+            }
+        }
+        for (device, place) in touched {
+            let active = self.devices.get_mut(device).and_then(|d| d.active.as_mut());
+            if let Some(active) = active.filter(|active| !active.broken) {
+                let queue = active.queues.get_mut(place);
+                match queue.map(|queue| (queue.inner.queue.wants_interrupt(), queue)) {
+                    Some((Ok(true), queue)) => active.activation.interrupt.used(queue.inner.index),
+                    Some((Err(_), _)) => self.fail(device),
+                    _ => {}
+                }
+            }
+            self.settle(device);
+        }
+    }
+
+    fn give_back(
+        &mut self,
+        pending: Pending,
+        result: std::result::Result<(), vmbus_qcow2::Error>,
+    ) -> std::result::Result<(), Fault> {
+        let Some(served) = self.devices.get_mut(pending.device) else {
+            return Ok(());
+        };
+        served.in_flight -= 1;
+        if let Kinds::Disk { counters, .. } = &served.kind {
+            counters.completed(pending.op, pending.len, result.is_err());
+        }
+        let Some(active) = served.active.as_mut() else {
+            return Ok(());
+        };
+        let Some(queue) = active.queues.get_mut(pending.queue) else {
+            return Ok(());
+        };
+        if queue.in_flight == queue.size {
+            self.again.push_back((pending.device, pending.queue));
+        }
+        queue.in_flight -= 1;
+        if active.broken {
+            return Ok(());
+        }
+        let read = match pending.op {
+            Op::Read => pending.len as u32,
+            _ => 0,
+        };
+        // What was written is counted from the first byte: a read that failed may have left it as it was.
+        let (status, written) = match result {
+            Ok(()) => (STATUS_OK, read.saturating_add(1)),
+            Err(error) => (status_of(&error), u32::from(read == 0)),
+        };
+        let ring = &mut queue.inner.queue;
+        ring.memory()
+            .write_obj(status, GuestAddress(pending.status))?;
+        ring.push(pending.head, written)
+    }
+
+    fn fail(&mut self, device: usize) {
+        if let Some(served) = self.devices.get_mut(device) {
+            if let Kinds::Disk { counters, .. } = &served.kind {
+                counters.broken();
+            }
+            if let Some(active) = &mut served.active {
+                active.halted = true;
+                active.broken = true;
+                active.activation.interrupt.fail();
+            }
+        }
+    }
+}
+
+fn status_of(error: &vmbus_qcow2::Error) -> u8 {
+    match error.kind() {
+        vmbus_qcow2::Kind::NotSupported => STATUS_UNSUPPORTED,
+        _ => STATUS_IOERR,
+    }
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, data: u64) -> Result<()> {
+    epoll
+        .ctl(
+            ControlOperation::Add,
+            fd,
+            EpollEvent::new(EventSet::IN, data),
+        )
+        .map_err(|e| Error::kernel("epoll_ctl", e))
+}
+
+fn unwatch(epoll: &Epoll, fd: RawFd) {
+    // It fails only for an fd that is not watched.
+    let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+}
+
+/// Requests by id, with ids that are used again.
+#[derive(Default)]
+struct Slab {
+    entries: Vec<Option<Pending>>,
+    free: Vec<usize>,
+}
+
+impl Slab {
+    fn insert(&mut self, pending: Pending) -> u64 {
+        let place = self.free.pop().unwrap_or(self.entries.len());
+        match self.entries.get_mut(place) {
+            Some(entry) => *entry = Some(pending),
+            None => self.entries.push(Some(pending)),
+        }
+        place as u64
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Pending> {
+        let place = usize::try_from(id).ok()?;
+        let pending = self.entries.get_mut(place)?.take()?;
+        self.free.push(place);
+        Some(pending)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.entries.len() == self.free.len()
+    }
+}
