@@ -21,7 +21,7 @@ def python_tests(path: Path) -> set[str]:
     return {
         node.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test")
     }
 
 
@@ -51,6 +51,8 @@ def test_every_test_that_is_named_exists() -> None:
             path = ROOT / place
             if not path.is_file():
                 missing.append(f"{number}: {place}")
+                continue
+            if held.startswith("measured by ") and path.parent == ROOT / "bench":
                 continue
             known = rust_tests(path) if path.suffix == ".rs" else python_tests(path)
             if not known or (name and name not in known):
