@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each worker in a cgroup v2 of its own, under a directory that systemd delegated (DESIGN rule 8).
+"""Each worker in a cgroup v2 of its own, under a directory that systemd delegated.
 
 memory.max is the guest's memory and an overhead, and all of a group is killed on out-of-memory; pids.max
 bounds threads; cpu.weight follows the vCPUs. Without a delegated cgroup v2 with memory and pids controllers

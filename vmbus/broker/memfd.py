@@ -3,7 +3,7 @@
 
 Its pages belong to the cgroup that touches them, the worker's. Sealed against growing and shrinking, so that
 no holder can take memory away under a guest, or have more than was counted. Huge pages need a quota of their
-own (DESIGN rule 8); this version does not serve them.
+own; this version does not serve them.
 """
 
 import fcntl

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What broker.toml grants (DESIGN rule 4), as far as the broker itself has to know it.
+"""What broker.toml grants, as far as the broker itself has to know it.
 
 The file is parsed and matched with NSS by children that are not root (dropped/policy.py and accounts.py); the
 broker keeps its text, which is replaced on SIGHUP only and only by one that can be parsed, and decides by

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a fork of the broker to a running worker (DESIGN section 3, 1 and 2).
+"""From a fork of the broker to a running worker.
 
 Two processes. The *stager* (a child of the broker) leaves the host's namespaces, makes the root and forks;
 its child, pid 1 of a new pid namespace, gives up everything for good and executes the worker. No code of

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The uids of worker processes: a range that is nobody else's (DESIGN rule 9).
+"""The uids of worker processes: a range that is nobody else's.
 
 The survey at start refuses a range that a user, a group or a subordinate range meets; another instance's
 broker is kept off by a byte-range lock at the range's own offsets of one file, so that the kernel finds any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of a user, opened by a child that has become the user (DESIGN rules 1 and 3).
+"""A file of a user, opened by a child that has become the user.
 
 The child walks beneath the granted prefix with O_PATH, so that nothing is opened before it is known what it
 is. Each step of the walk asks only the kernel on which mount it has arrived (statx without synchronisation,

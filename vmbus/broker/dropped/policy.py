@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/etc/vmbus/broker.toml: what exists for whom (DESIGN rule 4).
+"""/etc/vmbus/broker.toml: what exists for whom.
 
 An unknown key or a wrong type is refused, so that a typo is never a silent default. Nothing that is not
 granted here is done, whatever the service asks for.
