@@ -9,7 +9,7 @@ from typing import Any
 from vmbus import __version__
 from vmbus.api.machine import machine_path
 from vmbus.api.options import booleans
-from vmbus.bus import Variant
+from vmbus.bus import Prepared, Variant
 from vmbus.service.definitions import Definitions
 from vmbus.service.exports import ROOT, Subscribers
 from vmbus.service.files import PassedFile
@@ -50,7 +50,7 @@ class ManagerApi:
         self._definitions = definitions
         self._lifecycle = lifecycle
         self._subscribers = subscribers
-        self._lists: dict[int, list[str]] = {}
+        self._lists: dict[int, Prepared] = {}
         self._unstarted: dict[str, list[Machine]] = {}
 
     def brings(self, method: str, args: list[Any]) -> set[str]:
@@ -100,13 +100,14 @@ class ManagerApi:
         """GetMachine."""
         return machine_path(self._registry.find(caller.uid, name).uuid)
 
-    def list_machines(self, caller: Caller, item: ManagerObject) -> list[str]:
+    def list_machines(self, caller: Caller, item: ManagerObject) -> Prepared:
         """ListMachines."""
-        paths = self._lists.get(caller.uid)
-        if paths is None:
+        prepared = self._lists.get(caller.uid)
+        if prepared is None:
             machines = self._registry.all() if caller.uid == 0 else self._registry.of(caller.uid)
-            paths = self._lists[caller.uid] = [machine_path(machine.uuid) for machine in machines]
-        return paths
+            prepared = Prepared("ao", [machine_path(machine.uuid) for machine in machines])
+            self._lists[caller.uid] = prepared
+        return prepared
 
     async def subscribe(self, caller: Caller, item: ManagerObject) -> None:
         """Subscribe."""

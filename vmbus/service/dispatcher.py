@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from vmbus.bus import Bus, BusLost, Call, plain
+from vmbus.bus import Bus, BusLost, Call, Prepared, plain
 from vmbus.service.credentials import Credentials
 from vmbus.service.exports import READ_ANY, Exported, Exports
 from vmbus.service.files import Files, PassedFile
@@ -209,7 +209,9 @@ class Dispatcher:
     # -- the reply
 
     def _answer(self, call: Call, method: Method, result: Any) -> None:
-        if isinstance(result, Reply):
+        if isinstance(result, Prepared):
+            self._bus.reply_prepared(call, result)
+        elif isinstance(result, Reply):
             self._bus.reply(call, method.out_signature, result.values, result.fds)
         elif method.outs:
             self._bus.reply(call, method.out_signature, [result])

@@ -480,7 +480,11 @@ class Lifecycle:
 
     async def _take_up(self, machine: Machine) -> None:
         """Connect to a living worker and show what it says."""
-        self._connect(machine, await self._broker.connect_worker(machine.uuid))
+        fds = await self._broker.connect_worker(machine.uuid)
+        if not self._to_be_reached(machine):
+            descriptors.close_all(fds)
+            return
+        self._connect(machine, fds)
         worker = machine.connection()
         said = await worker.hello()
         if machine.worker is not worker:  # it has ended meanwhile
