@@ -15,6 +15,7 @@ import pytest
 
 from tests.local.service_bed import ALICE, BOB, ROOT, Bed, Caller, form, scenario, uuid_of
 from vmbus.bus import _SIGNAL, RemoteError, Variant, _Message
+from vmbus.service.files import HELD
 from vmbus.wire.errors import VmbusError
 
 
@@ -126,6 +127,19 @@ async def test_a_definition_that_cannot_be_names_the_argument(
         await refused(alice(ROOT, "Manager.DefineMachine", bad), "InvalidArgument", argument)
         await refused(alice(ROOT, "Manager.CreateTransient", bad, {}, {}), "InvalidArgument", argument)
         assert await alice(ROOT, "Manager.ListMachines") == []
+
+
+@scenario
+async def test_a_definition_that_no_message_can_hold_is_refused_at_once(bed: Bed) -> None:
+    layers = [
+        {"format": "qcow2", "path": f"/{'x' * 4000}{n}", **({"backing-name": "b"} if n < 19 else {})}
+        for n in range(20)
+    ]
+    async with bed.caller() as alice:
+        error = await refused(
+            alice.define(disks=[{"id": "d", "layers": layers}]), "InvalidArgument", "definition"
+        )
+        assert "not up to 61440" in str(error)
 
 
 @scenario
@@ -286,6 +300,24 @@ async def test_files_and_machines_that_were_not_started_go_with_their_connection
                 return
             await asyncio.sleep(0.02)
     pytest.fail("the machine is still there")
+
+
+@scenario
+async def test_a_user_s_waiting_files_are_capped_over_all_connections(bed: Bed) -> None:
+    disks = [{"id": f"d{n}", "source": "fd", "layers": [{"format": "raw"}]} for n in range(16)]
+    async with bed.caller() as alice:
+        machines = [await alice.define(disks=disks) for _ in range(5)]
+        with open(bed.file(), "r+b") as file:
+            async with contextlib.AsyncExitStack() as connections:
+                for number in range(HELD + 1):
+                    if number % 16 == 0:
+                        giver = await connections.enter_async_context(bed.caller())
+                    slot = f"disk/d{number % 16}/0"
+                    call = giver(machines[number // 16], "Machine.AddFile", slot, file.fileno())
+                    if number < HELD:
+                        await call
+                    else:
+                        await refused(call, "QuotaExceeded", "files")
 
 
 @scenario

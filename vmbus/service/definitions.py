@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import uuid as uuids
+from typing import Final
+
+import msgspec
 
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.machine import Machine
 from vmbus.service.registry import Registry
+from vmbus.wire import packet
 from vmbus.wire.definition import Definition, slots
 from vmbus.wire.errors import VmbusError
+
+MACHINES: Final = 4096
+"""Machines that one user may have."""
+SIZE: Final = packet.LIMIT - 4096
+"""Bytes that a definition may take: it goes to the worker in one datagram, its paths to the broker."""
 
 
 class Definitions:
@@ -26,6 +35,12 @@ class Definitions:
         Raises AlreadyExists, and the broker's QuotaExceeded, AccessDenied, NotFound, Unavailable.
         """
         self._registry.check_name(owner, definition.name)
+        if sum(1 for _ in self._registry.of(owner)) >= MACHINES:
+            raise VmbusError("QuotaExceeded", f"you have {MACHINES} machines; undefine one")
+        size = len(msgspec.msgpack.encode(definition))
+        if size > SIZE:
+            text = f"the definition takes {size} bytes, not up to {SIZE}; shorten paths or chains"
+            raise VmbusError("InvalidArgument", text, argument="definition")
         paths = {slot.path: slot.name for slot in slots(definition) if slot.path is not None}
         try:
             await self._broker.check(

@@ -130,6 +130,7 @@ class Dispatcher:
     async def _handle(self, call: Call, files: list[PassedFile]) -> None:
         try:
             uid = await self._credentials.uid(call.sender)
+            self._files.charge(files, f"uid {uid}")
             caller = Caller(call.sender, uid, call.interactive)
             result = await self._standard.handle(caller, call)
             if result is not None:

@@ -121,7 +121,7 @@ class PassedFile:
 
     def __init__(self, files: Files, fd: int, who: str) -> None:
         self._files = files
-        self._who = who
+        self.who = who
         self.fd = fd
         self.claimed = False
 
@@ -149,8 +149,13 @@ class PassedFile:
     def close(self) -> None:
         """Close it (it is harmless). Closing twice is closing once."""
         if self.fd >= 0:
-            self._files.release(self.fd, self._who)
+            self._files.release(self.fd, self.who)
             self.fd = -1
+
+
+def _too_many() -> VmbusError:
+    text = f"at most {HELD} passed files can wait for a user's machines"
+    return VmbusError("QuotaExceeded", text, argument="files")
 
 
 class Files:
@@ -173,13 +178,19 @@ class Files:
         if self._held[who] + len(fds) > HELD:
             for fd in fds:
                 os.close(fd)
-            raise VmbusError(
-                "QuotaExceeded",
-                f"a user's machines can wait for at most {HELD} passed files",
-                argument="files",
-            )
+            raise _too_many()
         self._held[who] += len(fds)
         return [PassedFile(self, descriptors.keep(fd), who) for fd in fds]
+
+    def charge(self, files: list[PassedFile], who: str) -> None:
+        """Count files for a user who was not known when they came. Raises QuotaExceeded."""
+        for file in files:
+            if file.who != who:
+                self._less(file.who)
+                self._held[who] += 1
+                file.who = who
+        if self._held[who] > HELD:
+            raise _too_many()
 
     def discard(self, fds: list[int], who: str) -> None:
         """Get rid of files that nobody asked for."""
@@ -189,10 +200,13 @@ class Files:
 
     def release(self, fd: int, who: str) -> None:
         """Called by PassedFile.close."""
+        self._less(who)
+        descriptors.close(fd)
+
+    def _less(self, who: str) -> None:
         self._held[who] -= 1
         if self._held[who] <= 0:
             del self._held[who]
-        descriptors.close(fd)
 
     def _dispose(self, fds: list[int], who: str) -> None:
         if self._stuck[who] >= STUCK:

@@ -14,6 +14,8 @@ log = logging.getLogger("vmbus.jobs")
 
 LINGER: Final = 30.0
 """Seconds for which a finished job can still be read."""
+KEPT: Final = 32
+"""Finished jobs that are kept for an owner; with more, the oldest goes before its time."""
 
 State = Literal["running", "done", "failed", "cancelled"]
 
@@ -100,8 +102,13 @@ class Jobs:
     def finished(self, job: Job) -> None:
         """Called by the job at its end."""
         self.on_finished(job)
+        finished = [
+            other for other in self._jobs.values() if other.owner == job.owner and other.state != "running"
+        ]
+        for old in finished[:-KEPT]:
+            self._remove(old)
         asyncio.get_running_loop().call_later(LINGER, self._remove, job)
 
     def _remove(self, job: Job) -> None:
-        if self._jobs.pop(job.number, None):
+        if self._jobs.pop(job.number, None) is not None:
             self.on_removed(job)
