@@ -2,19 +2,34 @@
 //! Random guests against whole devices: no panic, no endless loop, and a device that still works afterwards.
 //!
 //! Two kinds of them: one hammers every register and all of configuration space with random accesses; one sets a disk up
-//! as a driver does and then offers random chains, mostly nearly right, since those get furthest. Seeds are
-//! fixed, so a failure names the round that repeats it. A panic in the I/O thread shows as a device that
+//! as a driver does and then offers random chains, mostly nearly right, since those get furthest. The first seeds are
+//! always the same; with FUZZ_SECONDS in the environment new ones follow for so long. A failure names its seed. A panic in the I/O thread shows as a device that
 //! hangs up on `pause`.
 
 use std::sync::mpsc::{channel, RecvTimeoutError};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use vm_memory::{Bytes, GuestAddress};
+use vmbus_qcow2::Ring;
 
 use super::queue::testing::{rings, MEMORY};
 use super::rig::{until, Guest, Rig, ALL_FEATURES, DISK_BYTES};
 use crate::layout::ECAM_START;
 use crate::pci::Place;
+
+/// What FUZZ_SECONDS grants beyond the fixed seeds.
+fn extra_time() -> Duration {
+    let seconds = std::env::var("FUZZ_SECONDS").ok();
+    Duration::from_secs(seconds.and_then(|text| text.parse().ok()).unwrap_or(0))
+}
+
+/// Seeds 1 to `fixed`, then others while there is time.
+fn seeds(fixed: u64) -> impl Iterator<Item = u64> {
+    let deadline = Instant::now() + extra_time();
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let first = since_1970.as_nanos() as u64 | 1 << 63;
+    (1..=fixed).chain((first..).take_while(move |_| Instant::now() < deadline))
+}
 
 /// Runs a test that may come to hang.
 fn within_a_minute(test: impl FnOnce() + Send + 'static) {
@@ -23,7 +38,8 @@ fn within_a_minute(test: impl FnOnce() + Send + 'static) {
         let _sender = sender;
         test();
     });
-    let ended = receiver.recv_timeout(Duration::from_secs(60));
+    let limit = Duration::from_secs(60) + extra_time();
+    let ended = receiver.recv_timeout(limit);
     assert_eq!(ended, Err(RecvTimeoutError::Disconnected), "it hangs");
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
@@ -65,6 +81,17 @@ impl Random {
     }
 }
 
+/// On io_uring for even seeds, where the host has it.
+fn rig(seed: u64) -> Rig {
+    eprintln!("seed {seed}");
+    let ring = if seed % 2 == 0 {
+        Ring::new(64, 8).ok()
+    } else {
+        None
+    };
+    Rig::new(ring)
+}
+
 /// Each device answers a pause, then works for a driver that keeps the rules.
 fn still_works(rig: &Rig, seed: u64) {
     for device in &rig.devices.list {
@@ -90,8 +117,8 @@ fn random_register_accesses_harm_nothing() {
 }
 
 fn random_register_accesses() {
-    for seed in 1..=30u64 {
-        let rig = Rig::new(None);
+    for seed in seeds(30) {
+        let rig = rig(seed);
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let places = [
             Place::HOST,
@@ -133,8 +160,8 @@ fn random_chains_harm_nothing() {
 }
 
 fn random_chains() {
-    for seed in 1..=60u64 {
-        let rig = Rig::new(None);
+    for seed in seeds(60) {
+        let rig = rig(seed);
         let mut random = Random(seed.wrapping_mul(0xd134_2543_de82_ef95));
         let place = random.pick(&[Place::disk(0), Place::disk(0), Place::disk(1), Place::RNG]);
         let mut guest = Guest::probe(&rig, place);
@@ -239,7 +266,7 @@ fn resets_in_the_middle_of_everything_leave_nothing_behind() {
 }
 
 fn resets() {
-    let rig = Rig::new(None);
+    let rig = rig(2);
     let mut guest = Guest::probe(&rig, Place::disk(0));
     for round in 0..200u64 {
         guest.start(ALL_FEATURES, rings(0x1_0000, 8));
