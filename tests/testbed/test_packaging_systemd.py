@@ -70,12 +70,14 @@ def test_the_broker_has_the_capabilities_of_its_unit_and_a_filter(host: SystemdH
 @pytest.mark.requires("cgroup-v2-controllers")
 def test_a_machine_runs_in_a_cgroup_below_the_machines_unit(host: SystemdHost) -> None:
     start(host, "placed", "idle")
-    uuid = json.loads(vmbusctl(host, "show", "placed", "--json"))["uuid"]
-    inner = host.run(
-        ["find", "/sys/fs/cgroup/system.slice/vmbus-machines.service", "-name", f"*{uuid}*"]
-    ).stdout
+    pid = json.loads(vmbusctl(host, "show", "placed", "--json"))["worker-pid"]
+    placed = host.run(["cat", f"/proc/{pid}/cgroup"]).stdout.strip().removeprefix("0::")
+    bound = host.run(["cat", f"/sys/fs/cgroup{placed}/memory.max"]).stdout.strip()
     vmbusctl(host, "kill", "placed")
-    assert inner.strip(), host.log[-3000:]
+    journal = host.run(["journalctl", "--no-pager", "-u", "vmbus-broker", "-u", "vmbus-machines"]).stdout
+    assert placed.startswith("/system.slice/vmbus-machines.service/"), journal
+    assert placed.count("/") == 3
+    assert 16 << 20 < int(bound) < 1 << 30
 
 
 def test_restarting_broker_and_service_leaves_guests_running(host: SystemdHost) -> None:
