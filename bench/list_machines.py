@@ -19,7 +19,7 @@ from tests.lab.system import ALICE
 MACHINES = 10
 MANY = 1000
 AT_ONCE = 32
-ROUNDS = 5
+ROUNDS = 9
 
 VMBUS = ("org.vmbus1", "/org/vmbus1", "org.vmbus1.Manager", "ListMachines", "")
 LIBVIRT = ("org.libvirt", "/org/libvirt/QEMU", "org.libvirt.Connect", "ListDomains", "u")
