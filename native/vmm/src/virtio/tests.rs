@@ -2,7 +2,8 @@
 //! Devices as a guest's driver meets them: found on the bus, negotiated with, used, moved, broken and reset.
 
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::Ring;
@@ -385,4 +386,49 @@ fn features_and_limits_are_the_machine_types() {
         1,
     ];
     assert_eq!(config, expected);
+}
+
+#[test]
+fn a_driver_that_floods_one_disk_does_not_hold_up_another() {
+    const FLOOD: u64 = 0x2_0000;
+    let rig = Rig::new(None);
+    let mut flooder = Guest::probe(&rig, Place::disk(1));
+    flooder.start(ALL_FEATURES, rings(FLOOD, 8));
+    let mut guest = Guest::probe(&rig, Place::disk(0));
+    guest.start(ALL_FEATURES, rings(RINGS, 8));
+    let ended = AtomicBool::new(false);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let goes_on = || !ended.load(Ordering::Relaxed) && Instant::now() < deadline;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Get the serial number, over and over, without waiting for an answer.
+            rig.memory
+                .write_obj(GET_ID, GuestAddress(FLOOD + 0x4000))
+                .unwrap();
+            flooder.queue.descriptor(0, FLOOD + 0x4000, 16, 1, 1);
+            flooder.queue.descriptor(1, FLOOD + 0x5000, 21, 2, 0);
+            while goes_on() {
+                flooder.queue.offer(0);
+                if flooder.queue.available % 4 == 0 {
+                    rig.write(flooder.doorbell(), 0, 2);
+                }
+                // Never so far ahead that it is a fault.
+                while flooder
+                    .queue
+                    .available
+                    .wrapping_sub(flooder.queue.used_index())
+                    >= 8
+                    && goes_on()
+                {}
+            }
+        });
+        for round in 1..=200 {
+            guest.offer(IN, 0, 0, 512);
+            assert_eq!(guest.ring_and_wait(round), 0);
+        }
+        ended.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(rig.device("disk/data").stats()["faults"], 0);
+    assert!(flooder.queue.used_index() > 0);
+    rig.device("disk/data").pause().unwrap();
 }
