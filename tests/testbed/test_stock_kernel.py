@@ -23,7 +23,7 @@ echo "clock: $(cat /sys/devices/system/clocksource/clocksource0/current_clocksou
 grep MemTotal /proc/meminfo
 echo "written by the guest" | dd of=/dev/vda bs=512 conv=sync,fsync 2>/dev/null
 echo "msi: $(grep -c 'MSI.*virtio' /proc/interrupts)"
-dmesg | grep -iE 'error|bug:|warning|firmware bug' | sed 's/^/complaint: /'
+dmesg | grep -E 'BUG:|WARNING:|Call Trace|Firmware Bug|ACPI (BIOS )?(Error|Warning)' | sed 's/^/complaint: /'
 echo looked
 poweroff -f
 """

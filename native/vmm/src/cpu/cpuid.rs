@@ -221,6 +221,13 @@ impl Answers {
         {
             self.set(flag, false);
         }
+        // KVM leaves the name out.
+        for leaf in 0x8000_0002..=0x8000_0004 {
+            #[allow(unused_unsafe)] // newer Rust calls it safe
+            // SAFETY: every processor with virtualization has these leaves.
+            let name = unsafe { std::arch::x86_64::__cpuid(leaf) };
+            self.put(leaf, None, [name.eax, name.ebx, name.ecx, name.edx]);
+        }
         // Power: the local APIC's timer never stops (ARAT), and nothing else.
         let arat = self.get(6, 0)[0] & 1 << 2;
         self.put(6, None, [arat, 0, 0, 0]);
