@@ -7,21 +7,27 @@ import asyncio
 import os
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from tests.local.service_bed import scenario
+from vmbus.bus import DAEMON, Bus, SignalMessage
 from vmbus.service import durable, host
+from vmbus.service import polkit as polkit_module
 from vmbus.service.channel import QUEUE, Channel
 from vmbus.service.claims import Claims
+from vmbus.service.credentials import Credentials
 from vmbus.service.dispatcher import snake_case
 from vmbus.service.files import harmless
 from vmbus.service.jobs import KEPT, Jobs
 from vmbus.service.machine import Last, Stored, boot_id
+from vmbus.service.polkit import Polkit
 from vmbus.service.registry import Registry
 from vmbus.wire import broker, packet
 from vmbus.wire.definition import Definition, Kernel
@@ -221,6 +227,48 @@ def test_what_is_not(path: str) -> None:
     os.close(fd)
 
 
+LAYOUT = """
+import os, socket, time
+from vmbus.service import descriptors as d
+
+d.begin()
+first = d.limit()
+assert first % 64 == 0
+kept = []
+for _ in range(300):  # more than the layout had room for: it grows
+    kept.append(d.keep(os.memfd_create("own")))
+    assert kept[-1] < d.limit()
+assert d.limit() > first
+reader, writer = os.pipe()
+assert reader >= d.limit()
+ended = []
+assert d.expel([reader, writer], lambda: ended.append(True))
+for fd in (reader, writer):
+    try:
+        os.fstat(fd)
+        raise SystemExit("still there")
+    except OSError:
+        pass
+assert all(os.fstat(fd).st_nlink == 0 for fd in kept)
+for fd in kept[:100]:
+    d.close(fd)
+assert os.open("/dev/null", os.O_RDONLY) >= d.limit()  # no hole is left
+for _ in range(100):
+    if ended:
+        break
+    time.sleep(0.02)
+assert ended
+print("done")
+"""
+
+
+def test_the_layout_grows_and_what_is_expelled_is_gone_and_nothing_else() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LAYOUT], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
 # -- the channel
 
 
@@ -310,6 +358,27 @@ async def test_a_peer_that_does_not_read_is_left() -> None:
     assert caught.value.kind == "Disconnected"
     assert told == ["closed"]
     assert QUEUE < 100_000
+
+
+# -- polkit
+
+
+def test_only_polkitd_and_the_bus_say_that_rules_have_changed() -> None:
+    polkit = Polkit(cast(Bus, None), cast(Credentials, None), set(), "vmbus")
+    heard = []
+    polkit.on_change.append(lambda: heard.append(True))
+
+    def say(sender: str, interface: str, member: str, *body: str) -> int:
+        path = polkit_module.PATH if interface == polkit_module.INTERFACE else "/org/freedesktop/DBus"
+        polkit.feed(SignalMessage(sender, path, interface, member, list(body)))
+        return len(heard)
+
+    name = polkit_module.NAME
+    assert say(":1.9", DAEMON, "NameOwnerChanged", name, "", ":1.9") == 0
+    assert say(":1.9", polkit_module.INTERFACE, "Changed") == 0
+    assert say(DAEMON, DAEMON, "NameOwnerChanged", name, "", ":1.3") == 1
+    assert say(":1.3", polkit_module.INTERFACE, "Changed") == 2
+    assert say(":1.9", polkit_module.INTERFACE, "Changed") == 2
 
 
 # -- names

@@ -44,6 +44,7 @@ class Polkit:
         self._user = user
         self._numbers = itertools.count(1)
         self._missing: dict[str, str] | None = None
+        self._owner = ""  # the unique name of polkitd
         self._tasks: set[asyncio.Task[None]] = set()
         self.on_change: list[Callable[[], None]] = []
 
@@ -51,13 +52,21 @@ class Polkit:
         """Hear of changed rules, and see whether our actions are installed; a log entry says if not."""
         await self._bus.add_match(f"type='signal',sender='{NAME}',path='{PATH}',interface='{INTERFACE}'")
         await self._bus.add_match(f"type='signal',sender='{DAEMON}',member='NameOwnerChanged',arg0='{NAME}'")
+        with contextlib.suppress(RemoteError, TimeoutError):
+            answer = await self._bus.call(
+                DAEMON, "/org/freedesktop/DBus", DAEMON, "GetNameOwner", "s", [NAME]
+            )
+            self._owner = answer.body[0]
         await self._enumerate()
 
     def feed(self, signal: SignalMessage) -> None:
-        """Take notice of Changed, and of a polkitd that comes or goes."""
-        changed = signal.interface == INTERFACE and signal.member == "Changed" and signal.path == PATH
+        """Take notice of Changed, and of a polkitd that comes or goes; not of what others send under its
+        name."""
         replaced = signal.sender == DAEMON and signal.member == "NameOwnerChanged" and signal.body[0] == NAME
-        if changed or replaced:
+        if replaced:
+            self._owner = signal.body[2]
+        changed = signal.interface == INTERFACE and signal.member == "Changed" and signal.path == PATH
+        if replaced or (changed and signal.sender == self._owner):
             self._missing = None
             for hear in self.on_change:
                 hear()
