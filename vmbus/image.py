@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from threading import Event, Thread
 from types import TracebackType
@@ -172,6 +173,7 @@ class Image:
         snapshot: str | None = None,
         cache: int | None = None,
         direct: bool = False,
+        sync: bool = True,
     ) -> None:
         """Open ``layers``, active one first; see ``open`` for the usual way."""
         self.layers = layers
@@ -192,6 +194,7 @@ class Image:
                 "layers": described,
                 "read_only": read_only,
                 "locks": locks,
+                "sync": sync,
                 "snapshot": snapshot,
                 "cache": cache,
             }
@@ -335,6 +338,49 @@ class Image:
         }
         return cast(float, self._perform(request))
 
+    def serve(
+        self,
+        listener: socket.socket,
+        *,
+        export: str = "",
+        persistent: bool = False,
+        connections: int = 16,
+        stop: Event | None = None,
+    ) -> None:
+        """Serve the disk over NBD on a listening unix socket.
+
+        Returns when ``stop`` is set, or, unless ``persistent``, when the last client has left. Other
+        threads may use the image meanwhile.
+        """
+        request = {
+            "op": "serve",
+            "fd": listener.fileno(),
+            "export": export,
+            "persistent": persistent,
+            "connections": connections,
+        }
+        shared = ffi.new("uint64_t[3]")
+        failed: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                _perform(request, self._open(), shared=shared)
+            except BaseException as error:  # handed to the caller's thread
+                failed.append(error)
+
+        thread = Thread(target=body)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(0.1)
+                if stop is not None and stop.is_set():
+                    shared[2] = 1
+        finally:
+            shared[2] = 1
+            thread.join()
+        for error in failed:
+            raise error
+
     def _open(self) -> Any:
         if self._handle == ffi.NULL:
             raise VmbusError("InvalidState", "the image is closed")
@@ -355,14 +401,16 @@ def open(
     snapshot: str | None = None,
     guess: bool = False,
     direct: bool = False,
+    sync: bool = True,
 ) -> Image:
     """Open an image with the chain that its headers name.
 
     ``snapshot`` shows the disk as it was then (read-only). ``guess`` looks at backing files whose format
-    is not stated. ``direct`` goes round the host's page cache.
+    is not stated. ``direct`` goes round the host's page cache. Without ``sync`` nothing is made durable: for
+    an image that is of no use unless it gets finished.
     """
     layers = chain(path, format, lock=locks, guess=guess)
-    return Image(layers, read_only=read_only, locks=locks, snapshot=snapshot, direct=direct)
+    return Image(layers, read_only=read_only, locks=locks, snapshot=snapshot, direct=direct, sync=sync)
 
 
 def _create_raw(path: str, size: int, preallocation: str) -> None:
@@ -384,7 +432,12 @@ def _file(stack: contextlib.ExitStack, path: str, flags: int) -> int:
 
 
 def _perform(
-    request: dict[str, Any], image: Any = ffi.NULL, other: Any = ffi.NULL, *, report: Report | None = None
+    request: dict[str, Any],
+    image: Any = ffi.NULL,
+    other: Any = ffi.NULL,
+    *,
+    report: Report | None = None,
+    shared: Any = ffi.NULL,
 ) -> object:
     text = json.dumps(request).encode()
     out = ffi.new("char **")
@@ -399,7 +452,8 @@ def _perform(
     if report is not None:
         watcher.start()
     try:
-        shared = progress if report is not None else ffi.NULL
+        if report is not None:
+            shared = progress
         _call(lib.vmbus_image_call(image, other, text, len(text), shared, out))
     finally:
         ended.set()

@@ -258,6 +258,18 @@ def _patch(path: Path, offset: int, data: bytes) -> None:
         file.write(data)
 
 
+def test_an_image_that_was_not_closed_is_repaired_before_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    ours("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", path, "8M")
+    words = ["qemu-io", "-c", "write -P 6 1M 2M", "-c", "flush", "-c", "abort", path]
+    subprocess.run([str(word) for word in words], capture_output=True, check=False)
+    assert json.loads(qemu("qemu-img", "info", "--output=json", path))["dirty-flag"]
+    ours("resize", "-q", path, "9M")
+    clean(path)
+    assert not json.loads(qemu("qemu-img", "info", "--output=json", path))["dirty-flag"]
+    assert "failed" not in qemu("qemu-io", "-c", "read -P 6 1M 2M", path)
+
+
 @pytest.mark.parametrize(
     ("offset", "value", "said"),
     [

@@ -14,8 +14,13 @@ overlay and backing file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
+import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
@@ -174,6 +179,21 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("--shrink", action="store_true", help="yes, the end will be lost")
     one.add_argument("file")
     one.add_argument("size", type=_relative_size, help="SIZE, +MORE or -LESS")
+
+    one = command("serve", _serve, "serve an image over NBD")
+    common(one)
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("-k", "--socket", dest="socket", help="a unix socket to make")
+    where.add_argument("--fd", type=int, help="a listening socket that is open already")
+    one.add_argument("-x", "--export-name", dest="export", default="", help="the export's name")
+    one.add_argument("-r", "--read-only", dest="read_only", action="store_true", help="no writes")
+    one.add_argument("-t", "--persistent", action="store_true", help="go on when the last client has left")
+    one.add_argument("-e", "--shared", dest="connections", type=int, default=16, help="clients at once")
+    one.add_argument("-l", dest="snapshot", help="a snapshot (with -r)")
+    one.add_argument(
+        "--cache", choices=["none", "writeback"], default="writeback", help="none: round the page cache"
+    )
+    one.add_argument("file")
 
     one = command("snapshot", _snapshot, "internal snapshots")
     common(one)
@@ -345,8 +365,10 @@ def _convert(options: argparse.Namespace) -> int:
                 options.backing_format, look=True,
             )  # fmt: skip
         zero = options.target_is_zero or not (options.existing or options.backing)
-        direct = options.cache_t in {"none", "directsync"}
-        with image.open(options.target, target_format, direct=direct) as target:
+        mode = options.cache_t or "unsafe"
+        with image.open(
+            options.target, target_format, direct=mode in {"none", "directsync"}, sync=mode != "unsafe"
+        ) as target:
             source.copy_to(
                 target,
                 compress=options.compress,
@@ -447,7 +469,8 @@ def _bench(options: argparse.Namespace) -> int:
         kind = "write" if options.write else "read"
         print(
             f"Sending {options.count} {kind} requests, {options.bytes} bytes each, "
-            f"{options.depth} in parallel (starting at offset {options.offset}, step size {options.step or options.bytes})"
+            f"{options.depth} in parallel "
+            f"(starting at offset {options.offset}, step size {options.step or options.bytes})"
         )
         seconds = one.bench(
             count=options.count,
@@ -463,6 +486,57 @@ def _bench(options: argparse.Namespace) -> int:
         )
     print(f"Run completed in {seconds:.3f} seconds.")
     return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with contextlib.ExitStack() as stack:
+        disk = stack.enter_context(
+            image.open(
+                options.file,
+                _format(options.file, options.format),
+                read_only=options.read_only,
+                locks=not options.share,
+                snapshot=options.snapshot,
+                guess=True,
+                direct=options.cache == "none",
+            )
+        )
+        listener = stack.enter_context(_listener(options.socket, options.fd))
+        if options.socket:
+            stack.callback(Path(options.socket).unlink, missing_ok=True)
+        disk.serve(
+            listener,
+            export=options.export,
+            persistent=options.persistent,
+            connections=options.connections,
+            stop=stop,
+        )
+    return 0
+
+
+def _listener(path: str | None, fd: int | None) -> socket.socket:
+    """The socket asked for; without one, the first that systemd passes (sd_listen_fds(3))."""
+    if path is not None:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.bind(path)
+        except OSError as error:
+            made.close()
+            raise VmbusError("AlreadyExists", f"{path}: {error.strerror}", argument="socket") from None
+        made.listen(16)
+        return made
+    if (
+        fd is None
+        and os.environ.get("LISTEN_PID") == str(os.getpid())
+        and os.environ.get("LISTEN_FDS") == "1"
+    ):
+        fd = 3
+    if fd is None:
+        raise VmbusError("InvalidArgument", "where to listen: -k SOCKET, --fd N, or a socket from systemd")
+    return socket.socket(fileno=fd)
 
 
 def _commit(options: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@
 
 use std::ffi::{c_char, c_int, CString};
 use std::fs::File;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,9 +13,9 @@ use std::time::Duration;
 use serde_json::{json, Value};
 use vmbus_qcow2::{
     bench, check, compare, copy, create_qcow2, empty, first_nonzero, info, looks_like_qcow2,
-    range_at, resize, set_backing, snapshot, BenchOptions, CheckReport, CopyOptions, CreateOptions,
-    Disk, Error, Format, Image, ImageInfo, LayerFiles, OpenOptions, Preallocation, Progress,
-    Repair, Snapshot,
+    range_at, resize, serve, set_backing, snapshot, BenchOptions, CheckReport, CopyOptions,
+    CreateOptions, Disk, Error, Format, Image, ImageInfo, LayerFiles, OpenOptions, Preallocation,
+    Progress, Repair, ServeOptions, Snapshot,
 };
 
 use crate::error::{borrowed, guard, Failure};
@@ -34,7 +35,7 @@ pub struct VmbusImage {
 }
 
 /// Open and activate a chain. JSON: `layers` (each with `fd`, `format`, and where it has them
-/// `backing_name`, `data_fd`, `data_name`), `read_only`, `locks`, `cache` (bytes), `snapshot`.
+/// `backing_name`, `data_fd`, `data_name`), `read_only`, `locks`, `sync`, `cache` (bytes), `snapshot`.
 ///
 /// # Safety
 /// `json` points to `len` bytes, `out` to room for a handle.
@@ -358,6 +359,16 @@ fn perform(
             };
             Ok(json!(bench(&image, &options)?.as_secs_f64()))
         }
+        "serve" => {
+            let listener = UnixListener::from(OwnedFd::from(file(request, "fd")?));
+            let options = ServeOptions {
+                export: text(request, "export")?.to_owned(),
+                persistent: flag(request, "persistent"),
+                connections: number(request, "connections")? as usize,
+            };
+            serve(&needed(&image)?, &listener, &options, &progress.cancel)?;
+            Ok(Value::Null)
+        }
         "compare" => Ok(json!(compare(
             &needed(&image)?,
             &needed(&other)?,
@@ -512,6 +523,7 @@ fn open(request: &Value) -> Outcome<Arc<Image>> {
     let defaults = OpenOptions::default();
     let options = OpenOptions {
         read_only: flag(request, "read_only"),
+        sync: request["sync"].as_bool().unwrap_or(true),
         locks: request["locks"].as_bool().unwrap_or(true),
         cache: request["cache"]
             .as_u64()

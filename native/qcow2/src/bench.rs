@@ -158,7 +158,7 @@ impl Places {
         } else {
             self.options.step
         };
-        self.at = self.at.saturating_add(step);
+        self.at = self.at.saturating_add(step) % self.end.max(1);
         if self.at.saturating_add(size) > self.end {
             self.at = self.options.offset;
         }

@@ -43,29 +43,47 @@ fn unzstd(packed: &[u8], cluster: &mut [u8]) -> Option<usize> {
         .ok()
 }
 
-/// Compress a whole cluster; None when that does not make it smaller.
-pub(crate) fn pack(codec: Codec, cluster: &[u8]) -> Option<Vec<u8>> {
-    // At least one sector must be won, else the cluster is stored as it is.
-    let room = cluster.len().saturating_sub(1);
-    let mut packed = vec![0u8; room];
-    let len = match codec {
-        Codec::Zlib => {
-            let mut deflater = Compress::new_with_window_bits(Compression::default(), false, 12);
-            match deflater
-                .compress(cluster, &mut packed, FlushCompress::Finish)
-                .ok()?
-            {
-                Status::StreamEnd => deflater.total_out() as usize,
-                _ => return None,
+/// A compressor that is used again and again: making one costs more than packing a cluster.
+pub(crate) enum Packer {
+    Zlib(Compress),
+    Zstd(zstd::bulk::Compressor<'static>),
+}
+
+impl Packer {
+    pub(crate) fn new(codec: Codec) -> Result<Packer> {
+        Ok(match codec {
+            Codec::Zlib => Packer::Zlib(Compress::new_with_window_bits(
+                Compression::default(),
+                false,
+                12,
+            )),
+            Codec::Zstd => {
+                let packer = zstd::bulk::Compressor::new(zstd::DEFAULT_COMPRESSION_LEVEL);
+                Packer::Zstd(packer.map_err(|e| Error::io("set up zstd", &e))?)
             }
-        }
-        Codec::Zstd => zstd::bulk::Compressor::new(0)
-            .ok()?
-            .compress_to_buffer(cluster, &mut packed)
-            .ok()?,
-    };
-    packed.truncate(len);
-    Some(packed)
+        })
+    }
+
+    /// Compress a whole cluster; None when that does not make it smaller.
+    pub(crate) fn pack(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
+        let mut packed = vec![0u8; cluster.len().saturating_sub(1)];
+        let len = match self {
+            Packer::Zlib(deflater) => {
+                deflater.reset();
+                match deflater
+                    .compress(cluster, &mut packed, FlushCompress::Finish)
+                    .ok()?
+                {
+                    Status::StreamEnd => deflater.total_out() as usize,
+                    _ => return None,
+                }
+            }
+            // An error means that the result does not fit.
+            Packer::Zstd(packer) => packer.compress_to_buffer(cluster, &mut packed).ok()?,
+        };
+        packed.truncate(len);
+        Some(packed)
+    }
 }
 
 #[cfg(test)]
@@ -81,7 +99,10 @@ mod tests {
     #[test]
     fn what_is_packed_expands_again_with_padding_behind() {
         for codec in [Codec::Zlib, Codec::Zstd] {
-            let mut packed = pack(codec, &sample()).expect("it shrinks");
+            let mut packed = Packer::new(codec)
+                .and_then(|mut packer| Ok(packer.pack(&sample())))
+                .expect("a packer")
+                .expect("it shrinks");
             packed.resize(packed.len() + 300, 0xaa);
             assert_eq!(expand(codec, &packed, 65536).expect("it expands"), sample());
         }
@@ -90,7 +111,10 @@ mod tests {
     #[test]
     fn noise_and_wrong_sizes_are_errors() {
         for codec in [Codec::Zlib, Codec::Zstd] {
-            let packed = pack(codec, &sample()).expect("it shrinks");
+            let packed = Packer::new(codec)
+                .and_then(|mut packer| Ok(packer.pack(&sample())))
+                .expect("a packer")
+                .expect("it shrinks");
             assert!(expand(codec, &packed, 131_072).is_err());
             let half = packed.get(..packed.len() / 2).expect("half");
             assert!(expand(codec, half, 65536).is_err());

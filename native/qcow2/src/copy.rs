@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::blocking::run;
-use crate::compress;
+use crate::compress::Packer;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -91,7 +91,9 @@ pub fn copy(
             from: Disk::new(source.clone())?,
             to: Disk::new(target.clone())?,
             options: options.clone(),
-            packing,
+            packing: packing
+                .map(|(size, codec)| Ok((size, Packer::new(codec)?)))
+                .transpose()?,
             buffer: Vec::new(),
         };
         Ok(move |at, len| worker.piece(at, len).map(|()| true))
@@ -224,7 +226,7 @@ struct Worker {
     from: Disk,
     to: Disk,
     options: CopyOptions,
-    packing: Option<(u64, crate::plan::Codec)>,
+    packing: Option<(u64, Packer)>,
     buffer: Vec<u8>,
 }
 
@@ -243,11 +245,11 @@ impl Worker {
                 continue;
             }
             // Compressed clusters are whole ones, whatever the source's ranges are.
-            let step = match self.packing {
-                Some((cluster, _)) if !range.zero || range.len < cluster => {
-                    (cluster - at % cluster).min(end - at)
+            let step = match &self.packing {
+                Some((cluster, _)) if !range.zero || range.len < *cluster => {
+                    (*cluster - at % *cluster).min(end - at)
                 }
-                Some((cluster, _)) => range.len / cluster * cluster,
+                Some((cluster, _)) => range.len / *cluster * *cluster,
                 None => range.len,
             };
             if range.zero && range.len >= step {
@@ -277,9 +279,10 @@ impl Worker {
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(len as usize, 0);
         self.from.read(at, &mut buffer)?;
-        let written = match self.packing {
-            Some((cluster, codec)) => self.pack(at, &buffer, cluster, codec),
-            None => self.plain(at, &buffer),
+        let written = if self.packing.is_some() {
+            self.pack(at, &buffer)
+        } else {
+            self.plain(at, &buffer)
         };
         self.buffer = buffer;
         written
@@ -309,23 +312,20 @@ impl Worker {
         Ok(())
     }
 
-    fn pack(
-        &mut self,
-        at: u64,
-        data: &[u8],
-        cluster: u64,
-        codec: crate::plan::Codec,
-    ) -> Result<()> {
+    fn pack(&mut self, at: u64, data: &[u8]) -> Result<()> {
         if is_zero(data) {
             return self.zeros(at, data.len() as u64);
         }
+        let Some((cluster, packer)) = &mut self.packing else {
+            return self.to.write(at, data);
+        };
         // The disk's last cluster may be cut short; it is packed as if zeros followed.
         let mut whole = std::borrow::Cow::Borrowed(data);
-        if (data.len() as u64) < cluster {
-            whole.to_mut().resize(cluster as usize, 0);
+        if (data.len() as u64) < *cluster {
+            whole.to_mut().resize(*cluster as usize, 0);
         }
-        match compress::pack(codec, &whole) {
-            Some(packed) => write_packed(self.to.image(), at / cluster, &packed),
+        match packer.pack(&whole) {
+            Some(packed) => write_packed(self.to.image(), at / *cluster, &packed),
             None => self.to.write(at, data),
         }
     }

@@ -50,6 +50,9 @@ pub struct OpenOptions {
     pub cache: usize,
     /// Take QEMU's locks in `activate` (default).
     pub locks: bool,
+    /// Flushes reach the disk (default). Without, they keep their order in memory only: for an image that
+    /// is made anew and of no use unless it gets finished.
+    pub sync: bool,
     /// Show the disk as it was in this internal snapshot (id or name); only with `read_only`.
     pub snapshot: Option<String>,
 }
@@ -60,6 +63,7 @@ impl Default for OpenOptions {
             read_only: false,
             cache: 32 << 20,
             locks: true,
+            sync: true,
             snapshot: None,
         }
     }

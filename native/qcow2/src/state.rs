@@ -15,7 +15,8 @@ use crate::plan::{
     push_extent, Extent, Extents, FileId, Planned, Source, Stop, WriteStep, ZeroStep,
 };
 use crate::qcow2::alloc::Writer;
-use crate::qcow2::header::{autoclear, field};
+use crate::qcow2::check;
+use crate::qcow2::header::{autoclear, field, incompatible};
 use crate::qcow2::mapping::Mapping;
 use crate::qcow2::zero::Zeroing;
 use crate::qcow2::{snapshot, Geometry, Qcow2};
@@ -48,6 +49,8 @@ pub(crate) struct Raw {
 pub(crate) struct State {
     pub(crate) active: bool,
     pub(crate) read_only: bool,
+    /// Whether commits sync.
+    pub(crate) sync: bool,
     pub(crate) layers: Vec<Layer>,
     pub(crate) cache: Cache,
     pub(crate) epochs: Epochs,
@@ -85,6 +88,7 @@ impl State {
         Ok(State {
             active: false,
             read_only: options.read_only,
+            sync: options.sync,
             layers,
             cache: Cache::new((options.cache / 4096).max(2048)),
             epochs: Epochs::default(),
@@ -153,8 +157,13 @@ impl State {
         let Some(Layer::Qcow2(qcow2)) = self.layers.first_mut() else {
             return Ok(());
         };
-        qcow2.check_writable()?;
         let file = files.get(qcow2.geometry.file).ok_or_else(no_file)?;
+        if qcow2.header.incompatible & incompatible::DIRTY != 0 && file.writable {
+            // Refcounts were written lazily and the image was not closed: count anew, as QEMU does.
+            check::repair_dirty(file)?;
+            qcow2.reread(files)?;
+        }
+        qcow2.check_writable()?;
         let data = files.get(qcow2.geometry.data).ok_or_else(no_file)?;
         if !file.writable || !data.writable {
             return Err(Error::new(
@@ -187,7 +196,9 @@ impl State {
             let file = files.get(writer.geometry.file).ok_or_else(no_file)?;
             if file.regular && file.len()? > writer.used_len() {
                 file.set_len(writer.used_len())?;
-                file.sync()?;
+                if self.sync {
+                    file.sync()?;
+                }
             }
         }
         self.cache.clear();
@@ -198,7 +209,7 @@ impl State {
     /// The files that a commit syncs: the image, and the data file where that is another.
     pub(crate) fn written_files(&self) -> (Option<FileId>, Option<FileId>) {
         match self.layers.first() {
-            _ if self.read_only => (None, None),
+            _ if self.read_only || !self.sync => (None, None),
             Some(Layer::Raw(raw)) => (Some(raw.file), None),
             Some(Layer::Qcow2(qcow2)) => {
                 let geometry = qcow2.geometry;

@@ -108,6 +108,18 @@ pub fn check(file: &File, repair: Repair, lock: bool) -> Result<CheckReport> {
     report
 }
 
+/// Repair an image that was not closed. The caller holds its locks.
+pub(crate) fn repair_dirty(file: &BlockFile) -> Result<()> {
+    let mut checker = Checker::new(file)?;
+    let mut report = checker.run()?;
+    crate::qcow2::repair::repair(file, &mut checker, &mut report, Repair::All)?;
+    if report.corruptions > 0 {
+        let message = "the image was not closed, and repairing it leaves corruptions: see check";
+        return Err(Error::invalid(message));
+    }
+    Ok(())
+}
+
 /// The counts of one window.
 pub(crate) struct Window {
     pub(crate) first: u64,

@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One client's requests: read from its socket, put to an engine, answered as they end.
+//!
+//! One thread a connection, waiting in poll(2) for the socket and the engine. Requests end in any
+//! order. What a client can make the server hold is bounded: `MAX_PENDING` requests and `MAX_HELD`
+//! bytes; beyond them its socket is not read. A client that breaks the protocol loses its
+//! connection; what it had begun still ends.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use smallvec::smallvec;
+
+use crate::buffer::Buffer;
+use crate::engine::{Engine, Slot};
+use crate::error::{Error, Kind};
+use crate::image::Image;
+use crate::map::range_at;
+use crate::nbd::handshake::{broken, Agreed, MAX_REQUEST};
+use crate::nbd::wire::{self, chunk, errno, flag, Command, RequestHeader};
+use crate::request::{Completion, Op, Request};
+use crate::ring::Ring;
+
+const MAX_PENDING: usize = 256;
+const MAX_HELD: usize = 128 << 20;
+/// The most ranges in one answer about block status.
+const MAX_RANGES: usize = 2048;
+/// How often the wish to stop is looked at, in milliseconds.
+const TICK: i32 = 200;
+
+/// What is known about a request under way.
+struct Pending {
+    header: RequestHeader,
+    memory: Option<Buffer>,
+}
+
+/// A request whose data has not all come yet.
+struct Arriving {
+    header: RequestHeader,
+    memory: Buffer,
+    got: usize,
+}
+
+/// A connection behind its handshake. (The engine is dropped first: it waits for what is under way.)
+pub(crate) struct Connection {
+    engine: Engine,
+    slot: Slot,
+    image: Arc<Image>,
+    agreed: Agreed,
+    pending: HashMap<u64, Pending>,
+    next_id: u64,
+    head: [u8; RequestHeader::LEN],
+    head_got: usize,
+    arriving: Option<Arriving>,
+    out: VecDeque<Vec<u8>>,
+    out_sent: usize,
+    held: usize,
+    leaving: bool,
+}
+
+impl Connection {
+    pub(crate) fn new(image: Arc<Image>, agreed: Agreed) -> Result<Connection, Error> {
+        let mut engine = match Ring::new(128, image.file_count()) {
+            Ok(ring) => Engine::uring(ring),
+            Err(_) => Engine::blocking().map_err(|e| Error::io("eventfd", &e))?,
+        };
+        let slot = engine.attach(image.clone())?;
+        Ok(Connection {
+            engine,
+            slot,
+            image,
+            agreed,
+            pending: HashMap::new(),
+            next_id: 0,
+            head: [0; RequestHeader::LEN],
+            head_got: 0,
+            arriving: None,
+            out: VecDeque::new(),
+            out_sent: 0,
+            held: 0,
+            leaving: false,
+        })
+    }
+
+    /// Serve until the client leaves or `stop` is set.
+    pub(crate) fn serve(&mut self, socket: &mut UnixStream, stop: &AtomicBool) -> io::Result<()> {
+        socket.set_nonblocking(true)?;
+        loop {
+            if stop.load(Ordering::Relaxed) {
+                self.leaving = true;
+            }
+            if self.leaving && self.pending.is_empty() && self.out.is_empty() {
+                return Ok(());
+            }
+            let full = self.pending.len() >= MAX_PENDING || self.held > MAX_HELD;
+            let mut wanted = if self.leaving || full {
+                0
+            } else {
+                libc::POLLIN
+            };
+            if !self.out.is_empty() {
+                wanted |= libc::POLLOUT;
+            }
+            let mut polls = [
+                libc::pollfd {
+                    fd: socket.as_raw_fd(),
+                    events: wanted,
+                    revents: 0,
+                },
+                libc::pollfd {
+                    fd: self.engine.event_fd(),
+                    events: libc::POLLIN,
+                    revents: 0,
+                },
+            ];
+            // SAFETY: two valid pollfds.
+            let count = unsafe { libc::poll(polls.as_mut_ptr(), 2, TICK) };
+            if count < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+                return Err(io::Error::last_os_error());
+            }
+            let [on_socket, _] = polls;
+            if on_socket.revents & (libc::POLLERR | libc::POLLNVAL) != 0 {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            if on_socket.revents & (libc::POLLIN | libc::POLLHUP) != 0 && !self.leaving && !full {
+                self.receive(socket)?;
+            }
+            self.reap()?;
+            self.send(socket)?;
+        }
+    }
+
+    fn receive(&mut self, socket: &mut UnixStream) -> io::Result<()> {
+        while self.pending.len() < MAX_PENDING && self.held <= MAX_HELD {
+            let room = match &mut self.arriving {
+                Some(arriving) => arriving.memory.bytes_mut().get_mut(arriving.got..),
+                None => self.head.get_mut(self.head_got..),
+            };
+            let count = match socket.read(room.unwrap_or(&mut [])) {
+                Ok(0) => {
+                    self.leaving = true;
+                    return Ok(());
+                }
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            if let Some(arriving) = &mut self.arriving {
+                arriving.got += count;
+                if arriving.got < arriving.memory.len() {
+                    continue;
+                }
+                if let Some(Arriving { header, memory, .. }) = self.arriving.take() {
+                    self.begin(
+                        header,
+                        Op::Write {
+                            fua: header.flags & flag::FUA != 0,
+                        },
+                        Some(memory),
+                    );
+                }
+                continue;
+            }
+            self.head_got += count;
+            if self.head_got == RequestHeader::LEN {
+                self.head_got = 0;
+                let header = RequestHeader::parse(&self.head)
+                    .ok_or_else(|| broken("a request without its magic"))?;
+                self.dispatch(header)?;
+                if self.leaving {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn dispatch(&mut self, header: RequestHeader) -> io::Result<()> {
+        let moves_data = matches!(header.command, Command::Read | Command::Write);
+        if moves_data && (header.len > MAX_REQUEST || header.len == 0) {
+            if header.command == Command::Write && header.len > 0 {
+                // Its data would have to be read and thrown away.
+                return Err(broken("a write larger than agreed"));
+            }
+            self.fail(&header, errno::INVAL);
+            return Ok(());
+        }
+        match header.command {
+            Command::Disconnect => self.leaving = true,
+            Command::Read => {
+                let memory = self.hold(header.len as usize);
+                self.begin(header, Op::Read, Some(memory));
+            }
+            Command::Write => {
+                let memory = self.hold(header.len as usize);
+                self.arriving = Some(Arriving {
+                    header,
+                    memory,
+                    got: 0,
+                });
+            }
+            Command::Flush => self.begin(header, Op::Flush, None),
+            Command::Trim => self.begin(header, Op::Discard, None),
+            Command::WriteZeroes => {
+                let unmap = header.flags & flag::NO_HOLE == 0;
+                self.begin(header, Op::WriteZeroes { unmap }, None);
+            }
+            Command::BlockStatus => self.block_status(&header),
+            Command::Other(_) => self.fail(&header, errno::NOTSUP),
+        }
+        Ok(())
+    }
+
+    fn hold(&mut self, len: usize) -> Buffer {
+        self.held += len;
+        Buffer::zeroed(len)
+    }
+
+    fn begin(&mut self, header: RequestHeader, op: Op, memory: Option<Buffer>) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let entry = self.pending.entry(id).or_insert(Pending { header, memory });
+        let buffers = match &mut entry.memory {
+            Some(memory) => smallvec![memory.iovec(0, header.len as usize)],
+            None => smallvec![],
+        };
+        let (offset, len) = if op == Op::Flush {
+            (0, 0)
+        } else {
+            (header.offset, u64::from(header.len))
+        };
+        // SAFETY: the memory stays in `pending` until the completion; if the connection is dropped
+        // before, its engine goes first and waits.
+        unsafe {
+            self.engine.submit(
+                self.slot,
+                Request {
+                    id,
+                    op,
+                    offset,
+                    len,
+                    buffers,
+                },
+            )
+        };
+    }
+
+    fn reap(&mut self) -> io::Result<()> {
+        let mut done = Vec::new();
+        self.engine
+            .poll(&mut done)
+            .map_err(|e| io::Error::other(e.to_string()))?;
+        done.into_iter()
+            .for_each(|completion| self.answer(completion));
+        Ok(())
+    }
+
+    fn answer(&mut self, completion: Completion) {
+        let Some(Pending { header, memory }) = self.pending.remove(&completion.id) else {
+            return;
+        };
+        self.held -= memory.as_ref().map_or(0, Buffer::len);
+        if let Err(error) = completion.result {
+            return self.fail(&header, number(&error));
+        }
+        // Trim and write-zeroes with FUA: their metadata is made durable by a flush behind them.
+        let fua = header.flags & flag::FUA != 0;
+        if fua && matches!(header.command, Command::Trim | Command::WriteZeroes) {
+            let plain = RequestHeader { flags: 0, ..header };
+            return self.begin(plain, Op::Flush, None);
+        }
+        match (header.command, memory) {
+            (Command::Read, Some(memory)) => {
+                if self.agreed.structured {
+                    self.out.push_back(wire::last_chunk(
+                        chunk::OFFSET_DATA,
+                        header.cookie,
+                        header.len + 8,
+                    ));
+                    self.out.push_back(header.offset.to_be_bytes().to_vec());
+                } else {
+                    self.out.push_back(wire::simple(0, header.cookie));
+                }
+                self.out.push_back(memory.bytes().to_vec());
+            }
+            _ => self.out.push_back(wire::simple(0, header.cookie)),
+        }
+    }
+
+    fn fail(&mut self, header: &RequestHeader, error: u32) {
+        let structured = matches!(header.command, Command::Read | Command::BlockStatus)
+            && self.agreed.structured;
+        if !structured {
+            return self.out.push_back(wire::simple(error, header.cookie));
+        }
+        let mut out = wire::last_chunk(chunk::ERROR, header.cookie, 6);
+        out.extend(error.to_be_bytes());
+        out.extend(0u16.to_be_bytes());
+        self.out.push_back(out);
+    }
+
+    /// Which ranges are holes and which are zeros. Metadata is read on this thread: nobody waits for
+    /// it but this client.
+    fn block_status(&mut self, header: &RequestHeader) {
+        let end = header
+            .offset
+            .checked_add(u64::from(header.len))
+            .filter(|end| *end <= self.image.size());
+        let Some(end) = end.filter(|_| self.agreed.allocation && header.len > 0) else {
+            return self.fail(header, errno::INVAL);
+        };
+        let limit = if header.flags & flag::REQUEST_ONE != 0 {
+            1
+        } else {
+            MAX_RANGES
+        };
+        let mut ranges: Vec<(u32, u32)> = Vec::new();
+        let mut at = header.offset;
+        while at < end {
+            let range = match range_at(&self.image, at, end - at) {
+                Ok(range) => range,
+                Err(error) => return self.fail(header, number(&error)),
+            };
+            let state = if range.data { 0 } else { wire::STATE_HOLE }
+                | if range.zero { wire::STATE_ZERO } else { 0 };
+            let len = u32::try_from(range.len).unwrap_or(u32::MAX);
+            let full = ranges.len() == limit;
+            match ranges.last_mut() {
+                Some(last) if last.1 == state => last.0 = last.0.saturating_add(len),
+                _ if full => break,
+                _ => ranges.push((len, state)),
+            }
+            at += u64::from(len);
+        }
+        let mut out = wire::last_chunk(
+            chunk::BLOCK_STATUS,
+            header.cookie,
+            4 + 8 * ranges.len() as u32,
+        );
+        out.extend(1u32.to_be_bytes());
+        for (len, state) in ranges {
+            out.extend(len.to_be_bytes());
+            out.extend(state.to_be_bytes());
+        }
+        self.out.push_back(out);
+    }
+
+    fn send(&mut self, socket: &mut UnixStream) -> io::Result<()> {
+        while let Some(first) = self.out.front() {
+            match socket.write(first.get(self.out_sent..).unwrap_or(&[])) {
+                Ok(count) => {
+                    self.out_sent += count;
+                    if self.out_sent >= first.len() {
+                        self.out.pop_front();
+                        self.out_sent = 0;
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn number(error: &Error) -> u32 {
+    match error.kind() {
+        Kind::NoSpace => errno::NOSPC,
+        Kind::InvalidArgument => errno::INVAL,
+        Kind::InvalidState => errno::PERM,
+        Kind::NotSupported => errno::NOTSUP,
+        _ => errno::IO,
+    }
+}
