@@ -297,7 +297,9 @@ class TestDisks:
         subprocess.run(["qemu-img", "check", "-q", str(images["top"])], check=True)
 
     @pytest.mark.parametrize("rings", [0, 2])
-    @pytest.mark.parametrize("mode", ["disk-pattern count=256", "disk-zero", "disk-interrupt", "random"])
+    @pytest.mark.parametrize(
+        "mode", ["disk-pattern count=256", "disk-zero", "disk-interrupt", "disk-hostile", "random"]
+    )
     def test_a_guest_s_input_and_output_passes_the_filters(
         self, images: dict[str, Path], mode: str, rings: int
     ) -> None:
