@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -154,24 +155,29 @@ def test_a_child_that_dies_or_talks_nonsense_is_an_internal_error() -> None:
 def test_four_children_a_user_and_the_fifth_waits() -> None:
     loop = Loop()
     crew = Crew(loop)
-    read, write = os.pipe()
+    here, say = os.pipe()
+    gate, hold = os.pipe()
+    os.set_blocking(here, False)
 
     def work(channel: Channel) -> None:
         os.write(channel.fds[0], b"x")
-        time.sleep(0.3)
+        os.read(channel.fds[1], 1)  # until the gate's other end is closed
         channel.report(1)
 
-    outcomes = [start(crew.run(1000, work, int, [write])) for _ in range(5)]
-    other = start(crew.run(1001, work, int, [write]))
-    loop.later(0.2, loop.stop)
-    loop.run()
-    os.set_blocking(read, False)
-    assert os.read(read, 100) == b"x" * 5  # four of the first user's, one of the other's
-    for outcome in crew_run(loop, crew.run(1002, lambda channel: channel.report(2), int, [])):
-        assert outcome.result() == 2
-    end = time.monotonic() + 10
-    while not all(outcome.settled for outcome in [*outcomes, other]) and time.monotonic() < end:
+    outcomes = [start(crew.run(user, work, int, [say, gate])) for user in [1000] * 5 + [1001]]
+    seen = b""
+    end = time.monotonic() + 20
+    while len(seen) < 5 and time.monotonic() < end:
+        time.sleep(0.01)
+        with contextlib.suppress(BlockingIOError):
+            seen += os.read(here, 100)
+    time.sleep(0.3)
+    with contextlib.suppress(BlockingIOError):
+        seen += os.read(here, 100)
+    assert seen == b"x" * 5  # four of the first user's, one of the other's
+    os.close(hold)
+    while not all(outcome.settled for outcome in outcomes) and time.monotonic() < end:
         loop.later(0.05, loop.stop)
         loop._code = None
         loop.run()
-    assert sum(outcome.result() for outcome in [*outcomes, other]) == 6
+    assert sum(outcome.result() for outcome in outcomes) == 6
