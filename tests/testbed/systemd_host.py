@@ -205,13 +205,14 @@ class SystemdHost:
             "MASKED": " ".join(MASKED),
             "VISIBLE": " ".join(UNITS) if at_home else "",
         }
-        enter = (
-            f"echo $$ >{self._cgroup}/cgroup.procs && exec unshare --mount --pid --cgroup --uts --net --ipc "
-        )
-        enter += '--fork --kill-child --propagation private bash -c "$BOOT"'
+        # systemd alone may be in the cgroup that is its root: with another process there it could enable no
+        # controller. 0 is who writes.
+        inner = f'echo 0 >{self._cgroup}/cgroup.procs && exec unshare --cgroup bash -c "$BOOT"'
+        enter = ["unshare", "--mount", "--pid", "--uts", "--net", "--ipc", "--fork", "--kill-child"]
+        enter += ["--propagation", "private", "bash", "-c", inner]
         with (self._place / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                ["bash", "-c", enter],
+                enter,
                 env={**environment, "BOOT": BOOT},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
