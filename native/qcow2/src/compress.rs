@@ -100,7 +100,7 @@ mod tests {
     fn what_is_packed_expands_again_with_padding_behind() {
         for codec in [Codec::Zlib, Codec::Zstd] {
             let mut packed = Packer::new(codec)
-                .and_then(|mut packer| Ok(packer.pack(&sample())))
+                .map(|mut packer| packer.pack(&sample()))
                 .expect("a packer")
                 .expect("it shrinks");
             packed.resize(packed.len() + 300, 0xaa);
@@ -112,7 +112,7 @@ mod tests {
     fn noise_and_wrong_sizes_are_errors() {
         for codec in [Codec::Zlib, Codec::Zstd] {
             let packed = Packer::new(codec)
-                .and_then(|mut packer| Ok(packer.pack(&sample())))
+                .map(|mut packer| packer.pack(&sample()))
                 .expect("a packer")
                 .expect("it shrinks");
             assert!(expand(codec, &packed, 131_072).is_err());
