@@ -150,6 +150,23 @@ def _joined(ranges: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return joined
 
 
+@pytest.mark.parametrize(
+    "options",
+    ["cluster_size=64k", "cluster_size=512,refcount_bits=1", "cluster_size=2M", "preallocation=full"],
+)
+def test_measure_gives_qemus_numbers(
+    tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str], options: str
+) -> None:
+    packed = tmp_path / "packed"
+    qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", raw, packed)
+    for words in (["--size", "3G"], ["--size", "700k"], ["-f", "raw", raw], ["-f", "qcow2", packed]):
+        command = ["measure", "-O", "qcow2", "-o", options, *words]
+        ours(*command)
+        assert capsys.readouterr().out == qemu("qemu-img", *command), words
+        ours(*command, "--output=json")
+        assert json.loads(capsys.readouterr().out) == json.loads(qemu("qemu-img", *command, "--output=json"))
+
+
 def test_snapshots_go_both_ways(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "image"
     ours("convert", "-f", "raw", "-O", "qcow2", raw, path)

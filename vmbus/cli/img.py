@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
 from vmbus import image
-from vmbus.cli import img_rebase, img_text
+from vmbus.cli import img_measure, img_rebase, img_text
 from vmbus.image import Format, Image
 from vmbus.wire.errors import VmbusError
 
@@ -40,7 +40,7 @@ UNITS: Final = {
     "p": 1 << 50,
     "e": 1 << 60,
 }
-ABSENT: Final = frozenset({"amend", "bitmap", "dd", "measure"})
+ABSENT: Final = frozenset({"amend", "bitmap", "dd"})
 CHECK_CORRUPT, CHECK_LEAKS, CHECK_UNSUPPORTED = 2, 3, 63
 COMPARE_DIFFERENT, COMPARE_CANNOT_OPEN, COMPARE_CANNOT_READ = 1, 2, 4
 
@@ -173,6 +173,17 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("-s", "--start-offset", dest="start", type=size, default=0)
     one.add_argument("-l", "--max-length", dest="length", type=size)
     one.add_argument("file")
+
+    one = command("measure", _measure, "tell how large an image's file will be")
+    common(one)
+    one.add_argument("--output", **cast(Any, output))
+    one.add_argument(
+        "-O", dest="target_format", choices=image.FORMATS, default="raw", help="the target's format"
+    )
+    one.add_argument("-o", dest="options", action="append", default=[], help="options of the target's format")
+    one.add_argument("-l", dest="snapshot", help="a snapshot of the source")
+    one.add_argument("--size", type=size, help="an empty disk of this size, instead of a file")
+    one.add_argument("file", nargs="?")
 
     one = command("resize", _resize, "change a disk's size")
     one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
@@ -422,6 +433,43 @@ def _map(options: argparse.Namespace) -> int:
             img_text.map_as_json(ranges)
         else:
             img_text.map_for_people(ranges, paths)
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    target = cast(Format, options.target_format)
+    settings = _settings(target, options.options)
+    if (options.size is None) == (options.file is None):
+        raise VmbusError("InvalidArgument", "Either --size N or one filename must be specified.")
+    ranges = None
+    bitmaps = False
+    length = options.size
+    if options.file is not None:
+        format = _format(options.file, options.format)
+        snapshot = options.snapshot.rpartition("=")[2] if options.snapshot else None
+        with image.open(
+            options.file, format, read_only=True, locks=not options.share, snapshot=snapshot, guess=True
+        ) as source:
+            length, ranges = source.size, list(source.map())
+        bitmaps = format == "qcow2" and target == "qcow2" and settings.get("version", 3) == 3
+    found = {"required": length, "fully-allocated": length}
+    if target == "qcow2":
+        shape = {
+            "cluster_size": settings.get("cluster_size", 65536),
+            "refcount_bits": settings.get("refcount_bits", 16),
+        }
+        found["fully-allocated"] = img_measure.fully_allocated(length, **shape)
+        found["required"] = img_measure.required(length, ranges, **shape)
+        if settings.get("preallocation") in {"falloc", "full"}:
+            found["required"] = found["fully-allocated"]
+    if bitmaps:
+        found["bitmaps"] = 0
+    if options.output == "json":
+        print(json.dumps(found, indent=4))
+    else:
+        names = {"required": "required", "fully-allocated": "fully allocated", "bitmaps": "bitmaps"}
+        for key, value in found.items():
+            print(f"{names[key]} size: {value}")
     return 0
 
 

@@ -82,15 +82,16 @@ impl Mailbox {
         };
     }
 
-    /// Wait until the eventfd is readable (a blocking caller's own box only).
-    pub(crate) fn wait(&self) {
-        let mut poll = libc::pollfd {
-            fd: self.event.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
+    /// Wait until the eventfd is readable, and leave it so.
+    pub(crate) fn wait_readable(&self) {
+        let mut poll = libc::pollfd { fd: self.event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one valid pollfd; EINTR only makes the caller look again.
         unsafe { libc::poll(&mut poll, 1, -1) };
+    }
+
+    /// Wait for a letter (a blocking caller's own box only).
+    pub(crate) fn wait(&self) {
+        self.wait_readable();
         self.silence();
     }
 }

@@ -208,8 +208,7 @@ impl Engine {
             if !done.is_empty() || self.tasks.len() == 0 {
                 return Ok(());
             }
-            self.mailbox.wait();
-            self.mailbox.ring();
+            self.mailbox.wait_readable();
         }
     }
 
