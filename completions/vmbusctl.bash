@@ -98,7 +98,7 @@ _vmbusctl() {
             return
             ;;
         "define --memory-kind")
-            COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
+            COMPREPLY=($(compgen -W "mergeable shareable" -- "$current"))
             return
             ;;
         "define --on-reset")
@@ -119,7 +119,7 @@ _vmbusctl() {
             return
             ;;
         "run --memory-kind")
-            COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
+            COMPREPLY=($(compgen -W "mergeable shareable" -- "$current"))
             return
             ;;
         "run --on-reset")

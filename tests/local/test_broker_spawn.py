@@ -242,15 +242,6 @@ def test_shareable_memory_comes_as_a_sealed_memfd(bed: Bed) -> None:
     client.close()
 
 
-def test_huge_pages_are_refused_by_name(bed: Bed) -> None:
-    client = bed.connect()
-    name = new_uuid()
-    client.ask(wire.Own, uuid=name, uid=ALICE)
-    reply = client.ask(wire.Spawn, uuid=name, memory=64 * MIB, vcpus=1, memory_kind="huge")
-    assert (reply.error, reply.argument) == ("NotSupported", "memory_kind")
-    client.close()
-
-
 def test_two_starts_at_once_do_not_share_one_quota(bed: Bed) -> None:
     client = bed.connect()
     names = [new_uuid() for _ in range(6)]

@@ -2,8 +2,7 @@
 """Guest memory that other processes can share: a sealed memfd, which a worker's filter forbids it to make.
 
 Its pages belong to the cgroup that touches them, the worker's. Sealed against growing and shrinking, so that
-no holder can take memory away under a guest, or have more than was counted. Huge pages need a quota of their
-own; this version does not serve them.
+no holder can take memory away under a guest, or have more than was counted.
 """
 
 import fcntl

@@ -88,9 +88,6 @@ class Requests:
 
     def do_spawn(self, request: wire.Spawn) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
-        if request.memory_kind == "huge":
-            message = "this version serves no huge pages; mergeable and shareable memory work"
-            raise VmbusError("NotSupported", message, argument="memory_kind")
         _in_range("memory", request.memory, MOST_MEMORY)
         _in_range("vcpus", request.vcpus, MOST_VCPUS)
         self._workers.must_not_have(request.uuid)

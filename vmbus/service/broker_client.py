@@ -126,7 +126,7 @@ class BrokerClient:
         )
 
     async def spawn(
-        self, uuid: str, memory: int, vcpus: int, kind: Literal["mergeable", "shareable", "huge"]
+        self, uuid: str, memory: int, vcpus: int, kind: Literal["mergeable", "shareable"]
     ) -> list[int]:
         """A worker: its control connection and the files of its figures."""
         _, fds = await self._ask(

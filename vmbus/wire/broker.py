@@ -66,7 +66,7 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     uuid: Uuid
     memory: int  # bytes of guest memory; cgroup limit = this + overhead
     vcpus: int
-    memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
+    memory_kind: Literal["mergeable", "shareable"] = "mergeable"
 
 
 class Open(_Request, tag="open", frozen=True, kw_only=True):

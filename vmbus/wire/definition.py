@@ -77,7 +77,7 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
     machine_type: Literal["vmbus-0"] = "vmbus-0"
     cpu_model: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,40}$")] = "host"
-    memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
+    memory_kind: Literal["mergeable", "shareable"] = "mergeable"
     disks: Annotated[list[Disk], Meta(max_length=16)] = []
     nics: Annotated[list[Nic], Meta(max_length=16)] = []
     rng: bool = True
