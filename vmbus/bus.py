@@ -9,7 +9,8 @@ tracebacks. What this adds to the libraries:
 * **Sends that wait.** Both treat a full socket as the end of the connection; ``_PatientSocket`` says
   "nothing sent" instead, and keeps the fds for the next try.
 * **fds belong to somebody.** Every fd of an incoming message is in its ``Call`` or its ``Answer``, whose
-  receiver settles it, or goes to ``discard``; nothing stays behind in the library.
+  receiver settles it, or goes to ``discard``; nothing stays behind in the library. They are looked at as soon
+  as the message is there: dbus-fast lets one without fds share its empty list with the next.
 
 Values: what comes in is plain (variants unwrapped); for a variant that goes out, give ``Variant``.
 A D-Bus ``h`` is the index of an fd, in and out.
@@ -258,10 +259,9 @@ class Bus:
         self._pending[message.serial] = future
         try:
             self._send(message)
-            reply = await asyncio.wait_for(future, timeout)
+            reply, fds_in = await asyncio.wait_for(future, timeout)
         finally:
             self._pending.pop(message.serial, None)
-        fds_in = list(reply.unix_fds or ())
         if reply.message_type == _ERROR:
             _close(fds_in)
             raise remote_error(reply.error_name, reply.body[0] if reply.signature[:1] == "s" else "")
@@ -398,7 +398,7 @@ class Bus:
             return False
         future = self._pending.get(message.reply_serial)
         if future is not None and not future.done():
-            future.set_result(message)
+            future.set_result((message, fds))
             return True
         return False
 

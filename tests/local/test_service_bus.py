@@ -22,7 +22,7 @@ from vmbus.bus import _PatientSocket
 
 FLOOD = """
 import asyncio, os, sys
-from vmbus.bus import LIBRARY, Bus
+from vmbus.bus import LIBRARY, Bus, RemoteError
 
 async def main():
     sender, receiver = await Bus.connect(sys.argv[1]), await Bus.connect(sys.argv[1])
@@ -42,9 +42,18 @@ async def main():
         await asyncio.sleep(0.01)
     assert [int(call.body[0]) for call in taken] == list(range(100))
     assert [len(call.fds) for call in taken] == [int(n % 10 == 0) for n in range(100)]
-    for call in taken:
-        receiver.reply(call, "", [], call.fds)
-    await asyncio.gather(*calls)
+    for number, call in enumerate(taken):
+        if number % 2:
+            receiver.error(call, "x.y.Error", "no file for you")
+            for fd in call.fds:
+                os.close(fd)
+        else:
+            receiver.reply(call, "h", [0], call.fds or [os.dup(0)])
+    for number, done in enumerate(await asyncio.gather(*calls, return_exceptions=True)):
+        if number % 2:
+            assert isinstance(done, RemoteError), done
+        else:
+            os.close(done.fds[0])  # each has its own, and nobody else has closed it
     assert len(os.listdir("/proc/self/fd")) < 30
     print("done", LIBRARY, flush=True)
 
