@@ -84,7 +84,11 @@ impl Mailbox {
 
     /// Wait until the eventfd is readable, and leave it so.
     pub(crate) fn wait_readable(&self) {
-        let mut poll = libc::pollfd { fd: self.event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: self.event.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one valid pollfd; EINTR only makes the caller look again.
         unsafe { libc::poll(&mut poll, 1, -1) };
     }
