@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from vmbus import image
 from vmbus.cli import img
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
@@ -204,6 +205,21 @@ def test_resize_shows_neither_old_data_nor_the_backing_file(tmp_path: Path) -> N
     qemu("qemu-io", "-c", "read -P 0x55 0 900k", "-c", "read -P 3 900k 50k", "-c", "read -P 0 950k 3M", path)
     text = qemu("qemu-io", "-c", "read -P 3 900k 50k", "-c", "read -P 0 950k 3M", path)
     assert "failed" not in text
+
+
+def test_discarded_space_goes_back_to_the_host(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    image.create(str(path), size=64 * MIB)
+    with image.open(str(path), "qcow2") as disk:
+        disk.write(0, b"\x11" * (32 * MIB))
+        disk.flush()
+        full = path.stat().st_blocks * 512
+        disk.discard(0, 24 * MIB)
+        disk.flush()
+    assert full > 32 * MIB
+    assert path.stat().st_blocks * 512 < 9 * MIB
+    clean(path)
+    assert "failed" not in qemu("qemu-io", "-c", "read -P 0 0 24M", "-c", "read -P 0x11 24M 8M", path)
 
 
 def test_a_grown_image_takes_a_larger_l1_table(tmp_path: Path) -> None:

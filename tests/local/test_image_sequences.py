@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from vmbus import image
+from vmbus.wire.errors import VmbusError
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
 MIB = 1 << 20
@@ -34,6 +35,7 @@ class Sequence:
         self.disk = bytearray(3 * MIB)
         self.snapshots: dict[str, bytes] = {}
         self.number = 0
+        self.narrow = options.get("refcount_bits", 16) < 16
         self.v2 = options.get("version") == 2
         image.create(str(self.path), size=len(self.disk), **options)  # type: ignore[arg-type]
 
@@ -96,9 +98,14 @@ class Sequence:
     def take(self, by_us: bool) -> str:
         self.number += 1
         name = f"s{self.number}"
-        if by_us:
-            with self.open() as disk:
-                disk.snapshot(name)
+        if by_us or self.narrow:
+            try:
+                with self.open() as disk:
+                    disk.snapshot(name)
+            except VmbusError as error:
+                # Packed clusters share a host cluster, which 8 bits soon cannot count; nothing has changed.
+                assert self.narrow and "refcount width" in str(error)
+                return "no snapshot: too many references"
         else:
             self.tool("snapshot", "-c", name, self.path)
         self.snapshots[name] = bytes(self.disk)
@@ -110,9 +117,13 @@ class Sequence:
         name = self.random.choice(sorted(self.snapshots))
         if self.v2 and len(self.snapshots[name]) != len(self.disk):
             return "no apply of another size"
-        if by_us:
-            with self.open() as disk:
-                disk.apply_snapshot(name)
+        if by_us or self.narrow:
+            try:
+                with self.open() as disk:
+                    disk.apply_snapshot(name)
+            except VmbusError as error:
+                assert self.narrow and "refcount width" in str(error)
+                return "no apply: too many references"
         else:
             self.tool("snapshot", "-a", name, self.path)
         self.disk = bytearray(self.snapshots[name])

@@ -568,13 +568,18 @@ def _serve(options: argparse.Namespace) -> int:
 def _listener(path: str | None, fd: int | None) -> socket.socket:
     """The socket asked for; without one, the first that systemd passes (sd_listen_fds(3))."""
     if path is not None:
+        if Path(path).exists():
+            raise VmbusError("AlreadyExists", f"{path} exists already", argument="socket")
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Under its name once it listens: who waits for the name to appear can connect.
+        begun = f"{path}.{os.getpid()}"
         try:
-            made.bind(path)
+            made.bind(begun)
+            made.listen(16)
+            os.rename(begun, path)
         except OSError as error:
             made.close()
-            raise VmbusError("AlreadyExists", f"{path}: {error.strerror}", argument="socket") from None
-        made.listen(16)
+            raise VmbusError("InvalidArgument", f"{path}: {error.strerror}", argument="socket") from None
         return made
     if (
         fd is None

@@ -35,7 +35,7 @@ pub struct VmbusImage {
 }
 
 /// Open and activate a chain. JSON: `layers` (each with `fd`, `format`, and where it has them
-/// `backing_name`, `data_fd`, `data_name`), `read_only`, `locks`, `sync`, `cache` (bytes), `snapshot`.
+/// `backing_name`, `data_fd`, `data_name`), `read_only`, `locks`, `sync`, `discard`, `cache` (bytes), `snapshot`.
 ///
 /// # Safety
 /// `json` points to `len` bytes, `out` to room for a handle.
@@ -523,6 +523,7 @@ fn open(request: &Value) -> Outcome<Arc<Image>> {
     let defaults = OpenOptions::default();
     let options = OpenOptions {
         read_only: flag(request, "read_only"),
+        discard: request["discard"].as_bool().unwrap_or(true),
         sync: request["sync"].as_bool().unwrap_or(true),
         locks: request["locks"].as_bool().unwrap_or(true),
         cache: request["cache"]

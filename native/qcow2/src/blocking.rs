@@ -93,6 +93,15 @@ fn perform(image: &Image, io: &CommitIo) -> Result<()> {
     let missing = || Error::invalid("no such file in the chain");
     match io {
         CommitIo::Sync { file } => image.files().get(*file).ok_or_else(missing)?.sync(),
+        CommitIo::Punch { file, offset, len } => {
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let _ = image
+                .files()
+                .get(*file)
+                .ok_or_else(missing)?
+                .fallocate(mode, offset.0, *len);
+            Ok(())
+        }
         CommitIo::Write {
             file,
             offset,

@@ -77,7 +77,7 @@ impl State {
     /// Take what is dirty and lay out the phases.
     pub(crate) fn commit_begin(&mut self) -> CommitStep {
         let taken = self.cache.take_dirty();
-        self.freed_at_begin();
+        let given_back = self.freed_at_begin();
         let mut phases = VecDeque::new();
         let (image, data) = self.written_files();
         let sync = |files: &[Option<usize>]| -> Vec<CommitIo> {
@@ -87,6 +87,11 @@ impl State {
                 .map(|file| CommitIo::Sync { file: *file })
                 .collect()
         };
+        if !given_back.is_empty() {
+            let file = image.unwrap_or(0);
+            let punch = |(offset, len)| CommitIo::Punch { file, offset, len };
+            phases.push_back(given_back.into_iter().map(punch).collect());
+        }
         for class in [
             Class::Unreferenced,
             Class::RefcountTable,

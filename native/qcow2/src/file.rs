@@ -158,6 +158,10 @@ impl BlockFile {
 
     /// fallocate(2) with `mode`.
     pub(crate) fn fallocate(&self, mode: i32, offset: u64, len: u64) -> Result<()> {
+        #[cfg(test)]
+        if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
+            crate::powercut::note_write(self.fd(), offset, &vec![0; len as usize]);
+        }
         // SAFETY: no pointers.
         let done = unsafe { libc::fallocate64(self.fd(), mode, offset as i64, len as i64) };
         if done == 0 {

@@ -50,6 +50,8 @@ pub struct OpenOptions {
     pub cache: usize,
     /// Take QEMU's locks in `activate` (default).
     pub locks: bool,
+    /// The space of discarded clusters goes back to the host (default).
+    pub discard: bool,
     /// Flushes reach the disk (default). Without, they keep their order in memory only: for an image that
     /// is made anew and of no use unless it gets finished.
     pub sync: bool,
@@ -63,6 +65,7 @@ impl Default for OpenOptions {
             read_only: false,
             cache: 32 << 20,
             locks: true,
+            discard: true,
             sync: true,
             snapshot: None,
         }

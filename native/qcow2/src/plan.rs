@@ -166,6 +166,12 @@ pub(crate) enum CommitIo {
     },
     /// fdatasync.
     Sync { file: FileId },
+    /// Give the space of free clusters back to the host. If that fails, nothing is lost but space.
+    Punch {
+        file: FileId,
+        offset: HostOffset,
+        len: u64,
+    },
 }
 
 /// What a commit wants next.

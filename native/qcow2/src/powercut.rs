@@ -92,7 +92,9 @@ pub(crate) fn note_op(fd: RawFd, op: &IoOp, moved: u64) {
             note_write(fd, *offset, &data);
         }
         IoOp::Sync => note_sync(fd),
-        IoOp::Read { .. } | IoOp::Fallocate { .. } => {}
+        // A hole reads as zeros, if it reaches the disk.
+        IoOp::Fallocate { offset, len, .. } => note_write(fd, *offset, &vec![0; *len as usize]),
+        IoOp::Read { .. } => {}
     }
 }
 

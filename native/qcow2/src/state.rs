@@ -49,6 +49,8 @@ pub(crate) struct Raw {
 pub(crate) struct State {
     pub(crate) active: bool,
     pub(crate) read_only: bool,
+    /// Whether discarded clusters' space goes back to the host.
+    pub(crate) discard: bool,
     /// Whether commits sync.
     pub(crate) sync: bool,
     pub(crate) layers: Vec<Layer>,
@@ -88,6 +90,7 @@ impl State {
         Ok(State {
             active: false,
             read_only: options.read_only,
+            discard: options.discard,
             sync: options.sync,
             layers,
             cache: Cache::new((options.cache / 4096).max(2048)),

@@ -488,6 +488,18 @@ impl Engine {
     fn commit_io(&mut self, slot: u64, mut io: CommitIo) {
         let (file, op, expected) = match &mut io {
             CommitIo::Sync { file } => (*file, IoOp::Sync, 0),
+            CommitIo::Punch { file, offset, len } => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                (
+                    *file,
+                    IoOp::Fallocate {
+                        mode,
+                        offset: offset.0,
+                        len: *len,
+                    },
+                    0,
+                )
+            }
             CommitIo::Write {
                 file,
                 offset,
@@ -517,7 +529,7 @@ impl Engine {
             file,
             op,
             expected,
-            after: After::Commit { slot, _io: io },
+            after: After::Commit { slot, io },
         });
     }
 
@@ -912,6 +924,10 @@ impl Engine {
                     self.runnable.push_back(task);
                 }
             }
+            After::Commit {
+                slot,
+                io: CommitIo::Punch { .. },
+            } => self.commit_ended(slot, Ok(())),
             After::Commit { slot, .. } => self.commit_ended(slot, outcome),
         }
     }

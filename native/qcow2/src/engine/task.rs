@@ -105,7 +105,7 @@ pub(crate) enum After {
         task: u64,
     },
     /// Part of a commit.
-    Commit { slot: u64, _io: CommitIo },
+    Commit { slot: u64, io: CommitIo },
 }
 
 /// An operation under way.

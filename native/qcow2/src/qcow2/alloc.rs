@@ -15,6 +15,7 @@
 //! | used      | ≥ 1              | a table                      | unlinked in memory: `freed`                      |
 //! | freed     | ≥ 1              | perhaps the table still      | a commit wrote the table without it              |
 //! | waiting   | ≥ 1              | nobody                       | all requests planned before have ended           |
+//! | punching  | ≥ 1              | nobody                       | its space was given back (discards only)         |
 //! | released  | 1 or 0           | nobody                       | count 0 in memory: free                          |
 //!
 //! Whenever the power goes, the count on disk is at least the number of pointers on disk.
@@ -38,6 +39,8 @@ const GROW_MIN: u64 = 1 << 20;
 const GROW_MAX: u64 = 64 << 20;
 /// More freed runs than this wait for a commit before more is freed.
 const FREED_MAX: usize = 65_536;
+/// The most ranges whose space one commit gives back.
+const PUNCHES: usize = 256;
 
 /// What writing to the active qcow2 layer needs in memory.
 pub(crate) struct Writer {
@@ -71,19 +74,42 @@ pub(crate) struct Freed {
     freed: Vec<std::ops::Range<u64>>,
     committing: Vec<std::ops::Range<u64>>,
     waiting: VecDeque<(u64, std::ops::Range<u64>)>,
+    /// The same for clusters that were ours alone, and whose space goes back to the host first.
+    discarded: Vec<std::ops::Range<u64>>,
+    discarding: Vec<std::ops::Range<u64>>,
+    to_punch: VecDeque<(u64, std::ops::Range<u64>)>,
+    punching: Vec<(u64, std::ops::Range<u64>)>,
 }
 
 impl Freed {
     /// The clusters of `range` lose one pointer.
     pub(crate) fn push(&mut self, range: std::ops::Range<u64>) {
-        match self.freed.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => self.freed.push(range),
-        }
+        append(&mut self.freed, range);
+    }
+
+    /// The same, and nobody else points to them: their space is given back before they are used again.
+    pub(crate) fn give_back(&mut self, range: std::ops::Range<u64>) {
+        append(&mut self.discarded, range);
     }
 
     fn is_empty(&self) -> bool {
-        self.freed.is_empty() && self.committing.is_empty() && self.waiting.is_empty()
+        let lists = [
+            &self.freed,
+            &self.committing,
+            &self.discarded,
+            &self.discarding,
+        ];
+        let queues = [&self.waiting, &self.to_punch];
+        lists.iter().all(|list| list.is_empty())
+            && queues.iter().all(|queue| queue.is_empty())
+            && self.punching.is_empty()
+    }
+}
+
+fn append(ranges: &mut Vec<std::ops::Range<u64>>, range: std::ops::Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
     }
 }
 
@@ -540,17 +566,41 @@ impl State {
 
     /// Whether something must be committed before more is freed.
     pub(crate) fn too_much_freed(&self) -> bool {
-        self.writer
-            .as_ref()
-            .is_some_and(|writer| writer.freed.freed.len() > FREED_MAX)
+        self.writer.as_ref().is_some_and(|writer| {
+            writer.freed.freed.len() + writer.freed.discarded.len() > FREED_MAX
+        })
     }
 
     /// A commit takes the unlinked mappings along.
-    pub(crate) fn freed_at_begin(&mut self) {
-        if let Some(writer) = &mut self.writer {
-            let freed = std::mem::take(&mut writer.freed.freed);
-            writer.freed.committing.extend(freed);
+    ///
+    /// Gives the ranges (host offset and length) whose space this commit gives back.
+    pub(crate) fn freed_at_begin(&mut self) -> Vec<(HostOffset, u64)> {
+        let Some(writer) = &mut self.writer else {
+            return Vec::new();
+        };
+        let freed = &mut writer.freed;
+        freed.committing.append(&mut freed.freed);
+        freed.discarding.append(&mut freed.discarded);
+        while freed.punching.len() < PUNCHES {
+            match freed.to_punch.pop_front() {
+                Some((epoch, range)) if self.epochs.passed(epoch) => {
+                    freed.punching.push((epoch, range))
+                }
+                Some(early) => {
+                    freed.to_punch.push_front(early);
+                    break;
+                }
+                None => break,
+            }
         }
+        let bits = writer.geometry.cluster_bits;
+        let bytes = |(_, range): &(u64, std::ops::Range<u64>)| {
+            (
+                HostOffset(range.start << bits),
+                (range.end - range.start) << bits,
+            )
+        };
+        freed.punching.iter().map(bytes).collect()
     }
 
     /// The commit has ended: what it unlinked waits for the requests planned before, or for the next.
@@ -558,18 +608,23 @@ impl State {
         let Some(writer) = &mut self.writer else {
             return;
         };
-        let freed = std::mem::take(&mut writer.freed.committing);
-        if freed.is_empty() {
+        let freed = &mut writer.freed;
+        // Space that could not be given back is merely not given back.
+        freed.waiting.extend(freed.punching.drain(..));
+        if freed.committing.is_empty() && freed.discarding.is_empty() {
             return;
         }
         if ok {
             let epoch = self.epochs.close();
-            writer
-                .freed
+            freed
                 .waiting
-                .extend(freed.into_iter().map(|range| (epoch, range)));
+                .extend(freed.committing.drain(..).map(|range| (epoch, range)));
+            freed
+                .to_punch
+                .extend(freed.discarding.drain(..).map(|range| (epoch, range)));
         } else {
-            writer.freed.freed.extend(freed);
+            freed.freed.append(&mut freed.committing);
+            freed.discarded.append(&mut freed.discarding);
         }
     }
 

@@ -291,7 +291,7 @@ fn unlink(
         let table = state.writable_l2(geometry, image.files(), cluster, waiter)?;
         let mapping = decode_l2(geometry, old)?;
         state.set_table_entry(geometry, table, entry, 0, Class::Mapping);
-        state.free_mapping(geometry, mapping);
+        state.discard_mapping(geometry, mapping);
     }
     Ok(true)
 }

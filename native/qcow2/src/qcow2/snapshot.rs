@@ -196,7 +196,7 @@ pub fn create(image: &Image, name: &str) -> Result<Snapshot> {
     let l1 = read_l1(image, &geometry, header.l1_offset, header.l1_entries)?;
     let copy: Vec<u64> = l1.iter().map(|entry| entry & !COPIED).collect();
     let area = new_table(image, &geometry, &copy)?;
-    count_tree(image, &geometry, &l1, true)?;
+    count_or_free(image, &geometry, &l1, area)?;
     clear_copied(image, &geometry, header.l1_offset, &l1)?;
     let id = snapshots
         .iter()
@@ -259,7 +259,7 @@ pub fn apply(image: &Image, wanted: &str) -> Result<()> {
     new.iter_mut().for_each(|entry| *entry &= !COPIED);
     new.resize(new.len().max(needed as usize), 0);
     let area = new_table(image, &geometry, &new)?;
-    count_tree(image, &geometry, &new, true)?;
+    count_or_free(image, &geometry, &new, area)?;
     commit(image)?;
     {
         let mut state = image.lock();
@@ -397,8 +397,35 @@ fn free_area(image: &Image, geometry: &Geometry, offset: u64, len: u64) -> Resul
 }
 
 /// Count everything below an L1 table up or down by one. (Both are allowed at once: up before
-/// anything on disk points there, down after nothing does.)
+/// anything on disk points there, down after nothing does.) Counting up is undone when it fails.
 fn count_tree(image: &Image, geometry: &Geometry, l1: &[u64], up: bool) -> Result<()> {
+    let mut counted = 0;
+    let result = count_some(image, geometry, l1, up, u64::MAX, &mut counted);
+    if result.is_err() && up {
+        count_some(image, geometry, l1, false, counted, &mut 0)?;
+    }
+    result
+}
+
+/// Count up for a new L1 table at `area`; if that fails the table goes, too.
+fn count_or_free(image: &Image, geometry: &Geometry, l1: &[u64], area: HostOffset) -> Result<()> {
+    let result = count_tree(image, geometry, l1, true);
+    if result.is_err() {
+        free_area(image, geometry, area.0, (l1.len() as u64 * 8).max(1))?;
+        settle(image)?;
+    }
+    result
+}
+
+/// Count the first `limit` clusters below an L1 table; `counted` tells how many were, also after an error.
+fn count_some(
+    image: &Image,
+    geometry: &Geometry,
+    l1: &[u64],
+    up: bool,
+    limit: u64,
+    counted: &mut u64,
+) -> Result<()> {
     let mut bytes = vec![0u8; geometry.cluster() as usize];
     for entry in l1 {
         let Some(table) = decode_l1(geometry, *entry)? else {
@@ -425,10 +452,14 @@ fn count_tree(image: &Image, geometry: &Geometry, l1: &[u64], up: bool) -> Resul
             }
         }
         for mut range in runs {
+            range.end = range.end.min(range.start.saturating_add(limit - *counted));
+            let start = range.start;
             // The range shrinks as it is counted, so that going on after a stop counts nothing twice.
-            run(image, |state, waiter| {
+            let result = run(image, |state, waiter| {
                 state.count_run(geometry, &mut range, up, waiter)
-            })?;
+            });
+            *counted += range.start - start;
+            result?;
         }
     }
     Ok(())

@@ -381,6 +381,27 @@ impl State {
         }
     }
 
+    /// As [`State::free_mapping`], where the guest does not need the data any more: space that was the
+    /// cluster's alone goes back to the host, if that is wanted.
+    pub(crate) fn discard_mapping(&mut self, geometry: &Geometry, mapping: Mapping) {
+        let alone = match mapping {
+            Mapping::Data { host, copied: true }
+            | Mapping::Zero {
+                host: Some(host),
+                copied: true,
+            } => host,
+            _ => return self.free_mapping(geometry, mapping),
+        };
+        match &mut self.writer {
+            Some(writer) if self.discard && !geometry.external_data() => {
+                writer
+                    .freed
+                    .give_back(refcount::clusters(geometry, alone, geometry.cluster()));
+            }
+            _ => self.free_mapping(geometry, mapping),
+        }
+    }
+
     /// What a replaced mapping pointed to loses a pointer.
     pub(crate) fn free_mapping(&mut self, geometry: &Geometry, mapping: Mapping) {
         let range = match mapping {

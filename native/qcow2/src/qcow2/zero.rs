@@ -124,7 +124,7 @@ impl State {
                         Class::Mapping,
                     );
                     if free {
-                        self.free_mapping(geometry, old);
+                        self.discard_mapping(geometry, old);
                     }
                 }
             }
