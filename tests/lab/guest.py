@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import threading
@@ -61,7 +62,7 @@ class Console:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        self._text = ""
+        self._raw = b""
         self._changed = threading.Condition()
         self._closed = False
         self._show = show
@@ -72,17 +73,17 @@ class Console:
     def text(self) -> str:
         """All that has come."""
         with self._changed:
-            return self._text
+            return self._lines()
 
     def wait_for(self, pattern: str, timeout: float) -> re.Match[str]:
         """Wait until ``pattern`` is in the text. Raises GuestFailed."""
         deadline = time.monotonic() + timeout * SLOW
         with self._changed:
-            while not (found := re.search(pattern, self._text)):
+            while not (found := re.search(pattern, self._lines())):
                 left = deadline - time.monotonic()
                 if left <= 0 or self._closed:
                     why = "the console was closed" if self._closed else f"{timeout * SLOW:.0f} s have passed"
-                    raise GuestFailed(f"no {pattern!r}: {why}\n{self._text[-4000:]}{self._complaint()}")
+                    raise GuestFailed(f"no {pattern!r}: {why}\n{self._lines()[-4000:]}{self._complaint()}")
                 self._changed.wait(left)
             return found
 
@@ -112,16 +113,20 @@ class Console:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
 
+    def _lines(self) -> str:
+        return self._raw.decode(errors="replace").replace("\r\n", "\n")
+
     def _read(self) -> None:
         assert self._process.stdout
         shown = 0
-        while data := self._process.stdout.read1(65536):  # type: ignore[attr-defined]
+        while data := os.read(self._process.stdout.fileno(), 65536):
             with self._changed:
-                self._text += data.decode(errors="replace").replace("\r\n", "\n")
+                self._raw += data
+                text = self._lines()
                 self._changed.notify_all()
-                whole = self._text.rfind("\n") + 1
+            whole = text.rfind("\n") + 1
             if self._show and whole > shown:
-                for line in self._text[shown:whole].splitlines():
+                for line in text[shown:whole].splitlines():
                     self._show(line)
                 shown = whole
         with self._changed:
