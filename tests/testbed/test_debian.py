@@ -14,11 +14,11 @@ import pytest
 
 from tests.lab import kernels
 from tests.lab.guest import StockGuest
-from tests.lab.system import ALICE, SLOW, System
+from tests.lab.system import ALICE, NESTED, SLOW, System
 
 pytestmark = [pytest.mark.requires("kvm-hardware"), pytest.mark.timeout(900)]
 
-BACK_ON_THE_BUS = 30.0  # seconds from the exec, in the nested host; SPECIFICATION.md
+BACK_ON_THE_BUS = 30.0 if NESTED else 2.0  # seconds from the exec (SPECIFICATION.md)
 
 CYCLES = """\
 mount -t ext4 /dev/vda /mnt || echo "cannot mount"
@@ -38,12 +38,12 @@ poweroff -f
 
 HEARTBEAT = """\
 mount -t ext4 /dev/vda /mnt || echo "cannot mount"
-acpid -c /etc/acpi
+acpid -d -c /etc/acpi >/dev/null 2>&1 &
 echo "first words"
 n=0
 while [ ! -e /run/power-button ]; do
     n=$((n + 1))
-    dd if=/dev/zero of=/mnt/busy bs=64k count=16 conv=fsync 2>/dev/null
+    for i in 1 2 3 4 5 6 7 8; do dd if=/dev/zero of=/mnt/busy$i bs=64k count=16 conv=fsync 2>/dev/null; done
     echo "beat $n"
 done
 echo "end after beat $n" >/mnt/log
@@ -102,6 +102,13 @@ def test_what_was_written_is_there_after_ten_restarts(system: System, vcpus: int
     cycles(system, f"soak-{vcpus}", vcpus=vcpus, rounds=10)
 
 
+def state_on_the_bus(guest: StockGuest) -> str:
+    """The machine's public State, asked with busctl; "" when nobody answers."""
+    path = f"/org/vmbus1/machine/{guest.uuid.replace('-', '_')}"
+    words = ["busctl", "get-property", "org.vmbus1", path, "org.vmbus1.Machine", "State"]
+    return guest.system.run_as(guest.user, words).stdout.strip().removeprefix("s ").strip('"')
+
+
 @pytest.mark.parametrize("killed", [("service",), ("broker",), ("service", "broker")], ids="+".join)
 def test_debian_goes_on_when_what_serves_it_is_killed(system: System, killed: tuple[str, ...]) -> None:
     name = "beat-" + "-".join(killed)
@@ -115,12 +122,14 @@ def test_debian_goes_on_when_what_serves_it_is_killed(system: System, killed: tu
 
         for daemon in daemons:
             daemon.kill(signal.SIGKILL)
-        began = time.monotonic()
         for daemon in daemons:
-            daemon.start()
+            daemon.start(wait=False)
+        began = time.monotonic()
+        while state_on_the_bus(guest) != "running":
+            assert time.monotonic() - began < BACK_ON_THE_BUS, system.logs()
+            time.sleep(0.1)
 
         assert guest.show()["state"] == "running"
-        assert time.monotonic() - began < BACK_ON_THE_BUS
         assert list(system.workers()) == [worker]
         console = guest.open_console()
         console.wait_for("first words", 20)  # the history
