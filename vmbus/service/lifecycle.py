@@ -128,6 +128,7 @@ class Lifecycle:
     async def _spawn(self, machine: Machine) -> None:
         definition = machine.definition
         machine.gone.clear()
+        machine.console_told = float("-inf")  # the first output of a run is told at once
         spawning = asyncio.ensure_future(
             self._broker.spawn(machine.uuid, definition.memory, definition.vcpus, definition.memory_kind)
         )
