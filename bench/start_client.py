@@ -30,7 +30,8 @@ async def main() -> None:
         "memory": Variant("t", 64 << 20),
         "kernel": Variant("a{sv}", {"path": Variant("s", kernel), "cmdline": Variant("s", "idle")}),
     }
-    path = await client.call(ROOT, "Manager.DefineMachine", definition)
+    known = await client.call(ROOT, "Manager.ListMachines")
+    path = known[0] if known else await client.call(ROOT, "Manager.DefineMachine", definition)
     await client.call(ROOT, "Manager.Subscribe")
     spoke = asyncio.Event()
     when = 0.0
