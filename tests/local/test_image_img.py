@@ -330,6 +330,30 @@ def test_a_hostile_header_is_a_named_error(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("offset", "value"), [(40, 0xB601003000 & ~0xFFFF), (48, 1 << 40)])
+def test_tables_beyond_the_end_of_the_file_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], offset: int, value: int
+) -> None:
+    path = tmp_path / "image"
+    ours("create", "-q", "-f", "qcow2", path, "4M")
+    _patch(path, offset, value.to_bytes(8, "big"))
+    ours("bench", "-w", "-c", "1", path, code=1)
+    assert "cut short" in capsys.readouterr().err
+    assert path.stat().st_size < MIB
+
+
+def test_a_pointer_beyond_the_end_of_the_file_is_not_written_through(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "image"
+    ours("create", "-q", "-f", "qcow2", path, "4M")
+    l1 = int.from_bytes(_bytes(path, 40, 8), "big")
+    _patch(path, l1, (1 << 63 | 1 << 40).to_bytes(8, "big"))
+    ours("bench", "-w", "-c", "1", path, code=1)
+    assert "beyond the end" in capsys.readouterr().err
+    assert path.stat().st_size < MIB
+
+
 def test_a_chain_that_loops_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     ours("create", "-q", "-f", "qcow2", one, "1M")

@@ -170,8 +170,8 @@ def _arguments() -> argparse.ArgumentParser:
     one = command("map", _map, "show where an image's ranges come from")
     common(one)
     one.add_argument("--output", **cast(Any, output))
-    one.add_argument("-s", "--start-offset", dest="start", type=size, default=0)
-    one.add_argument("-l", "--max-length", dest="length", type=size)
+    one.add_argument("-s", "--start-offset", dest="start", type=size, default=0, help="first byte")
+    one.add_argument("-l", "--max-length", dest="length", type=size, help="bytes")
     one.add_argument("file")
 
     one = command("measure", _measure, "tell how large an image's file will be")

@@ -673,6 +673,17 @@ impl State {
                 .is_some_and(|writer| !writer.freed.is_empty())
     }
 
+    /// Whether a cluster lies in the image file. What does not is never written to, whatever a table
+    /// says: a damaged pointer would make a file of any size.
+    pub(crate) fn check_inside(&mut self, geometry: &Geometry, host: HostOffset) -> Result<()> {
+        if host.0 >> geometry.cluster_bits < self.writer()?.end {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "a table points to {host}, beyond the end of the image file: run check"
+        )))
+    }
+
     /// The writer of the active qcow2 layer.
     pub(crate) fn writer(&mut self) -> Result<&mut Writer> {
         self.writer

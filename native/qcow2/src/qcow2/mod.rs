@@ -97,6 +97,7 @@ impl Qcow2 {
             .get(described.file)
             .ok_or_else(|| Error::invalid("no such file in the chain"))?;
         let header = Header::read(file)?;
+        check_tables(file, &header)?;
         if header.backing_name != described.backing_name {
             return Err(changed(
                 "backing",
@@ -138,6 +139,7 @@ impl Qcow2 {
             .get(self.geometry.file)
             .ok_or_else(|| Error::invalid("no such file in the chain"))?;
         let header = Header::read(file)?;
+        check_tables(file, &header)?;
         let same = header.backing_name == self.header.backing_name
             && header.data_name() == self.header.data_name()
             && header.has_data_file() == self.header.has_data_file();
@@ -177,6 +179,20 @@ impl Qcow2 {
         }
         Ok(())
     }
+}
+
+/// A file cut short, or a header that points out of it.
+fn check_tables(file: &BlockFile, header: &Header) -> Result<()> {
+    let len = file.len()?;
+    let l1_end = header
+        .l1_offset
+        .saturating_add(u64::from(header.l1_entries) * 8);
+    if l1_end > len || header.reftable_offset >= len {
+        return Err(Error::invalid(
+            "the image file is cut short: its tables lie beyond its end",
+        ));
+    }
+    Ok(())
 }
 
 fn changed(what: &str, found: Option<&str>, expected: Option<&str>) -> Error {

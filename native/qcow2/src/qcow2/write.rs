@@ -77,7 +77,12 @@ impl State {
         let cluster = GuestCluster(at >> geometry.cluster_bits);
         self.wait_if_busy(cluster, waiter)?;
         match self.lookup(geometry, cluster, waiter)? {
-            Mapping::Data { host, copied: true } => self.in_place(geometry, at, len, host, waiter),
+            Mapping::Data { host, copied: true } => {
+                if !geometry.external_data() {
+                    self.check_inside(geometry, host)?;
+                }
+                self.in_place(geometry, at, len, host, waiter)
+            }
             _ => self.allocating(geometry, files, at, len, waiter),
         }
     }
@@ -123,8 +128,11 @@ impl State {
                 host: offset.plus(done),
                 copied: true,
             };
+            let outside = !geometry.external_data()
+                && self.check_inside(geometry, offset.plus(done)).is_err();
             // A stop here only ends the run: what is known so far can be written.
-            if self.busy(next)
+            if outside
+                || self.busy(next)
                 || !matches!(self.peek(geometry, next, waiter), Some(mapping) if mapping == follows)
             {
                 break;
@@ -192,6 +200,9 @@ impl State {
         let mut whole = Extents::new();
         self.resolve(0, start, end - start, waiter, &mut whole)?;
 
+        if let Some(host) = target.kept.filter(|_| !geometry.external_data()) {
+            self.check_inside(geometry, host)?;
+        }
         let (host, count, fresh) = match target.kept {
             Some(host) => (host, 1, false),
             None if geometry.external_data() => (HostOffset(start), target.count, false),
@@ -435,6 +446,7 @@ impl State {
             .ok_or_else(|| Error::invalid("the image has no L1 table"))?;
         let old = self.l2_table(geometry, cluster, waiter)?;
         if let Some(table) = old.filter(|table| table.copied) {
+            self.check_inside(geometry, table.offset)?;
             self.table_entry(geometry, table.offset, entry, waiter)?;
             return Ok(table.offset);
         }
