@@ -32,7 +32,7 @@ from vmbus._native import ffi, lib
 from vmbus.wire.errors import KINDS, VmbusError
 
 Format = Literal["qcow2", "raw"]
-FORMATS: Final = ("qcow2", "raw")
+FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
 MAX_LAYERS: Final = 200
 _DISCARD, _ZERO, _ZERO_UNMAP = 0, 1, 2
 
@@ -416,6 +416,7 @@ def open(
 def _create_raw(path: str, size: int, preallocation: str) -> None:
     with contextlib.ExitStack() as stack:
         fd = _file(stack, path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        size = -(-size // 512) * 512  # whole sectors, as QEMU makes them
         os.ftruncate(fd, size)
         if preallocation in {"falloc", "full"} and size:
             os.posix_fallocate(fd, 0, size)

@@ -123,6 +123,21 @@ def test_compare_tells_where_and_how(tmp_path: Path, raw: Path, capsys: pytest.C
     ours("compare", raw, tmp_path / "none", code=2)
 
 
+@pytest.mark.parametrize(
+    "operands",
+    [[], ["bs=1M", "count=3"], ["bs=1000", "skip=77"], ["bs=64k", "skip=20", "count=90"], ["skip=99999"]],
+)
+def test_dd_copies_what_qemus_copies(tmp_path: Path, raw: Path, operands: list[str]) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    for format in image.FORMATS:
+        ours("dd", "-f", "raw", "-O", format, *operands, f"if={raw}", f"of={mine}")
+        qemu("qemu-img", "dd", "-f", "raw", "-O", format, *operands, f"if={raw}", f"of={theirs}")
+        assert (
+            image.info(str(mine), format)["virtual-size"] == image.info(str(theirs), format)["virtual-size"]
+        )
+        qemu("qemu-img", "compare", "-f", format, "-F", format, mine, theirs)
+
+
 def test_map_is_qemus(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, top = tmp_path / "base", tmp_path / "top"
     qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", raw, base)

@@ -40,7 +40,8 @@ UNITS: Final = {
     "p": 1 << 50,
     "e": 1 << 60,
 }
-ABSENT: Final = frozenset({"amend", "bitmap", "dd"})
+ABSENT: Final = frozenset({"amend", "bitmap"})
+MIB: Final = 1 << 20
 CHECK_CORRUPT, CHECK_LEAKS, CHECK_UNSUPPORTED = 2, 3, 63
 COMPARE_DIFFERENT, COMPARE_CANNOT_OPEN, COMPARE_CANNOT_READ = 1, 2, 4
 
@@ -166,6 +167,13 @@ def _arguments() -> argparse.ArgumentParser:
     cache(one, "-T")
     one.add_argument("file")
     one.add_argument("other")
+
+    one = command("dd", _dd, "copy a part of an image")
+    common(one)
+    one.add_argument(
+        "-O", dest="target_format", choices=image.FORMATS, default="raw", help="the target's format"
+    )
+    one.add_argument("operands", nargs="+", metavar="if=FILE of=FILE [bs=SIZE] [count=N] [skip=N]")
 
     one = command("map", _map, "show where an image's ranges come from")
     common(one)
@@ -422,6 +430,34 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _read_only(path: str, format: str | None, share: bool) -> Image:
     return image.open(path, _format(path, format), read_only=True, locks=not share, guess=True)
+
+
+def _dd(options: argparse.Namespace) -> int:
+    operands = dict(word.partition("=")[::2] for word in options.operands)
+    if unknown := set(operands) - {"if", "of", "bs", "count", "skip"}:
+        raise VmbusError("InvalidArgument", f"Unrecognized operand: '{min(unknown)}'")
+    if "if" not in operands or "of" not in operands:
+        raise VmbusError("InvalidArgument", "Must specify both input and output file names")
+    try:
+        block = size(operands.get("bs", "512"))
+        count, skip = size(operands.get("count", "8191P")), size(operands.get("skip", "0"))
+    except argparse.ArgumentTypeError as error:
+        raise VmbusError("InvalidArgument", str(error)) from None
+    if not 0 < block < 1 << 31:
+        raise VmbusError("InvalidArgument", "bs must be at least 1 and below 2G")
+    with _read_only(operands["if"], options.format, options.share) as source:
+        # As in qemu-img, `count` includes what is skipped.
+        end = min(source.size, count * block)
+        start = skip * block
+        _make(operands["of"], options.target_format, max(0, end - start), [], None, None, look=False)
+        if start > source.size:
+            print("vmbus-img: cannot skip to specified offset", file=sys.stderr)
+        with image.open(operands["of"], options.target_format, sync=False) as target:
+            for at in range(start, end, MIB):
+                data = source.read(at, min(MIB, end - at))
+                if any(data):
+                    target.write(at - start, data)
+    return 0
 
 
 def _map(options: argparse.Namespace) -> int:

@@ -310,6 +310,14 @@ impl Header {
             out.extend_from_slice(name.as_bytes());
         }
         if out.len() > 1 << self.cluster_bits {
+            // The feature names are there for people; in a small cluster they make room.
+            let mut without = self.clone();
+            without
+                .extensions
+                .retain(|known| known.kind != extension::FEATURE_NAMES);
+            if without.extensions.len() < self.extensions.len() {
+                return without.serialize();
+            }
             return Err(Error::new(
                 Kind::InvalidArgument,
                 "header, extensions and names do not fit into one cluster",
