@@ -47,6 +47,7 @@ pub struct Error {
     kind: Kind,
     message: String,
     errno: Option<i32>,
+    layer: Option<usize>,
 }
 
 /// The crate's result.
@@ -59,6 +60,7 @@ impl Error {
             kind,
             message: message.into(),
             errno: None,
+            layer: None,
         }
     }
 
@@ -84,6 +86,7 @@ impl Error {
             kind,
             message: format!("{context}: {error}"),
             errno,
+            layer: None,
         }
     }
 
@@ -105,6 +108,17 @@ impl Error {
     /// The errno, where the kernel gave one.
     pub fn errno(&self) -> Option<i32> {
         self.errno
+    }
+
+    /// Which layer of a chain it is about, 0 being the active one; None when it is about no single one.
+    pub fn layer(&self) -> Option<usize> {
+        self.layer
+    }
+
+    /// The same error, about this layer.
+    pub(crate) fn of_layer(mut self, layer: usize) -> Error {
+        self.layer = Some(layer);
+        self
     }
 
     /// The same error with what was being done in front.

@@ -83,7 +83,9 @@ impl State {
                     file: layer.file,
                     size: file.len()?,
                 }),
-                Format::Qcow2 => Layer::Qcow2(Box::new(Qcow2::open(number, files, &layer)?)),
+                Format::Qcow2 => Layer::Qcow2(Box::new(
+                    Qcow2::open(number, files, &layer).map_err(|e| e.of_layer(number))?,
+                )),
             });
         }
         check_chain(&layers)?;
@@ -112,10 +114,10 @@ impl State {
     pub(crate) fn activate(&mut self, files: &[BlockFile], snapshot: Option<&str>) -> Result<()> {
         self.cache.clear();
         self.writer = None;
-        for layer in &mut self.layers {
+        for (number, layer) in self.layers.iter_mut().enumerate() {
             match layer {
                 Layer::Raw(raw) => raw.size = files.get(raw.file).ok_or_else(no_file)?.len()?,
-                Layer::Qcow2(qcow2) => qcow2.reread(files)?,
+                Layer::Qcow2(qcow2) => qcow2.reread(files).map_err(|e| e.of_layer(number))?,
             }
         }
         check_chain(&self.layers)?;

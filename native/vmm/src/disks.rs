@@ -19,7 +19,7 @@ pub type LayerFds = (OwnedFd, Option<OwnedFd>);
 /// Opens all of them. `files` has the descriptors of each disk's layers, in the same order.
 ///
 /// # Errors
-/// What is wrong with a chain, with the disk as the argument.
+/// What is wrong with a chain, with the disk or, where it is one layer's, its slot as the argument.
 pub fn open(disks: &[Disk], files: Vec<Vec<LayerFds>>) -> Result<Vec<DiskSpec>> {
     let mut ids = BTreeSet::new();
     disks
@@ -67,7 +67,10 @@ fn check(index: usize, disk: &Disk) -> Result<()> {
 
 fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
     let about = |error: vmbus_qcow2::Error| Error {
-        argument: format!("disk/{}", disk.id),
+        argument: match error.layer() {
+            Some(layer) => format!("disk/{}/{layer}", disk.id),
+            None => format!("disk/{}", disk.id),
+        },
         ..image_error(error)
     };
     let layers = disk
