@@ -311,6 +311,7 @@ impl Control {
             .devices
             .iter()
             .map(|device| (device.id(), device.stats()))
+            .filter(|(_, stats)| !stats.is_null())
             .collect();
         let (written, read) = self.platform.serial.stats();
         json!({

@@ -79,7 +79,7 @@ impl Routing {
     /// Routes a GSI to `message`, or nowhere (None: the vector is masked).
     ///
     /// # Errors
-    /// `Internal` for a GSI that was not allocated; `Unavailable` when KVM refuses the table.
+    /// `Internal` for a GSI that was not allocated; `Unavailable` when KVM refuses the table, which stays as it was.
     pub fn set(&self, gsi: u32, message: Option<MsiMessage>) -> Result<()> {
         let mut messages = self.messages.lock().unwrap_or_else(|e| e.into_inner());
         let slot = messages
@@ -88,8 +88,13 @@ impl Routing {
         if *slot == message {
             return Ok(());
         }
-        *slot = message;
-        self.commit(&messages)
+        let before = std::mem::replace(slot, message);
+        let committed = self.commit(&messages);
+        if committed.is_err() {
+            // The guest chose the message. One that KVM refuses must not stay: every later table would hold it.
+            messages.insert(gsi, before);
+        }
+        committed
     }
 
     fn commit(&self, messages: &BTreeMap<u32, Option<MsiMessage>>) -> Result<()> {
@@ -178,5 +183,47 @@ impl Line {
             *present = level;
             (self.drive)(level);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{kvm_enable_cap, KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS};
+
+    use super::*;
+
+    fn message(address: u64) -> Option<MsiMessage> {
+        Some(MsiMessage {
+            address,
+            data: 0x31,
+        })
+    }
+
+    /// With 32-bit APIC ids KVM takes no message whose upper address has any of its low 8 bits set.
+    #[test]
+    fn a_message_that_kvm_refuses_spoils_no_other_vector() {
+        if !std::path::Path::new("/dev/kvm").exists() {
+            eprintln!("absent: /dev/kvm");
+            return;
+        }
+        let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_X2APIC_API,
+            ..Default::default()
+        };
+        cap.args[0] = u64::from(KVM_X2APIC_API_USE_32BIT_IDS);
+        vm.enable_cap(&cap).unwrap();
+        let routing = Routing::new(Arc::new(vm)).unwrap();
+        let (refused, other) = (routing.allocate().unwrap(), routing.allocate().unwrap());
+        routing.set(refused, message(0xfee0_0000)).unwrap();
+
+        let error = routing.set(refused, message(0xff_fee0_0000)).unwrap_err();
+        assert_eq!(error.kind, Kind::Unavailable);
+        routing.set(other, message(0xfee0_1000)).unwrap();
+        // It has what it had: setting that again changes nothing, another message is taken.
+        let kept = *routing.messages.lock().unwrap().get(&refused).unwrap();
+        assert_eq!(kept, message(0xfee0_0000));
+        routing.set(refused, message(0xfee0_2000)).unwrap();
     }
 }
