@@ -68,9 +68,9 @@ def test_a_number_of_vcpus_that_cannot_be_names_the_range(vcpus: int) -> None:
     assert str(refusal(vcpus=vcpus)) == f"vcpus: {vcpus} is not in 1–16"
 
 
-@pytest.mark.parametrize("memory", [0, -1, 1 << 43])
+@pytest.mark.parametrize("memory", [0, -1, 3 << 20, (510 << 30) + (1 << 20), 1 << 43])
 def test_memory_out_of_range_is_refused(memory: int) -> None:
-    assert refusal(memory=memory).argument == "memory"
+    assert str(refusal(memory=memory)) == f"memory: {memory} is not in {4 << 20}–{510 << 30}"
 
 
 def test_memory_that_is_no_multiple_of_a_mebibyte_is_refused() -> None:

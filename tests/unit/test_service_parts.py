@@ -37,7 +37,7 @@ UUIDS = [f"00000000-0000-4000-8000-00000000000{n}" for n in range(4)]
 
 
 def definition(name: str = "one") -> Definition:
-    return Definition(name=name, memory=1 << 20, kernel=Kernel(path="/k"))
+    return Definition(name=name, memory=16 << 20, kernel=Kernel(path="/k"))
 
 
 def identity(ino: int, *, mode: int = stat.S_IFREG, rdev: int = 0, dev: int = 1) -> broker.Identity:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 
 import pytest
 
 from vmbus._native import ffi, lib
+from vmbus.wire.definition import MEMORY_LEAST, MEMORY_MOST, MIB
 from vmbus.wire.errors import VmbusError
 from vmbus.worker import core
 
@@ -65,13 +68,35 @@ def test_an_error_belongs_to_its_thread() -> None:
     assert there == [b""]
 
 
-@pytest.mark.parametrize("json", [b"", b"[]", b"{}", b"\xff\xfe", b'{"machine_type": 3}'])
-def test_what_is_no_configuration_is_refused(json: bytes) -> None:
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"\xff\xfe", b'{"machine_type": 3}'])
+def test_what_is_no_configuration_is_refused(text: bytes) -> None:
     out = ffi.new("VmbusMachine **")
     with pytest.raises(VmbusError) as caught:
-        core.call(lib.vmbus_machine_new(json, len(json), out))
+        core.call(lib.vmbus_machine_new(text, len(text), out))
     assert caught.value.kind == "InvalidArgument"
     assert out[0] == ffi.NULL
+
+
+@pytest.mark.parametrize(
+    ("memory", "argument"),
+    [
+        (MEMORY_LEAST, "kernel.cmdline"),
+        (MEMORY_MOST, "kernel.cmdline"),
+        (MEMORY_LEAST - MIB, "memory"),
+        (MEMORY_MOST + MIB, "memory"),
+    ],
+)
+def test_the_core_takes_as_much_memory_as_a_definition_may_say(memory: int, argument: str) -> None:
+    """The command line, which is looked at next, is too long for any machine to be made of this."""
+    kvm, console, kernel = (os.open(os.devnull, os.O_RDONLY) for _ in range(3))  # the core closes them
+    wrong = {
+        **{"machine_type": "vmbus-0", "uuid": "u", "vcpus": 1, "memory": memory, "cpu_model": "host"},
+        **{"kvm_fd": kvm, "console_fd": console, "kernel": {"fd": kernel, "cmdline": "x" * 5000}},
+    }
+    text = json.dumps(wrong).encode()
+    with pytest.raises(VmbusError) as caught:
+        core.call(lib.vmbus_machine_new(text, len(text), ffi.new("VmbusMachine **")))
+    assert (caught.value.kind, caught.value.argument) == ("InvalidArgument", argument)
 
 
 def test_no_machine_is_an_error_and_not_a_crash() -> None:

@@ -16,7 +16,7 @@ from vmbus.wire import broker as wire
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
 
-MOST_QUEUES, MOST_MEMORY, MOST_VCPUS = 16, 1 << 42, 16
+MOST_QUEUES, MOST_MEMORY, MOST_VCPUS = 16, 510 << 30, 16
 
 Answer = tuple[wire.Reply, list[int]]  # the fds are the caller's to send and to close
 

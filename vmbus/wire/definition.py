@@ -22,6 +22,9 @@ Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Id = Annotated[str, Meta(pattern=ID_PATTERN)]
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
 MIB = 1 << 20
+# What machine type vmbus-0 takes: up to 2 GiB below the 32-bit hole, the rest between 4 and 512 GiB.
+MEMORY_LEAST = 4 * MIB
+MEMORY_MOST = 510 * 1024 * MIB
 
 
 class Layer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
@@ -72,7 +75,7 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     """A machine. ``machine_type`` and ``cpu_model`` never change after definition."""
 
     name: Name
-    memory: Annotated[int, Meta(ge=1 * MIB, le=1 << 42, multiple_of=MIB)]
+    memory: Annotated[int, Meta(ge=MEMORY_LEAST, le=MEMORY_MOST, multiple_of=MIB)]
     kernel: Kernel
     vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
     machine_type: Literal["vmbus-0"] = "vmbus-0"
