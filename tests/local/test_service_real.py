@@ -106,7 +106,9 @@ async def test_every_operation_on_a_running_guest(stage: Stage) -> None:
     async with stage.caller() as alice:
         machine = await alice(ROOT, "Manager.DefineMachine", stage.guest("wait-power-button"))
         await alice(machine, "Machine.Start", {}, {})
-        assert (await alice(machine, "Machine.GetStats"))["memory-pss"] > 1 << 20
+        stats = await alice(machine, "Machine.GetStats")
+        assert stats["memory-pss"] > 1 << 20
+        assert list(stats["vcpus"]) == ["0"] and stats["vcpus"]["0"]["exits"] > 0
         pid = await alice.client.get(machine, "Machine", "WorkerPid")
         assert pid in stage.system.workers()
         await alice(machine, "Machine.Pause")

@@ -155,6 +155,7 @@ def _figures(stats: dict[str, Any], depth: int = 0) -> dict[str, Any]:
             found[key[:64]] = Variant("d", value)
         elif isinstance(value, str) and "\0" not in value:
             found[key[:64]] = Variant("s", value[:1000])
-        elif isinstance(value, dict) and depth < 4:
-            found[key[:64]] = Variant("a{sv}", _figures(value, depth + 1))
+        elif isinstance(value, list | dict) and depth < 4:
+            inner = value if isinstance(value, dict) else {str(n): item for n, item in enumerate(value)}
+            found[key[:64]] = Variant("a{sv}", _figures(inner, depth + 1))
     return found
