@@ -13,6 +13,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -54,25 +55,47 @@ def desk() -> Iterator[Desk]:
     guest, ours = socket.socketpair()
     pid, terminal = pty.fork()
     if pid == 0:
-        guest.close()
-        # Exit status 100 + the ending's number, so that the test sees what attach returned. An alarm ends a
-        # child that a failed test leaves behind.
-        signal.alarm(30)
+        # Exit status 100 + the ending's number, so that the test sees what attach returned. Nothing that goes
+        # wrong here may return into pytest, which would go on with the tests in this process too; an alarm
+        # ends it if the run is killed before the fixture can.
         try:
+            signal.alarm(30)
+            guest.close()
             os._exit(100 + ENDINGS.index(console.attach(ours)))
         finally:
             os._exit(1)
     ours.close()
-    # Before the child is raw: the modes that it must give back.
-    made = Desk(pid, terminal, guest, [])
-    made.guest.sendall(b"ready")
-    made.read_until(b"ready")
-    yield made
-    guest.close()
-    os.close(terminal)
+    try:
+        # Before the child is raw: the modes that it must give back.
+        made = Desk(pid, terminal, guest, [])
+        made.guest.sendall(b"ready")
+        made.read_until(b"ready")
+        yield made
+    finally:
+        guest.close()
+        os.close(terminal)
+        end(pid)
+
+
+def end(pid: int) -> None:
+    """Kill and reap a child, if a test has not seen it end."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_child_is_left() -> Iterator[None]:
+    before = children()
+    yield
+    assert children() <= before
+
+
+def children() -> set[str]:
+    """This process's, those that nobody has waited for included."""
+    return {
+        pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
+    }
 
 
 @pytest.fixture
@@ -173,13 +196,16 @@ def test_without_a_terminal_the_escape_character_is_a_byte_like_any_other() -> N
 
     pid = os.fork()
     if pid == 0:
-        signal.alarm(30)
-        guest.close()
         try:
+            signal.alarm(30)
+            guest.close()
             os._exit(0 if console.attach(ours, stdin=source, stdout=writer) == "closed" else 1)
         finally:
             os._exit(1)
     ours.close()
-    assert guest.recv(100) == b"a\x1db"
-    guest.close()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    try:
+        assert guest.recv(100) == b"a\x1db"
+        guest.close()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        end(pid)
