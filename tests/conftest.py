@@ -168,10 +168,3 @@ def vmbus() -> Iterator[System]:
     """A whole system of one's own: bus, polkitd, broker and service (tests/lab/system.py)."""
     with System() as whole:
         yield whole
-
-
-@pytest.fixture(scope="module")
-def shared_vmbus() -> Iterator[System]:
-    """A whole system for all tests of a module."""
-    with System() as whole:
-        yield whole

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who uses which image: a writer excludes everybody, readers exclude writers (DESIGN rule 3).
+"""Who uses which image: a writer excludes everybody, readers exclude writers.
 
 An image is its st_rdev if it is a block device, else its st_dev and st_ino: names and links do not matter.
 A machine's claims are written to its run directory before its worker is told to use the files, are

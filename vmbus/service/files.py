@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that clients pass: poison until shown harmless (DESIGN rule 3).
+"""Files that clients pass: poison until shown harmless.
 
 close() on a file of a FUSE server that does not answer never returns, not even to SIGKILL, and it comes
 with every close of every copy, the one at exit too. A process that hangs there keeps all its other files:

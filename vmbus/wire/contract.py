@@ -2,7 +2,7 @@
 """The D-Bus interfaces as typed values, read from dbus/*.xml (which explains its annotations).
 
 Reading is strict: a method without its access rule, a property or a signal without its audience, or an
-action that is no action is a ``ContractError``, and vmbusd does not start (DESIGN rule 5).
+action that is no action is a ``ContractError``, and vmbusd does not start.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 A datagram is at most ``LIMIT`` bytes. A truncated datagram or control message is a violation:
 the caller ends the connection. Sends never block: a peer that does not read is dropped.
 Whether fds may be received is the caller's choice per connection; without a control buffer
-the kernel drops whatever a hostile peer attaches (DESIGN rule 15).
+the kernel drops whatever a hostile peer attaches.
 """
 
 from __future__ import annotations

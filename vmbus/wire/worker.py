@@ -3,7 +3,7 @@
 
 Whoever connects (only root can) says who it is with one Greeting: the broker's connection for the
 service is ``control``; one that brings a file is ``inlet``. A new control connection replaces the
-old one; epochs only grow. A worker never sends an fd on any of them (DESIGN rule 15).
+old one; epochs only grow. A worker never sends an fd on any of them.
 
 The *lifeline* (greeting, hello, state, events and their acknowledgement, console, shutdown, stop,
 reset, pause, resume, save) is version 1 and frozen: tests replay its recorded transcript. Unknown
