@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.local.service_bed import ALICE, BOB, ROOT, Bed, form, scenario, uuid_of
+from tests.local.service_bed import ALICE, BOB, ROOT, Bed, Caller, form, scenario, uuid_of
 from vmbus.bus import RemoteError, SignalMessage
 from vmbus.service.dispatcher import IN_FLIGHT
 from vmbus.wire import contract
@@ -189,12 +189,35 @@ async def test_private_signals_go_to_the_subscribed_owner_alone(bed: Bed) -> Non
         }
 
 
+async def one_of_each(alice: Caller) -> dict[str, str]:
+    """Interface → an object that has it."""
+    machine = await alice.define()
+    await alice(machine, "Machine.Start", {}, {})
+    job = await alice(machine, "Machine.Stop", 0)
+    await alice.until(machine, "stopped")
+    return {"Manager": ROOT, "Host": f"{ROOT}/host", "Machine": machine, "Job": job}
+
+
+@scenario
+async def test_properties_are_those_of_the_xml_with_their_types(bed: Bed) -> None:
+    declared = contract.load()
+    async with bed.caller(ALICE) as alice:
+        places = await one_of_each(alice)
+        assert {f"org.vmbus1.{name}" for name in places} == set(declared)
+        for name, path in places.items():
+            properties = declared[f"org.vmbus1.{name}"].properties
+            assert set(await alice.client.get_all(path, name)) == set(properties)
+            if properties:
+                words = ["busctl", "get-property", "org.vmbus1", path, f"org.vmbus1.{name}", *properties]
+                shown = await asyncio.to_thread(bed.system.run_as, ALICE, words)
+                types = [line.split()[0] for line in shown.stdout.splitlines()]
+                assert types == [found.signature for found in properties.values()], shown.stderr
+
+
 @scenario
 async def test_introspection_is_the_xml(bed: Bed) -> None:
     async with bed.caller(ALICE) as alice:
-        machine = await alice.define()
-        places = {"Manager": ROOT, "Host": f"{ROOT}/host", "Machine": machine}
-        for name, path in places.items():
+        for name, path in (await one_of_each(alice)).items():
             answer = await alice.client.bus.call(
                 "org.vmbus1", path, "org.freedesktop.DBus.Introspectable", "Introspect"
             )
