@@ -142,8 +142,14 @@ fn fix_copied(file: &BlockFile, checker: &Checker, window: &Window) -> Result<()
     let geometry = checker.geometry;
     let once = |offset: u64| used(window, offset >> geometry.cluster_bits) == 1;
     let flag = |entry: u64, on: bool| if on { entry | COPIED } else { entry & !COPIED };
+    let l1_len = u64::from(checker.header.l1_entries) * 8;
+    if checker.header.l1_offset.saturating_add(l1_len) > checker.file_len {
+        // A table that is not in the file has no flags to set; writing it would make the file that large.
+        return Ok(());
+    }
     let mut l1 = vec![0u8; checker.header.l1_entries as usize * 8];
     file.read_at(&mut l1, checker.header.l1_offset)?;
+    let l1_before = l1.clone();
     for index in 0..checker.header.l1_entries as usize {
         let entry = be64(&l1, index * 8).unwrap_or(0);
         let Ok(Some(table)) = decode_l1(&geometry, entry) else {
@@ -174,7 +180,9 @@ fn fix_copied(file: &BlockFile, checker: &Checker, window: &Window) -> Result<()
             file.write_at(&l2, table.offset.0)?;
         }
     }
-    file.write_at(&l1, checker.header.l1_offset)?;
+    if l1 != l1_before {
+        file.write_at(&l1, checker.header.l1_offset)?;
+    }
     file.sync()
 }
 
