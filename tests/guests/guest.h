@@ -110,5 +110,6 @@ void mode_disk_loop(void);
 void mode_disk_interrupt(void);
 void mode_disk_hostile(void);
 void mode_random(void);
+void mode_net_echo(void);
 
 #endif

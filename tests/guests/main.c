@@ -31,6 +31,7 @@ static const struct mode modes[] = {
     { "disk-interrupt", mode_disk_interrupt },
     { "disk-hostile", mode_disk_hostile },
     { "random", mode_random },
+    { "net-echo", mode_net_echo },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

@@ -140,7 +140,8 @@ class Console:
 
 
 class StockGuest:
-    """One machine of ``user``. ``memory`` is in MiB; ``files`` go into the initrd."""
+    """One machine of ``user``. ``memory`` is in MiB; ``files`` go into the initrd; ``bridge`` gives it a nic
+    there, if polkit lets the user."""
 
     def __init__(
         self,
@@ -153,6 +154,7 @@ class StockGuest:
         user: str = ALICE,
         kernel: Kernel | None = None,
         files: Mapping[str, bytes] | None = None,
+        bridge: str = "",
     ) -> None:
         self.system = system
         self.name = name
@@ -161,6 +163,7 @@ class StockGuest:
         self.initrd = initramfs.guest(script, kernel=self.kernel, files=files)
         self.vcpus = vcpus
         self.memory = memory
+        self.bridge = bridge
         self.disk = system.files(user) / f"{name}.qcow2"
         self.uuid = ""
         self._console: Console | None = None
@@ -189,7 +192,8 @@ class StockGuest:
             disk=self.disk,
         )
         self.shell(f"cat >{self.name}.toml", stdin=text)
-        said = self.ctl("define", f"{self.name}.toml")
+        nic = ["--nic", self.bridge] if self.bridge else []
+        said = self.ctl("define", f"{self.name}.toml", *nic)
         self.uuid = self.show()["uuid"]
         return said
 

@@ -147,7 +147,8 @@ def _description(to: argparse.ArgumentParser) -> None:
         metavar="BRIDGE[,mac=M]",
         action="append",
         default=[],
-        help="a network interface on that bridge: mac=, id=; may be repeated",
+        help="a network interface on that bridge: mac= (default: made up, and kept), id=, queues=; may be "
+        "repeated",
     )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")

@@ -31,7 +31,7 @@ from vmbus.service.registry import Registry
 from vmbus.service.worker_client import WorkerClient
 from vmbus.wire import broker as broker_wire
 from vmbus.wire import worker as worker_wire
-from vmbus.wire.definition import slots
+from vmbus.wire.definition import queue_pairs, slots
 from vmbus.wire.errors import VmbusError
 
 log = logging.getLogger("vmbus.lifecycle")
@@ -160,9 +160,11 @@ class Lifecycle:
             self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
 
     async def _hand_over_taps(self, machine: Machine) -> None:
-        for nic in machine.definition.nics:
+        definition = machine.definition
+        for nic in definition.nics:
+            queues = queue_pairs(nic, definition.vcpus)
             try:
-                await self._broker.tap(machine.uuid, f"nic/{nic.id}", nic.bridge, 1)
+                await self._broker.tap(machine.uuid, f"nic/{nic.id}", nic.bridge, queues)
             except VmbusError as error:
                 raise _about(error, f"nic/{nic.id}") from None
 

@@ -69,6 +69,12 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
     mac: Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
     kind: Literal["bridge"] = "bridge"
     bridge: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = ""
+    queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
+
+
+def queue_pairs(nic: Nic, vcpus: int) -> int:
+    """How many queue pairs ``nic`` has in a machine of ``vcpus``, and so how many queues its tap."""
+    return nic.queues or min(vcpus, 8)
 
 
 class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):

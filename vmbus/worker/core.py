@@ -140,7 +140,8 @@ def configuration(uuid: str, definition: Definition, files: Files, *, kvm: int, 
         "kernel": kernel,
         "disks": disks,
         "nics": [
-            {"id": nic.id, "mac": nic.mac, "tap_fd": files.one(f"nic/{nic.id}")} for nic in definition.nics
+            {"id": nic.id, "mac": nic.mac, "queues": nic.queues, "tap_fds": files.all(f"nic/{nic.id}")}
+            for nic in definition.nics
         ],
         "rng": definition.rng,
         "on_reset": definition.on_reset,

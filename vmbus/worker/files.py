@@ -54,12 +54,17 @@ class Files:
 
     def one(self, slot: str) -> int:
         """The one descriptor of ``slot``. Raises InvalidArgument if there is none, or several."""
-        fds = self._slots.get(slot)
-        if fds is None:
-            raise VmbusError("InvalidArgument", f"no file was given for the slot {slot}", argument=slot)
+        fds = self.all(slot)
         if len(fds) != 1:
             raise VmbusError("InvalidArgument", f"the slot {slot} takes one file", argument=slot)
         return fds[0]
+
+    def all(self, slot: str) -> list[int]:
+        """The descriptors of ``slot``, at least one. Raises InvalidArgument if there is none."""
+        fds = self._slots.get(slot)
+        if fds is None:
+            raise VmbusError("InvalidArgument", f"no file was given for the slot {slot}", argument=slot)
+        return fds
 
     def has(self, slot: str) -> bool:
         """Whether ``slot`` is filled."""

@@ -147,8 +147,11 @@ pub struct Nic {
     pub id: String,
     /// Six lower-case hexadecimal bytes with colons.
     pub mac: String,
-    /// The tap.
-    pub tap_fd: RawFd,
+    /// Queue pairs; 0 for one a vCPU.
+    #[serde(default)]
+    pub queues: u16,
+    /// The tap's queues, at least one.
+    pub tap_fds: Vec<RawFd>,
 }
 
 /// The files of a machine, owned.
@@ -165,8 +168,8 @@ pub struct Files {
     pub initrd: Option<OwnedFd>,
     /// For each disk, for each layer: the image and its data file.
     pub disks: Vec<Vec<(OwnedFd, Option<OwnedFd>)>>,
-    /// For each NIC: its tap.
-    pub nics: Vec<OwnedFd>,
+    /// For each NIC: the queues of its tap.
+    pub nics: Vec<Vec<OwnedFd>>,
 }
 
 impl Config {
@@ -200,7 +203,11 @@ impl Config {
                         .collect()
                 })
                 .collect(),
-            nics: self.nics.iter().map(|nic| own(nic.tap_fd)).collect(),
+            nics: self
+                .nics
+                .iter()
+                .map(|nic| nic.tap_fds.iter().map(|fd| own(*fd)).collect())
+                .collect(),
         })
     }
 
@@ -235,13 +242,6 @@ impl Config {
             return Err(Error::invalid(
                 "kernel.cmdline",
                 format!("longer than {CMDLINE_MAX} bytes, or with a NUL in it"),
-            ));
-        }
-        if !self.nics.is_empty() {
-            return Err(Error::new(
-                Kind::NotSupported,
-                "nics",
-                "this version has no network devices",
             ));
         }
         match (self.memory_kind, self.memory_fd) {
@@ -280,7 +280,9 @@ impl Config {
             }
         }
         for (n, nic) in self.nics.iter().enumerate() {
-            fds.push((format!("nics[{n}].tap_fd"), nic.tap_fd));
+            for (q, fd) in nic.tap_fds.iter().enumerate() {
+                fds.push((format!("nics[{n}].tap_fds[{q}]"), *fd));
+            }
         }
         fds
     }
@@ -342,5 +344,8 @@ mod tests {
     fn an_fd_that_stands_there_twice_is_refused() {
         let error = config(r#"{"kernel": {"fd": 902, "initrd_fd": 902}}"#).take_files();
         assert_eq!(error.err().unwrap().argument, "kernel.initrd_fd");
+        let nic = r#"{"nics": [{"id": "net", "mac": "52:54:00:00:00:01", "tap_fds": [903, 900]}]}"#;
+        let error = config(nic).take_files();
+        assert_eq!(error.err().unwrap().argument, "nics[0].tap_fds[1]");
     }
 }

@@ -9,20 +9,25 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Image, Ring};
 
-use crate::block::{Counters, IoDevice, IoThread, Port, Served, Trouble};
+use crate::block::{self, Counters, Served};
 use crate::bus::{Bus, BusDevice};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::io::{Count, IoDevice, Port, Trouble};
+use crate::net::{self, Tap};
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::RootPort;
 use crate::pci::{Function, Place, Wiring, ROOT_PORTS};
 use crate::thread::ThreadHook;
+use crate::virtio::net::{self as virtio_net, MAC, PAIRS_MAX};
 use crate::virtio::pci::VirtioPci;
 use crate::virtio::{blk, rng};
 
 /// The most disks there are places for.
 pub const DISKS_MAX: usize = 16;
+/// The most network interfaces there are places for.
+pub const NICS_MAX: usize = 16;
 /// The most queues of one disk.
 pub const QUEUES_MAX: u16 = 16;
 
@@ -38,6 +43,18 @@ pub struct DiskSpec {
     pub serial: String,
     /// Virtqueues, at most 16; 0 for one a vCPU.
     pub queues: u16,
+}
+
+/// A network interface of the definition, with its tap.
+pub struct NicSpec {
+    /// Names it in events, errors and statistics.
+    pub id: String,
+    /// Its hardware address.
+    pub mac: [u8; MAC],
+    /// Queue pairs, at most 8; 0 for one a vCPU.
+    pub queues: u16,
+    /// The host's end.
+    pub tap: Tap,
 }
 
 /// What devices are built on.
@@ -62,14 +79,16 @@ pub struct Devices {
     pub list: Vec<Arc<dyn Device>>,
 }
 
-/// Builds them: one I/O thread for each ring, or one with plain system calls when there is none.
+/// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, and one for
+/// all network interfaces, if there is any.
 ///
 /// # Errors
-/// `InvalidArgument` for more disks or queues than there may be; `Unavailable` when the kernel gives no thread,
+/// `InvalidArgument` for more disks, interfaces or queues than there may be; `Unavailable` when the kernel gives no thread,
 /// eventfd or GSI, or a ring has no room for all files.
 pub fn assemble(
     board: &Board,
     disks: Vec<DiskSpec>,
+    nics: Vec<NicSpec>,
     with_rng: bool,
     rings: Vec<Ring>,
     hook: &ThreadHook,
@@ -78,6 +97,12 @@ pub fn assemble(
         return Err(Error::invalid(
             "disks",
             format!("{} disks; at most {DISKS_MAX} have a place", disks.len()),
+        ));
+    }
+    if nics.len() > NICS_MAX {
+        return Err(Error::invalid(
+            "nics",
+            format!("{} interfaces; at most {NICS_MAX} have a place", nics.len()),
         ));
     }
     let mut rings: Vec<Option<Ring>> = rings.into_iter().map(Some).collect();
@@ -106,15 +131,27 @@ pub fn assemble(
     let mut functions = bridges(board)?;
     let mut list: Vec<Arc<dyn Device>> = Vec::new();
     let mut threads: Vec<Arc<dyn Device>> = Vec::new();
+    let mut served_by = Vec::new();
     for (index, (ring, share)) in rings.into_iter().zip(shares).enumerate() {
         let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
-        let (thread, ports) = IoThread::start(index, ring, served, hook, &board.trouble)?;
+        let (thread, ports) = block::start(index, ring, served, hook, &board.trouble)?;
         threads.push(Arc::new(thread));
-        for (endpoint, port) in endpoints.into_iter().zip(ports) {
-            functions.push((endpoint.place, endpoint.function(board, &port)?));
-            let device = IoDevice::new(endpoint.id, port, endpoint.counters);
-            list.push(Arc::new(device));
-        }
+        served_by.extend(endpoints.into_iter().zip(ports));
+    }
+    if !nics.is_empty() {
+        let share = (0..)
+            .zip(nics)
+            .map(|(index, nic)| nic_endpoint(board, index, nic));
+        let share = share.collect::<Result<Vec<_>>>()?;
+        let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
+        let (thread, ports) = net::start(served, hook, &board.trouble)?;
+        threads.push(Arc::new(thread));
+        served_by.extend(endpoints.into_iter().zip(ports));
+    }
+    for (endpoint, port) in served_by {
+        functions.push((endpoint.place, endpoint.function(board, &port)?));
+        let device = IoDevice::new(endpoint.id, port, endpoint.counters);
+        list.push(Arc::new(device));
     }
     let root = Root::new(functions, &board.mmio)?;
     list.push(Arc::new(PciDevice(root.clone())));
@@ -130,7 +167,7 @@ struct Endpoint {
     id: String,
     place: Place,
     model: crate::virtio::Model,
-    counters: Option<Arc<Counters>>,
+    counters: Option<Arc<dyn Count>>,
 }
 
 impl Endpoint {
@@ -167,6 +204,33 @@ fn disk_endpoint(board: &Board, index: usize, spec: &DiskSpec) -> Result<(Served
     let served = Served::Disk {
         disk,
         image: spec.image.clone(),
+        counters,
+    };
+    Ok((served, endpoint))
+}
+
+fn nic_endpoint(board: &Board, index: u8, spec: NicSpec) -> Result<(net::Served, Endpoint)> {
+    let pairs = match spec.queues {
+        0 => u16::from(board.vcpus).clamp(1, PAIRS_MAX),
+        1..=PAIRS_MAX => spec.queues,
+        queues => {
+            return Err(Error::invalid(
+                format!("nics[{index}].queues"),
+                format!("{queues} is more than {PAIRS_MAX}"),
+            ))
+        }
+    };
+    let counters = Arc::new(net::Counters::new(pairs));
+    let endpoint = Endpoint {
+        id: format!("nic/{}", spec.id),
+        place: Place::nic(index),
+        model: virtio_net::model(spec.mac, pairs),
+        counters: Some(counters.clone()),
+    };
+    let served = net::Served {
+        tap: spec.tap,
+        mac: spec.mac,
+        pairs,
         counters,
     };
     Ok((served, endpoint))

@@ -39,6 +39,7 @@ use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
 use crate::mailbox::{Event, Mail, Mailbox, Request};
 use crate::memory;
+use crate::nics;
 use crate::pci::KvmWiring;
 use crate::platform::{self, Legacy, Platform};
 use crate::thread::{self, Role, ThreadHook};
@@ -65,11 +66,12 @@ impl Machine {
             kernel,
             initrd,
             disks,
-            nics: _,
+            nics,
         } = files;
         let kernel = BootFile::new(kernel, "kernel")?;
         let initrd = initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?;
         let disks = disks::open(&config.disks, disks)?;
+        let nics = nics::open(&config.nics, nics)?;
         gate::install_kick_handler()?;
         // SAFETY: the fd is ours, and is given away.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -100,7 +102,7 @@ impl Machine {
                 Arc::new(move |detail| gate.raise(Cause::IoError(detail)))
             },
         };
-        let devices = devices::assemble(&board, disks, config.rng, rings, &hook)?;
+        let devices = devices::assemble(&board, disks, nics, config.rng, rings, &hook)?;
         let legacy = Legacy {
             serial: Arc::new(Serial::new(
                 console,

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde_json::json;
 use vmbus_qcow2::Op;
 
+use crate::io::Count;
+
 /// What has happened on a disk since the machine was built.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -47,9 +49,11 @@ impl Counters {
     pub(super) fn broken(&self) {
         self.faults.fetch_add(1, Ordering::Relaxed);
     }
+}
 
+impl Count for Counters {
     /// Requests by kind, bytes moved, requests that failed, and how often the driver broke the rules.
-    pub fn to_json(&self) -> serde_json::Value {
+    fn to_json(&self) -> serde_json::Value {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         json!({
             "reads": get(&self.reads),

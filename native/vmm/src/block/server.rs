@@ -13,8 +13,9 @@ use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::{Completion, Engine, Image, Op, Request, Ring, Slot};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::{image_error, Command, Counters, Mailbox, Served};
+use super::{image_error, Counters, Served};
 use crate::error::{Error, Result};
+use crate::io::{Command, Mailbox, Serve};
 use crate::virtio::blk::{self, BlkRequest, Work, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::Fault;
@@ -90,6 +91,40 @@ struct Pending {
     len: u64,
 }
 
+impl Serve for Server {
+    fn run(&mut self) -> Result<()> {
+        let mut events = [EpollEvent::default(); 64];
+        let mut done = Vec::new();
+        while !(self.exiting && self.pending.is_empty()) {
+            let timeout = if self.again.is_empty() { -1 } else { 0 };
+            let count = match self.epoll.wait(timeout, &mut events) {
+                Ok(count) => count,
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => 0,
+                Err(e) => return Err(Error::kernel("epoll_wait", e)),
+            };
+            for event in events.iter().take(count) {
+                match event.data() {
+                    WAKE => {
+                        for command in self.mailbox.take() {
+                            self.obey(command)?;
+                        }
+                    }
+                    ENGINE => {}
+                    data => self.rung((data >> 32) as usize, data as u32 as usize),
+                }
+            }
+            for _ in 0..self.again.len() {
+                if let Some((device, queue)) = self.again.pop_front() {
+                    self.serve(device, queue);
+                }
+            }
+            self.engine.poll(&mut done).map_err(image_error)?;
+            self.complete(&mut done);
+        }
+        Ok(())
+    }
+}
+
 impl Server {
     /// With everything attached and nothing active.
     pub(super) fn new(
@@ -136,39 +171,6 @@ impl Server {
             again: VecDeque::new(),
             exiting: false,
         })
-    }
-
-    /// Until it is told to exit and nothing is in flight.
-    pub(super) fn run(&mut self) -> Result<()> {
-        let mut events = [EpollEvent::default(); 64];
-        let mut done = Vec::new();
-        while !(self.exiting && self.pending.is_empty()) {
-            let timeout = if self.again.is_empty() { -1 } else { 0 };
-            let count = match self.epoll.wait(timeout, &mut events) {
-                Ok(count) => count,
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => 0,
-                Err(e) => return Err(Error::kernel("epoll_wait", e)),
-            };
-            for event in events.iter().take(count) {
-                match event.data() {
-                    WAKE => {
-                        for command in self.mailbox.take() {
-                            self.obey(command)?;
-                        }
-                    }
-                    ENGINE => {}
-                    data => self.rung((data >> 32) as usize, data as u32 as usize),
-                }
-            }
-            for _ in 0..self.again.len() {
-                if let Some((device, queue)) = self.again.pop_front() {
-                    self.serve(device, queue);
-                }
-            }
-            self.engine.poll(&mut done).map_err(image_error)?;
-            self.complete(&mut done);
-        }
-        Ok(())
     }
 
     fn obey(&mut self, command: Command) -> Result<()> {
@@ -220,7 +222,9 @@ impl Server {
     fn look_at_all(&mut self, device: usize) {
         let active = self.devices.get(device).and_then(|d| d.active.as_ref());
         let count = active.map_or(0, |active| active.queues.len());
-        self.again.extend((0..count).map(|queue| (device, queue)));
+        for queue in 0..count {
+            soon(&mut self.again, (device, queue));
+        }
     }
 
     fn drain(&mut self, device: usize, sender: Sender<()>, stop: bool) {
@@ -305,7 +309,7 @@ impl Server {
                 break;
             }
             if budget == 0 {
-                self.again.push_back((device, place));
+                soon(&mut self.again, (device, place));
                 break;
             }
             let Some(chain) = queue.inner.queue.pop()? else {
@@ -423,7 +427,7 @@ impl Server {
             return Ok(());
         };
         if queue.in_flight == queue.size {
-            self.again.push_back((pending.device, pending.queue));
+            soon(&mut self.again, (pending.device, pending.queue));
         }
         queue.in_flight -= 1;
         if active.broken {
@@ -455,6 +459,13 @@ impl Server {
                 active.activation.interrupt.fail();
             }
         }
+    }
+}
+
+/// Each queue once, however often its driver rings.
+fn soon(again: &mut VecDeque<(usize, usize)>, queue: (usize, usize)) {
+    if !again.contains(&queue) {
+        again.push_back(queue);
     }
 }
 

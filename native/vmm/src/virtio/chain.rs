@@ -94,6 +94,57 @@ impl Segments {
         Ok(iovecs)
     }
 
+    /// Copies what stands from byte `offset` on to `data`; returns how many bytes there were.
+    ///
+    /// # Errors
+    /// `Fault::Memory` when they are not RAM.
+    pub fn read_at(
+        &self,
+        memory: &GuestMemoryMmap,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<usize, Fault> {
+        let len = data.len();
+        let mut rest = data;
+        for (address, piece) in self.pieces(offset) {
+            let (part, after) = rest.split_at_mut(rest.len().min(piece as usize));
+            memory.read_slice(part, GuestAddress(address))?;
+            rest = after;
+        }
+        Ok(len.saturating_sub(rest.len()))
+    }
+
+    /// Copies `data` to where byte `offset` is; returns how many bytes fit.
+    ///
+    /// # Errors
+    /// `Fault::Memory` when they are not RAM.
+    pub fn write_at(
+        &self,
+        memory: &GuestMemoryMmap,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<usize, Fault> {
+        let mut rest = data;
+        for (address, piece) in self.pieces(offset) {
+            let (part, after) = rest.split_at(rest.len().min(piece as usize));
+            memory.write_slice(part, GuestAddress(address))?;
+            rest = after;
+        }
+        Ok(data.len().saturating_sub(rest.len()))
+    }
+
+    /// Address and length of what there is from byte `offset` on.
+    fn pieces(&self, offset: u64) -> impl Iterator<Item = (u64, u32)> + '_ {
+        let mut skip = offset;
+        self.0.iter().filter_map(move |segment| {
+            let skipped = skip.min(u64::from(segment.len));
+            skip = skip.saturating_sub(skipped);
+            let len = segment.len.saturating_sub(skipped as u32);
+            // An address that wraps around is not RAM.
+            (len > 0).then(|| (segment.address.wrapping_add(skipped), len))
+        })
+    }
+
     /// Copies `data` to the front; returns how many bytes fit.
     ///
     /// # Errors
@@ -171,6 +222,21 @@ mod tests {
         for (address, len) in [(0x1fff, 2), (0x2000, 1), (u64::MAX, 1), (u64::MAX, 2)] {
             assert!(segments(&[(address, len)]).iovecs(&memory).is_err());
         }
+    }
+
+    #[test]
+    fn bytes_are_reached_in_the_middle_across_any_cut() {
+        let memory = memory();
+        let list = segments(&[(0x100, 3), (0x200, 1), (0x300, 4)]);
+        assert_eq!(list.write_at(&memory, 2, &[1, 2, 3]).unwrap(), 3);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x102)).unwrap(), 1);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x200)).unwrap(), 2);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x300)).unwrap(), 3);
+        let mut data = [0; 9];
+        assert_eq!(list.read_at(&memory, 2, &mut data).unwrap(), 6);
+        assert_eq!(data[..3], [1, 2, 3]);
+        assert_eq!(list.write_at(&memory, 8, &[1]).unwrap(), 0);
+        assert!(segments(&[(0x2000, 2)]).write_at(&memory, 1, &[1]).is_err());
     }
 
     #[test]

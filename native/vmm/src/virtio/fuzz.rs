@@ -12,7 +12,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::Ring;
 
-use super::queue::testing::{rings, MEMORY};
+use super::net;
+use super::queue::testing::{rings, Driver, MEMORY};
 use super::rig::{until, Guest, Rig, ALL_FEATURES, DISK_BYTES};
 use crate::layout::ECAM_START;
 use crate::pci::Place;
@@ -126,6 +127,7 @@ fn random_register_accesses() {
             Place::RNG,
             Place::disk(0),
             Place::disk(1),
+            Place::nic(0),
             Place::root_port(3),
         ];
         for _ in 0..3000 {
@@ -258,6 +260,112 @@ fn offer_something(random: &mut Random, guest: &mut Guest) {
         let index = random.number() as u16;
         guest.queue.put(guest.queue.rings.available + 2, index);
     }
+}
+
+#[test]
+fn random_frames_and_commands_harm_nothing() {
+    within_a_minute(random_frames);
+}
+
+/// A driver of the network interface that does nearly the right thing on all five queues, and a wire on which
+/// anything arrives meanwhile.
+fn random_frames() {
+    for seed in seeds(40) {
+        let rig = rig(seed);
+        let mut random = Random(seed.wrapping_mul(0xa076_1d64_78bd_642f));
+        let mut guest = Guest::probe(&rig, Place::nic(0));
+        for wire in &rig.wire {
+            wire.set_nonblocking(true).unwrap();
+        }
+        for _ in 0..25 {
+            let features = random.pick(&[
+                ALL_FEATURES,
+                ALL_FEATURES & !net::F_MRG_RXBUF,
+                1 << 32,
+                1 << 32 | net::F_MRG_RXBUF | 1 << 28,
+            ]);
+            let size = random.pick(&[1, 8, 16]);
+            let queues: Vec<_> = (0..5)
+                .filter(|_| !random.one_in(8))
+                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), size)))
+                .collect();
+            guest.start_queues(features, &queues);
+            let mut drivers: Vec<_> = queues
+                .iter()
+                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
+                .collect();
+            for _ in 0..60 {
+                if random.one_in(3) {
+                    let mut packet = vec![0; random.pick(&[0, 11, 12, 26, 600, 9000, 65_000])];
+                    if let Some(bytes) = packet.get_mut(12..26) {
+                        bytes.fill(random.next() as u8);
+                    }
+                    let wire = random.below(2) as usize;
+                    // A full socket is no concern of the device's.
+                    let _ = rig.wire[wire].send(&packet);
+                    continue;
+                }
+                let place = random.below(drivers.len().max(1) as u64) as usize;
+                if let Some((index, driver)) = drivers.get_mut(place) {
+                    offer_frame(&mut random, *index, driver);
+                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
+                }
+            }
+            if random.one_in(4) {
+                for device in &rig.devices.list {
+                    device.pause().unwrap();
+                    device.resume();
+                }
+            }
+            let mut bytes = [0; 1 << 17];
+            for wire in &rig.wire {
+                while wire.recv(&mut bytes).is_ok() {}
+            }
+        }
+        still_works(&rig, seed);
+    }
+}
+
+/// A buffer, frame or command but for a few things.
+fn offer_frame(random: &mut Random, index: u16, driver: &mut Driver) {
+    let count = 1 + random.below(u64::from(driver.rings.size).min(4)) as u16;
+    for place in 0..count {
+        let mut flags = u16::from(place + 1 < count);
+        let mut address = 0x4_0000 + random.below(64) * 2048;
+        let mut len = random.pick(&[1u32, 6, 12, 14, 26, 1500, 2048, 0x1_1000]);
+        match index {
+            0 | 2 => flags |= 2,
+            // Commands end with a byte for the answer.
+            4 if place + 1 == count && place > 0 => (len, flags) = (1, 2),
+            4 => {
+                let command = random.next() & 0xffff_ff01_0007 | random.below(3) << 16;
+                let place = GuestAddress(address);
+                driver.memory.write_obj(command, place).unwrap();
+                len = random.pick(&[2, 3, 4, 8, 10, 16]);
+            }
+            _ => {}
+        }
+        if random.one_in(25) {
+            address = random.number();
+        }
+        if random.one_in(25) {
+            len = random.number() as u32;
+        }
+        if random.one_in(40) {
+            flags = random.below(8) as u16;
+        }
+        let next = if random.one_in(40) {
+            random.number() as u16
+        } else {
+            place + 1
+        };
+        driver.descriptor(place, address, len, flags, next);
+    }
+    driver.offer(if random.one_in(40) {
+        random.number() as u16
+    } else {
+        0
+    });
 }
 
 #[test]

@@ -7,9 +7,9 @@
 //! | [`common`] | the common configuration registers and the life of a device |
 //! | [`interrupt`] | what a device raises, from any thread |
 //! | [`pci`] | the PCI function around all that |
-//! | [`blk`], [`rng`] | what the requests of a kind of device mean |
+//! | [`blk`], [`net`], [`rng`] | what the requests of a kind of device mean |
 //!
-//! Requests are carried out on I/O threads ([`crate::block`]), never on a vCPU. A device's feature list is
+//! Requests are carried out on I/O threads ([`crate::io`]), never on a vCPU. A device's feature list is
 //! part of the machine type: what the host can or cannot do never shows in it.
 //!
 //! Left out: packed rings, queue reset, legacy and transitional interfaces, INTx, notification data.
@@ -18,6 +18,7 @@ pub mod blk;
 pub mod chain;
 pub mod common;
 pub mod interrupt;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;
@@ -89,6 +90,6 @@ pub trait Backend: Send + Sync {
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
-mod rig;
+pub(crate) mod rig;
 #[cfg(test)]
 mod tests;

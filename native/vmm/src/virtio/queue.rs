@@ -54,6 +54,9 @@ pub enum Fault {
     /// A request that lacks its header or its status byte.
     #[error("request without header or status")]
     Request,
+    /// More pieces of memory than one system call takes.
+    #[error("{0} pieces of memory in one request")]
+    Pieces(usize),
 }
 
 /// Where a driver has put its rings.
@@ -156,16 +159,34 @@ impl Queue {
         Ok(Some(chain))
     }
 
+    /// The last `count` chains that were popped, none of which was pushed, are as if they never had been.
+    pub fn unpop(&mut self, count: u16) {
+        self.next_available = self.next_available.wrapping_sub(count);
+    }
+
     /// Gives chain `head` back, with `len` bytes written to it.
     ///
     /// # Errors
     /// `Fault::Memory` when the used ring is not RAM any more.
     pub fn push(&mut self, head: u16, len: u32) -> Result<(), Fault> {
-        let entry = u64::from(head) | u64::from(len) << 32;
-        let place = 4 + 8 * self.slot(self.next_used);
-        self.memory
-            .write_slice(&entry.to_le_bytes(), at(self.rings.used, place))?;
-        self.next_used = self.next_used.wrapping_add(1);
+        self.push_together([(head, len)])
+    }
+
+    /// Gives chains back so that the driver sees all of them at once, or none.
+    ///
+    /// # Errors
+    /// `Fault::Memory` when the used ring is not RAM any more.
+    pub fn push_together(
+        &mut self,
+        chains: impl IntoIterator<Item = (u16, u32)>,
+    ) -> Result<(), Fault> {
+        for (head, len) in chains {
+            let entry = u64::from(head) | u64::from(len) << 32;
+            let place = 4 + 8 * self.slot(self.next_used);
+            self.memory
+                .write_slice(&entry.to_le_bytes(), at(self.rings.used, place))?;
+            self.next_used = self.next_used.wrapping_add(1);
+        }
         self.store(self.rings.used, 2, self.next_used, Ordering::Release)
     }
 

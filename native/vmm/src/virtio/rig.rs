@@ -2,11 +2,12 @@
 //! A whole bus without KVM, and a driver for it: what the tests of this directory stand on.
 //!
 //! Registers are reached through the MMIO bus as a vCPU would; doorbells and interrupts are the fake
-//! wiring's; the disk is a file without a name and its I/O thread is real.
+//! wiring's; the disk is a file without a name, the tap a pair of sockets, and the I/O threads are real.
 
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,14 +18,16 @@ use super::queue::testing::{self, memory};
 use super::queue::Rings;
 use crate::bus::Bus;
 use crate::device::Device;
-use crate::devices::{assemble, Board, Devices, DiskSpec};
+use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec};
 use crate::layout::ECAM_START;
+use crate::net::Tap;
 use crate::pci::testing::FakeWiring;
 use crate::pci::Place;
 use crate::thread::unconfined;
 
 pub const DISK_BYTES: u64 = 1 << 20;
 pub const ALL_FEATURES: u64 = u64::MAX;
+pub const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 
 pub struct Rig {
     pub mmio: Arc<Bus>,
@@ -32,12 +35,15 @@ pub struct Rig {
     pub memory: Arc<GuestMemoryMmap>,
     pub devices: Devices,
     pub file: File,
+    /// The other ends of the tap's two queues.
+    pub wire: Vec<UnixDatagram>,
     /// What was heard of I/O threads that ended.
     pub trouble: Arc<Mutex<Vec<String>>>,
 }
 
 impl Rig {
-    /// Two disks on one file's worth of space each (the second read-only) and a random number generator.
+    /// Two disks on one file's worth of space each (the second read-only), a network interface with two queue
+    /// pairs and a random number generator.
     pub fn new(ring: Option<Ring>) -> Rig {
         let wiring = Arc::new(FakeWiring::default());
         let file = nameless_file();
@@ -55,13 +61,26 @@ impl Rig {
             disk("data", nameless_file(), true),
         ];
         let rings = ring.into_iter().collect();
-        let devices = assemble(&board, disks, true, rings, &unconfined()).unwrap();
+        let (ours, theirs): (Vec<_>, Vec<_>) =
+            (0..2).map(|_| UnixDatagram::pair().unwrap()).unzip();
+        for wire in &ours {
+            wire.set_read_timeout(Some(Duration::from_secs(10)))
+                .unwrap();
+        }
+        let nic = NicSpec {
+            id: "net".to_owned(),
+            mac: MAC,
+            queues: 2,
+            tap: Tap::sockets(theirs.into_iter().map(Into::into).collect()),
+        };
+        let devices = assemble(&board, disks, vec![nic], true, rings, &unconfined()).unwrap();
         Rig {
             mmio: board.mmio,
             wiring,
             memory: board.memory,
             devices,
             file,
+            wire: ours,
             trouble,
         }
     }
@@ -200,6 +219,12 @@ impl<'a> Guest<'a> {
 
     /// Resets and sets up with one queue, accepting what is offered of `features`, up to DRIVER_OK.
     pub fn start(&mut self, features: u64, rings: Rings) {
+        self.start_queues(features, &[(0, rings)]);
+        self.queue = testing::Driver::new(self.rig.memory.clone(), rings);
+    }
+
+    /// The same with these queues; none of them is `self.queue`.
+    pub fn start_queues(&mut self, features: u64, queues: &[(u16, Rings)]) {
         self.put(20, 0, 1);
         assert_eq!(self.status(), 0);
         self.put(20, 3, 1);
@@ -213,19 +238,19 @@ impl<'a> Guest<'a> {
         }
         self.put(20, 11, 1);
         assert_eq!(self.status(), 11);
-        self.put(22, 0, 2);
-        self.put(24, u64::from(rings.size), 2);
-        self.put(32, rings.descriptors, 8);
-        self.put(40, rings.available, 8);
-        self.put(48, rings.used, 8);
-        self.put(28, 1, 2);
-        // Rings of an earlier life are no concern of this one; the device looks at once.
-        self.rig
-            .memory
-            .write_slice(&[0; 0x3000], GuestAddress(0x1_0000))
-            .unwrap();
+        for (index, rings) in queues {
+            self.put(22, u64::from(*index), 2);
+            self.put(24, u64::from(rings.size), 2);
+            self.put(32, rings.descriptors, 8);
+            self.put(40, rings.available, 8);
+            self.put(48, rings.used, 8);
+            self.put(28, 1, 2);
+            // Rings of an earlier life are no concern of this one; the device looks at once.
+            let place = GuestAddress(rings.descriptors);
+            // A test may say where there is no memory.
+            let _ = self.rig.memory.write_slice(&[0; 0x3000], place);
+        }
         self.put(20, 15, 1);
-        self.queue = testing::Driver::new(self.rig.memory.clone(), rings);
     }
 
     /// Routes the vectors of configuration changes and of queue 0 to these data values, unmasked.

@@ -343,7 +343,7 @@ fn an_io_thread_whose_ring_fails_is_heard_of_and_nobody_waits_for_it() {
     assert!(rig.wiring.ring(guest.doorbell()));
     until("the trouble", || !rig.trouble.lock().unwrap().is_empty());
     assert!(rig.device("disk/root").pause().is_err());
-    assert!(rig.device("io/0").stop().is_err());
+    assert!(rig.device("io/block-0").stop().is_err());
     guest.put(20, 0, 1);
     assert_eq!(guest.status(), 0);
 }

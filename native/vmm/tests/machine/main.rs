@@ -6,6 +6,7 @@
 mod bad_input;
 mod disks;
 mod ends;
+mod network;
 mod states;
 
 use std::fs::{File, OpenOptions};

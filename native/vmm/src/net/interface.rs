@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: Apache-2.0
+//! An interface while its driver runs: frames in, frames out, commands.
+//!
+//! A visit ends with the queue empty, the tap empty or the budget used up; "again" says the last.
+
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+use vm_memory::GuestMemoryMmap;
+
+use super::{Counters, Tap};
+use crate::virtio::chain::Chain;
+use crate::virtio::interrupt::Interrupt;
+use crate::virtio::net::{
+    purpose, Purpose, Settings, F_GUEST_TSO4, F_GUEST_TSO6, F_MRG_RXBUF, HEADER, HEADER_BUFFERS,
+    MAC, MTU,
+};
+use crate::virtio::queue::{Fault, Queue};
+use crate::virtio::{Activation, ActiveQueue};
+
+/// Bytes of an Ethernet header.
+const ETHERNET: usize = 14;
+/// Bytes of a VLAN tag.
+const VLAN: usize = 4;
+/// The longest packet with its header: a TCP segment of 64 KiB (5.1.6.3.1).
+const LONGEST: usize = HEADER + ETHERNET + VLAN + 65536;
+/// The longest that is no segment to be cut up, as far as the guest was told.
+const FRAME: usize = HEADER + ETHERNET + VLAN + MTU as usize;
+/// The most pieces of memory in one chain; two of these and one more are what a system call takes.
+const PIECES_MAX: usize = 511;
+
+/// What is used again from call to call.
+pub(super) struct Scratch {
+    iovecs: Vec<libc::iovec>,
+    /// What does not fit into the driver's buffers.
+    overflow: Vec<u8>,
+}
+
+impl Default for Scratch {
+    fn default() -> Scratch {
+        Scratch {
+            iovecs: Vec::new(),
+            overflow: vec![0; LONGEST],
+        }
+    }
+}
+
+impl Scratch {
+    fn overflow(&mut self) -> libc::iovec {
+        libc::iovec {
+            iov_base: self.overflow.as_mut_ptr().cast(),
+            iov_len: self.overflow.len(),
+        }
+    }
+
+    /// Throws away what the tap has, up to more than its queues hold.
+    pub(super) fn empty(&mut self, tap: &Tap) {
+        let overflow = self.overflow();
+        for queue in 0..tap.len() {
+            for _ in 0..1024 {
+                // SAFETY: the iovec is our own memory, which nothing else uses meanwhile.
+                if unsafe { tap.read(queue, &[overflow]) }.is_err() {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// A chain taken off a receive queue.
+struct Buffer {
+    chain: Chain,
+    iovecs: SmallVec<[libc::iovec; 4]>,
+    len: usize,
+}
+
+/// A packet that fills all buffers there are and needs more: its length, and what is not in them.
+struct Held {
+    len: usize,
+    rest: Vec<u8>,
+}
+
+struct ServedQueue {
+    inner: ActiveQueue,
+    purpose: Purpose,
+    /// Buffers to be filled, in the ring's order, and their bytes and pieces.
+    buffers: VecDeque<Buffer>,
+    room: usize,
+    pieces: usize,
+    held: Option<Held>,
+}
+
+/// From DRIVER_OK to the reset.
+pub(super) struct Active {
+    queues: Vec<ServedQueue>,
+    settings: Settings,
+    interrupt: Arc<Interrupt>,
+    mergeable: bool,
+    /// Bytes of buffers that a packet may be expected to need.
+    expected: usize,
+    /// The driver broke the rules: nothing is done any more.
+    halted: bool,
+}
+
+impl Active {
+    pub(super) fn new(activation: Activation, mac: [u8; MAC], pairs: u16) -> Active {
+        let features = activation.features;
+        let queues = activation.queues.into_iter();
+        let mergeable = features & F_MRG_RXBUF != 0;
+        let segments = features & (F_GUEST_TSO4 | F_GUEST_TSO6) != 0;
+        Active {
+            queues: queues
+                .map(|inner| ServedQueue {
+                    purpose: purpose(inner.index, pairs, features),
+                    inner,
+                    buffers: VecDeque::new(),
+                    room: 0,
+                    pieces: 0,
+                    held: None,
+                })
+                .collect(),
+            settings: Settings::new(mac, pairs, features),
+            interrupt: activation.interrupt,
+            mergeable,
+            expected: match (mergeable, segments) {
+                (false, _) => 1,
+                (true, false) => FRAME,
+                (true, true) => LONGEST,
+            },
+            halted: false,
+        }
+    }
+
+    /// The queues that the driver has enabled.
+    pub(super) fn len(&self) -> usize {
+        self.queues.len()
+    }
+
+    pub(super) fn kicks(&self) -> impl Iterator<Item = RawFd> + '_ {
+        self.queues.iter().map(|queue| queue.inner.kick.as_raw_fd())
+    }
+
+    /// Pairs in use.
+    pub(super) fn pairs(&self) -> u16 {
+        self.settings.pairs
+    }
+
+    /// The doorbell of the queue at `place` has been heard.
+    pub(super) fn silence(&self, place: usize) {
+        if let Some(queue) = self.queues.get(place) {
+            // Empty when another event of this round has served it.
+            let _ = queue.inner.kick.read();
+        }
+    }
+
+    /// Whether the queue at `place` is one for receiving.
+    pub(super) fn receives(&self, place: usize) -> bool {
+        let queue = self.queues.get(place);
+        queue.is_some_and(|queue| matches!(queue.purpose, Purpose::Receive(_)))
+    }
+
+    /// The driver broke the rules.
+    pub(super) fn fail(&mut self) {
+        self.halted = true;
+        self.interrupt.fail();
+    }
+
+    /// The machine pauses: what was taken off the receive queues and not filled is as if it never had been. A
+    /// packet that waits for more buffers is dropped.
+    pub(super) fn give_back(&mut self, counters: &Counters) {
+        for queue in self.queues.iter_mut().filter(|_| !self.halted) {
+            if let (Some(_), Purpose::Receive(pair)) = (queue.held.take(), queue.purpose) {
+                counters.receive_dropped(pair);
+            }
+            queue.inner.queue.unpop(queue.buffers.len() as u16);
+            queue.buffers.clear();
+            queue.room = 0;
+            queue.pieces = 0;
+        }
+    }
+
+    /// Takes what the tap's queue number `source` has; true for again.
+    pub(super) fn receive(
+        &mut self,
+        source: usize,
+        tap: &Tap,
+        ready: &mut [bool],
+        counters: &Counters,
+        scratch: &mut Scratch,
+    ) -> Result<bool, Fault> {
+        let pair = (source % usize::from(self.settings.pairs.max(1))) as u16;
+        let mut queues = self.queues.iter_mut();
+        let queue = queues.find(|queue| queue.purpose == Purpose::Receive(pair));
+        let (Some(queue), Some(ready), false) = (queue, ready.get_mut(source), self.halted) else {
+            return Ok(false);
+        };
+        queue.inner.queue.disable_notifications()?;
+        let mut budget = queue.inner.queue.size().max(16);
+        let mut again = false;
+        while *ready {
+            let Some(left) = budget.checked_sub(1) else {
+                again = true;
+                break;
+            };
+            budget = left;
+            let wanted = match &queue.held {
+                Some(held) => held.len,
+                None => self.expected,
+            };
+            queue.gather(wanted)?;
+            if let Some(held) = queue.held.take() {
+                if queue.room >= held.len {
+                    queue.finish(&held)?;
+                    queue.sort(held.len, pair, &self.settings, counters)?;
+                    continue;
+                }
+                if queue.can_grow() {
+                    queue.held = Some(held);
+                    if queue.inner.queue.enable_notifications()? {
+                        continue;
+                    }
+                    break;
+                }
+                counters.receive_dropped(pair);
+                continue;
+            }
+            if queue.buffers.is_empty() {
+                if queue.inner.queue.enable_notifications()? {
+                    continue;
+                }
+                break;
+            }
+            let buffers = if self.mergeable { usize::MAX } else { 1 };
+            scratch.iovecs.clear();
+            for buffer in queue.buffers.iter().take(buffers) {
+                scratch.iovecs.extend_from_slice(&buffer.iovecs);
+            }
+            let overflow = scratch.overflow();
+            scratch.iovecs.push(overflow);
+            // SAFETY: the iovecs are guest memory, which the queue keeps mapped, and our own, which nothing else
+            // uses meanwhile.
+            let len = match unsafe { tap.read(source, &scratch.iovecs) } {
+                Ok(len) => len,
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                // Nothing there, or the tap is gone: whatever comes is an edge.
+                Err(_) => {
+                    *ready = false;
+                    break;
+                }
+            };
+            let room = match queue.buffers.front() {
+                Some(first) if !self.mergeable => first.len,
+                _ => queue.room,
+            };
+            if len < HEADER + ETHERNET {
+                counters.receive_dropped(pair);
+            } else if len > room {
+                let rest = scratch.overflow.get(..len.saturating_sub(room));
+                match rest.filter(|_| self.mergeable) {
+                    Some(rest) => {
+                        queue.held = Some(Held {
+                            len,
+                            rest: rest.to_vec(),
+                        });
+                    }
+                    None => counters.receive_dropped(pair),
+                }
+            } else {
+                queue.sort(len, pair, &self.settings, counters)?;
+            }
+        }
+        self.tell(pair)?;
+        Ok(again)
+    }
+
+    fn tell(&mut self, pair: u16) -> Result<(), Fault> {
+        let mut queues = self.queues.iter_mut();
+        if let Some(queue) = queues.find(|queue| queue.purpose == Purpose::Receive(pair)) {
+            if queue.inner.queue.wants_interrupt()? {
+                self.interrupt.used(queue.inner.index);
+            }
+        }
+        Ok(())
+    }
+
+    /// Serves a queue that the driver fills with frames or commands; true for again.
+    pub(super) fn serve(
+        &mut self,
+        place: usize,
+        tap: &Tap,
+        counters: &Counters,
+    ) -> Result<bool, Fault> {
+        let Some(queue) = self.queues.get_mut(place).filter(|_| !self.halted) else {
+            return Ok(false);
+        };
+        let purpose = queue.purpose;
+        if matches!(purpose, Purpose::Unused | Purpose::Receive(_)) {
+            return Ok(false);
+        }
+        let index = queue.inner.index;
+        let ring = &mut queue.inner.queue;
+        let memory = ring.memory().clone();
+        ring.disable_notifications()?;
+        let mut budget = ring.size();
+        let again = loop {
+            let Some(left) = budget.checked_sub(1) else {
+                break true;
+            };
+            budget = left;
+            let Some(chain) = ring.pop()? else {
+                if ring.enable_notifications()? {
+                    continue;
+                }
+                break false;
+            };
+            let written = match purpose {
+                Purpose::Transmit(pair) => {
+                    transmit(&chain, &memory, pair, tap, counters)?;
+                    0
+                }
+                _ => {
+                    counters.commanded();
+                    self.settings.command(&chain, &memory)?
+                }
+            };
+            ring.push(chain.head, written)?;
+        };
+        if ring.wants_interrupt()? {
+            self.interrupt.used(index);
+        }
+        Ok(again)
+    }
+}
+
+impl ServedQueue {
+    /// Takes buffers off the ring until there is room for `wanted` bytes, or there are no more.
+    fn gather(&mut self, wanted: usize) -> Result<(), Fault> {
+        while self.room < wanted && self.pieces <= PIECES_MAX {
+            let ring: &mut Queue = &mut self.inner.queue;
+            let Some(chain) = ring.pop()? else {
+                break;
+            };
+            // With the first bytes of a packet, each may have to hold the header (5.1.6.3.1).
+            let len = usize::try_from(chain.writable.len()).unwrap_or(usize::MAX);
+            if !chain.readable.is_empty() || len < HEADER {
+                return Err(Fault::Request);
+            }
+            let iovecs = chain.writable.iovecs(ring.memory())?;
+            if iovecs.len() > PIECES_MAX {
+                return Err(Fault::Pieces(iovecs.len()));
+            }
+            self.room = self.room.saturating_add(len);
+            self.pieces = self.pieces.saturating_add(iovecs.len());
+            self.buffers.push_back(Buffer { chain, iovecs, len });
+        }
+        Ok(())
+    }
+
+    /// Whether the driver can give more than it has: not when we hold all that the ring has, or all that one call
+    /// takes.
+    fn can_grow(&self) -> bool {
+        self.buffers.len() < usize::from(self.inner.queue.size()) && self.pieces <= PIECES_MAX
+    }
+
+    /// Where the frame in the buffers goes to.
+    fn destination(&self) -> Result<[u8; MAC], Fault> {
+        let mut address = [0; MAC];
+        let mut rest: &mut [u8] = &mut address;
+        let mut skip = HEADER;
+        for buffer in &self.buffers {
+            let memory = self.inner.queue.memory();
+            let got = buffer.chain.writable.read_at(memory, skip as u64, rest)?;
+            skip = skip.saturating_sub(buffer.len);
+            rest = std::mem::take(&mut rest).get_mut(got..).unwrap_or_default();
+            if rest.is_empty() {
+                break;
+            }
+        }
+        Ok(address)
+    }
+
+    /// Copies the rest of a packet that was held to the buffers that have come since.
+    fn finish(&mut self, held: &Held) -> Result<(), Fault> {
+        let mut start = 0usize;
+        let first = held.len.saturating_sub(held.rest.len());
+        let mut rest = held.rest.as_slice();
+        for buffer in &self.buffers {
+            let end = start.saturating_add(buffer.len);
+            if end > first && !rest.is_empty() {
+                let offset = first.saturating_sub(start) as u64;
+                let memory = self.inner.queue.memory();
+                let put = buffer.chain.writable.write_at(memory, offset, rest)?;
+                rest = rest.get(put..).unwrap_or_default();
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Gives the driver the packet that is in the buffers if it wants it.
+    fn sort(
+        &mut self,
+        len: usize,
+        pair: u16,
+        settings: &Settings,
+        counters: &Counters,
+    ) -> Result<(), Fault> {
+        if settings.takes(&self.destination()?) {
+            return self.deliver(len, pair, counters);
+        }
+        counters.filtered();
+        Ok(())
+    }
+
+    /// Gives the driver the packet of `len` bytes that is in the buffers.
+    fn deliver(&mut self, len: usize, pair: u16, counters: &Counters) -> Result<(), Fault> {
+        let mut used: SmallVec<[(u16, u32); 64]> = SmallVec::new();
+        let mut left = len;
+        for buffer in &self.buffers {
+            let written = left.min(buffer.len);
+            used.push((buffer.chain.head, written as u32));
+            left = left.saturating_sub(written);
+            if left == 0 {
+                break;
+            }
+        }
+        if let Some(first) = self.buffers.front() {
+            let count = (used.len() as u16).to_le_bytes();
+            let memory = self.inner.queue.memory();
+            first
+                .chain
+                .writable
+                .write_at(memory, HEADER_BUFFERS, &count)?;
+        }
+        for buffer in self.buffers.drain(..used.len()) {
+            self.room = self.room.saturating_sub(buffer.len);
+            self.pieces = self.pieces.saturating_sub(buffer.iovecs.len());
+        }
+        self.inner.queue.push_together(used)?;
+        counters.received(pair, len.saturating_sub(HEADER));
+        Ok(())
+    }
+}
+
+/// Writes one chain to the tap. What the tap does not take is dropped, as a wire would.
+fn transmit(
+    chain: &Chain,
+    memory: &GuestMemoryMmap,
+    pair: u16,
+    tap: &Tap,
+    counters: &Counters,
+) -> Result<(), Fault> {
+    let len = chain.readable.len();
+    if !chain.writable.is_empty() || len < HEADER as u64 {
+        return Err(Fault::Request);
+    }
+    let iovecs = chain.readable.iovecs(memory)?;
+    if iovecs.len() > PIECES_MAX {
+        return Err(Fault::Pieces(iovecs.len()));
+    }
+    let target = usize::from(pair).checked_rem(tap.len()).unwrap_or(0);
+    // SAFETY: the iovecs are guest memory, which the queue keeps mapped.
+    let taken = len <= LONGEST as u64 && unsafe { tap.write(target, &iovecs) }.is_ok();
+    if taken {
+        counters.transmitted(pair, (len as usize).saturating_sub(HEADER));
+    } else {
+        counters.transmit_dropped(pair);
+    }
+    Ok(())
+}

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The life of the network thread: doorbells, commands and taps, in turn.
+//!
+//! Nothing in a round waits, and each part of it is bounded by the queues' sizes. Nothing is in flight between
+//! rounds but buffers that were taken off a receive queue and not yet filled; a pause gives them back.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::interface::{Active, Scratch};
+use super::{Counters, Served, Tap};
+use crate::error::{Error, Result};
+use crate::io::{Command, Mailbox, Serve};
+use crate::virtio::net::MAC;
+use crate::virtio::Activation;
+
+/// Epoll's data for the mailbox.
+const WAKE: u64 = u64::MAX;
+/// Set in the data of a tap's queue, clear in that of a virtqueue.
+const OF_TAP: u64 = 1 << 31;
+
+/// What there is to do: a device, and the place of its queue or of its tap's in the list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Job {
+    Queue(usize, usize),
+    Tap(usize, usize),
+}
+
+impl Job {
+    fn data(self) -> u64 {
+        match self {
+            Job::Queue(device, place) => (device as u64) << 32 | place as u64,
+            Job::Tap(device, place) => (device as u64) << 32 | OF_TAP | place as u64,
+        }
+    }
+
+    fn of(data: u64) -> Job {
+        let device = (data >> 32) as usize;
+        let place = (data & (OF_TAP - 1)) as usize;
+        if data & OF_TAP == 0 {
+            Job::Queue(device, place)
+        } else {
+            Job::Tap(device, place)
+        }
+    }
+
+    fn device(self) -> usize {
+        match self {
+            Job::Queue(device, _) | Job::Tap(device, _) => device,
+        }
+    }
+}
+
+/// The thread's own state.
+pub(super) struct Server {
+    mailbox: Arc<Mailbox>,
+    epoll: Epoll,
+    devices: Vec<Interface>,
+    /// What to do although nobody rings; each job once.
+    again: VecDeque<Job>,
+    scratch: Scratch,
+    exiting: bool,
+}
+
+struct Interface {
+    tap: Tap,
+    /// Which of the tap's queues may have something.
+    ready: Vec<bool>,
+    mac: [u8; MAC],
+    pairs: u16,
+    counters: Arc<Counters>,
+    active: Option<Active>,
+    paused: bool,
+}
+
+impl Server {
+    /// With all taps watched and nothing active.
+    pub(super) fn new(served: Vec<Served>, mailbox: Arc<Mailbox>) -> Result<Server> {
+        let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
+        watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
+        let mut devices = Vec::with_capacity(served.len());
+        for (device, nic) in served.into_iter().enumerate() {
+            for (place, fd) in nic.tap.fds().enumerate() {
+                // Edges only: a driver without buffers must not keep this thread awake.
+                let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+                watch(&epoll, fd, events, Job::Tap(device, place).data())?;
+            }
+            devices.push(Interface {
+                ready: vec![true; nic.tap.len()],
+                tap: nic.tap,
+                mac: nic.mac,
+                pairs: nic.pairs,
+                counters: nic.counters,
+                active: None,
+                paused: false,
+            });
+        }
+        Ok(Server {
+            mailbox,
+            epoll,
+            devices,
+            again: VecDeque::new(),
+            scratch: Scratch::default(),
+            exiting: false,
+        })
+    }
+}
+
+impl Serve for Server {
+    fn run(&mut self) -> Result<()> {
+        let mut events = [EpollEvent::default(); 64];
+        while !self.exiting {
+            let timeout = if self.again.is_empty() { -1 } else { 0 };
+            let count = match self.epoll.wait(timeout, &mut events) {
+                Ok(count) => count,
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => 0,
+                Err(e) => return Err(Error::kernel("epoll_wait", e)),
+            };
+            for event in events.iter().take(count) {
+                if event.data() == WAKE {
+                    for command in self.mailbox.take() {
+                        self.obey(command)?;
+                    }
+                } else {
+                    self.rung(Job::of(event.data()));
+                }
+            }
+            for _ in 0..self.again.len() {
+                if let Some(job) = self.again.pop_front() {
+                    self.serve(job);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Server {
+    fn obey(&mut self, command: Command) -> Result<()> {
+        match command {
+            Command::Start(device, activation) => self.activate(device, activation)?,
+            Command::Stop(device, sender) => {
+                let active = self.devices.get_mut(device).and_then(|d| d.active.take());
+                for kick in active.iter().flat_map(Active::kicks) {
+                    unwatch(&self.epoll, kick);
+                }
+                // Whoever asked may have gone.
+                let _ = sender.send(());
+            }
+            Command::Pause(device, sender) => {
+                if let Some(interface) = self.devices.get_mut(device) {
+                    interface.paused = true;
+                    if let Some(active) = &mut interface.active {
+                        active.give_back(&interface.counters);
+                    }
+                }
+                let _ = sender.send(());
+            }
+            Command::Resume(device) => {
+                if let Some(interface) = self.devices.get_mut(device) {
+                    interface.paused = false;
+                }
+                self.look_at_all(device);
+            }
+            Command::Close(device, sender) => {
+                if let Some(interface) = self.devices.get_mut(device) {
+                    interface.paused = true;
+                    interface.tap.close();
+                }
+                let _ = sender.send(Ok(()));
+            }
+            Command::Exit => self.exiting = true,
+        }
+        Ok(())
+    }
+
+    fn activate(&mut self, device: usize, activation: Activation) -> Result<()> {
+        let Some(interface) = self.devices.get_mut(device) else {
+            return Ok(());
+        };
+        for (place, queue) in activation.queues.iter().enumerate() {
+            let job = Job::Queue(device, place);
+            watch(
+                &self.epoll,
+                queue.kick.as_raw_fd(),
+                EventSet::IN,
+                job.data(),
+            )?;
+        }
+        // A tap that is being deleted refuses; no frame will come from it.
+        let _ = interface.tap.leave_to_driver(activation.features);
+        // Frames for the driver before may be such as this one cannot take.
+        self.scratch.empty(&interface.tap);
+        interface.ready.fill(true);
+        interface.active = Some(Active::new(activation, interface.mac, interface.pairs));
+        // The driver may have made requests available before it was ready.
+        self.look_at_all(device);
+        Ok(())
+    }
+
+    fn look_at_all(&mut self, device: usize) {
+        let Some(interface) = self.devices.get(device) else {
+            return;
+        };
+        let queues = interface.active.as_ref().map_or(0, Active::len);
+        let taps = interface.tap.len();
+        for job in (0..queues).map(|place| Job::Queue(device, place)) {
+            soon(&mut self.again, job);
+        }
+        for job in (0..taps).map(|place| Job::Tap(device, place)) {
+            soon(&mut self.again, job);
+        }
+    }
+
+    fn rung(&mut self, job: Job) {
+        if let Some(interface) = self.devices.get_mut(job.device()) {
+            match job {
+                Job::Queue(_, place) => {
+                    if let Some(active) = &interface.active {
+                        active.silence(place);
+                    }
+                }
+                Job::Tap(_, place) => {
+                    if let Some(ready) = interface.ready.get_mut(place) {
+                        *ready = true;
+                    }
+                }
+            }
+        }
+        self.serve(job);
+    }
+
+    fn serve(&mut self, job: Job) {
+        let Some(interface) = self.devices.get_mut(job.device()) else {
+            return;
+        };
+        let Interface {
+            tap,
+            ready,
+            counters,
+            active: Some(active),
+            paused: false,
+            ..
+        } = interface
+        else {
+            return;
+        };
+        let outcome = match job {
+            Job::Tap(_, place) => active.receive(place, tap, ready, counters, &mut self.scratch),
+            Job::Queue(device, place) if active.receives(place) => {
+                // Buffers have come: for whatever the tap has waiting.
+                for (place, _) in ready.iter().enumerate().filter(|(_, ready)| **ready) {
+                    soon(&mut self.again, Job::Tap(device, place));
+                }
+                Ok(false)
+            }
+            Job::Queue(device, place) => {
+                let pairs = active.pairs();
+                let outcome = active.serve(place, tap, counters);
+                if active.pairs() != pairs {
+                    for place in 0..tap.len() {
+                        soon(&mut self.again, Job::Tap(device, place));
+                    }
+                }
+                outcome
+            }
+        };
+        match outcome {
+            Ok(true) => soon(&mut self.again, job),
+            Ok(false) => {}
+            Err(_fault) => {
+                counters.broken();
+                active.fail();
+            }
+        }
+    }
+}
+
+fn soon(again: &mut VecDeque<Job>, job: Job) {
+    if !again.contains(&job) {
+        again.push_back(job);
+    }
+}
+
+fn watch(epoll: &Epoll, fd: RawFd, events: EventSet, data: u64) -> Result<()> {
+    epoll
+        .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
+        .map_err(|e| Error::kernel("epoll_ctl", e))
+}
+
+fn unwatch(epoll: &Epoll, fd: RawFd) {
+    // It fails only for an fd that is not watched.
+    let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
+}

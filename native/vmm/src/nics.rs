@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The definition's network interfaces: their addresses and their taps.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+
+use crate::config::Nic;
+use crate::devices::NicSpec;
+use crate::error::{Error, Kind, Result};
+use crate::net::Tap;
+use crate::virtio::net::MAC;
+
+/// Takes all of them. `files` has the descriptors of each interface's tap, in the same order.
+///
+/// # Errors
+/// `InvalidArgument`, with the interface as the argument.
+pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
+    let mut ids = BTreeSet::new();
+    nics.iter()
+        .zip(files)
+        .enumerate()
+        .map(|(index, (nic, files))| {
+            if !ids.insert(&nic.id) {
+                return Err(Error::invalid(
+                    format!("nics[{index}].id"),
+                    format!("{:?} is the id of another interface", nic.id),
+                ));
+            }
+            if files.is_empty() {
+                return Err(Error::invalid(
+                    format!("nics[{index}].tap_fds"),
+                    "a tap has at least one descriptor",
+                ));
+            }
+            Ok(NicSpec {
+                id: nic.id.clone(),
+                mac: address(&nic.mac).ok_or_else(|| {
+                    Error::invalid(
+                        format!("nics[{index}].mac"),
+                        format!("{:?} is not six pairs of hex digits, or a group's", nic.mac),
+                    )
+                })?,
+                queues: nic.queues,
+                tap: Tap::new(files).map_err(|e| {
+                    let message = format!("not a tap that can be used: {e}");
+                    Error::new(Kind::InvalidArgument, format!("nic/{}", nic.id), message)
+                })?,
+            })
+        })
+        .collect()
+}
+
+/// A station's address, as `52:54:00:12:34:56`.
+fn address(text: &str) -> Option<[u8; MAC]> {
+    let mut bytes = [0; MAC];
+    let mut pairs = text.split(':');
+    for byte in &mut bytes {
+        let pair = pairs.next().filter(|pair| {
+            pair.len() == 2 && pair.bytes().all(|digit| digit.is_ascii_hexdigit())
+        })?;
+        *byte = u8::from_str_radix(pair, 16).ok()?;
+    }
+    let [first, ..] = bytes;
+    (pairs.next().is_none() && first & 1 == 0).then_some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nic(id: &str, mac: &str) -> Nic {
+        Nic {
+            id: id.to_owned(),
+            mac: mac.to_owned(),
+            queues: 0,
+            tap_fds: Vec::new(),
+        }
+    }
+
+    fn null() -> Vec<OwnedFd> {
+        vec![std::fs::File::open("/dev/null").unwrap().into()]
+    }
+
+    #[test]
+    fn an_address_is_six_pairs_of_one_station() {
+        assert_eq!(
+            address("52:54:00:ab:cd:ef"),
+            Some([0x52, 0x54, 0, 0xab, 0xcd, 0xef])
+        );
+        for bad in [
+            "",
+            "52:54:00:ab:cd",
+            "52:54:00:ab:cd:ef:01",
+            "52:54:00:ab:cd:+f",
+            "52540:0:ab:cd:ef",
+            "53:54:00:ab:cd:ef",
+        ] {
+            assert_eq!(address(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_tap_is_refused_by_its_slot() {
+        let refused = open(&[nic("net", "52:54:00:00:00:01")], vec![null()]);
+        let error = refused.err().unwrap();
+        assert_eq!(
+            (error.kind, error.argument.as_str()),
+            (Kind::InvalidArgument, "nic/net")
+        );
+        let without = open(&[nic("net", "52:54:00:00:00:01")], vec![Vec::new()]);
+        assert_eq!(without.err().unwrap().argument, "nics[0].tap_fds");
+    }
+}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine on a bridge through the whole system: who may have it, and what goes over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.system import ALICE, BOB, SLOW, System
+from tests.local import worker_guest
+from tests.local.broker_bed import wait_until
+
+pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
+
+BRIDGE = f"vmbn{os.getpid()}"
+POLICY = f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n'
+RULE = """\
+polkit.addRule(function(action, subject) {
+    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
+});
+"""
+NET = Path("/sys/class/net")
+
+
+def ip(*words: str) -> str:
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def system() -> Iterator[System]:
+    """A whole system, and a bridge that broker.toml grants to alice, with address 10.99.0.1."""
+    ip("link", "add", BRIDGE, "type", "bridge")
+    try:
+        ip("address", "add", "10.99.0.1/30", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        with System(policy=POLICY) as whole:
+            yield whole
+    finally:
+        ip("link", "del", BRIDGE)
+
+
+def ports() -> list[str]:
+    return sorted(os.listdir(NET / BRIDGE / "brif"))
+
+
+def ping(count: int, size: int) -> int:
+    """How many of ``count`` echo requests with so many bytes the guest answers."""
+    words = ["ping", "-A", "-I", BRIDGE, "-W", str(10 * SLOW), "-c", str(count), "-s", str(size), "10.99.0.2"]
+    timeout = 120 * SLOW
+    done = subprocess.run(["busybox", *words], check=False, capture_output=True, text=True, timeout=timeout)
+    return done.stdout.count("bytes from 10.99.0.2")
+
+
+def definition(system: System, user: str, *words: str) -> list[str]:
+    """The words of ``define`` for the bare-metal guest that answers pings."""
+    kernel = system.files(user) / "guest"
+    shutil.copy(worker_guest.image(), kernel)
+    os.chown(kernel, pwd.getpwnam(user).pw_uid, -1)
+    return ["define", "--name", "net", "--memory", "16M", "--kernel", str(kernel), *words]
+
+
+def ctl(system: System, *words: str, user: str = ALICE) -> str:
+    done = system.vmbusctl(user, *words, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def show(system: System) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ctl(system, "show", "net", "--json"))
+    return found
+
+
+def neighbour() -> str:
+    """The hardware address behind the guest's."""
+    found = re.search(r"lladdr (\S+)", ip("neighbour", "show", "10.99.0.2", "dev", BRIDGE))
+    assert found
+    return found[1]
+
+
+def test_a_machine_on_a_bridge_is_reached_and_keeps_its_address(system: System) -> None:
+    before = system.counts()
+    define = definition(system, ALICE, "--vcpus", "2", "--cmdline", "net-echo count=5", "--nic", BRIDGE)
+    refused = system.vmbusctl(ALICE, *define)
+    assert refused.returncode != 0
+    assert "org.vmbus1.bridge.use" in refused.stderr
+
+    system.rule(RULE)
+    ctl(system, *define)
+    system.rule("")  # asked when it is defined, not when it starts
+    [nic] = show(system)["definition"]["nics"]
+    assert re.fullmatch(r"52(:[0-9a-f]{2}){5}", nic["mac"])
+
+    for _ in range(2):
+        ctl(system, "start", "net")
+        [port] = ports()
+        # A queue for each vCPU, in a worker that has no network of its own.
+        wait_until(lambda port=port: len(list((NET / port / "queues").glob("rx-*"))) == 2)  # type: ignore[misc]
+        assert ping(4, 1400) == 4
+        assert neighbour() == nic["mac"]
+        assert ping(1, 56) == 1
+        ctl(system, "wait", "net", "--state", "stopped", "--timeout", str(30 * SLOW))
+        assert show(system)["state-reason"] == "guest-poweroff"
+        wait_until(lambda: ports() == [])
+        ip("neighbour", "flush", "dev", BRIDGE)
+
+    ctl(system, "undefine", "net")
+    assert system.settle(before) == before
+
+
+def test_the_counters_and_a_pause(system: System) -> None:
+    system.rule(RULE)
+    ctl(system, *definition(system, ALICE, "--cmdline", "net-echo count=100", "--nic", f"{BRIDGE},id=lan"))
+    ctl(system, "start", "net")
+    assert ping(3, 1000) == 3
+    stats = json.loads(ctl(system, "show", "net", "--stats", "--json"))["stats"]
+    moved = stats["devices"]["nic/lan"]["pair-0"]
+    assert moved["transmitted"]["packets"] >= 3
+    assert moved["received"]["bytes"] > 3000
+    ctl(system, "pause", "net")
+    ctl(system, "resume", "net")
+    assert ping(2, 56) == 2
+    ctl(system, "kill", "net")
+    wait_until(lambda: ports() == [])
+
+
+def test_a_bridge_that_broker_toml_does_not_grant_is_refused_whatever_polkit_says(system: System) -> None:
+    system.rule(RULE)
+    refused = system.vmbusctl(BOB, *definition(system, BOB, "--nic", BRIDGE))
+    assert refused.returncode != 0
+    assert BRIDGE in refused.stderr
+    assert ctl(system, "list", user=BOB).count("net") == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "argument"),
+    [
+        (f"{BRIDGE},queues=9", "nics[0].queues"),
+        (f"{BRIDGE},mac=53:00:00:00:00:01", "nics[0].mac"),
+        ("a-bridge-with-a-long-name", "nics[0].bridge"),
+    ],
+)
+def test_a_nic_that_is_out_of_range_is_named(system: System, flag: str, argument: str) -> None:
+    refused = system.vmbusctl(ALICE, *definition(system, ALICE, "--nic", flag))
+    assert refused.returncode != 0
+    assert argument in refused.stderr
