@@ -303,17 +303,21 @@ def polkit_stopped(bed: Bed) -> Iterator[None]:
 @scenario
 async def test_a_caller_that_leaves_while_polkit_asks_starts_nothing(bed: Bed) -> None:
     async with bed.caller(ALICE) as alice:
-        machine = await alice.define()
-        asked = len(bed.broker.asked)
+        machine = await alice.define(kernel={"source": "fd"})
+        asked, fds = len(bed.broker.asked), bed.fds()
         with polkit_stopped(bed):
             async with bed.caller(ALICE) as leaver:
-                call = asyncio.ensure_future(leaver(machine, "Machine.Start", {}, {}))
-                await asyncio.sleep(0.3)
+                with bed.file().open("rb") as kernel:
+                    files = {"kernel": kernel.fileno()}
+                    call = asyncio.ensure_future(leaver(machine, "Machine.Start", {}, files))
+                    await asyncio.sleep(0.3)
+                    assert bed.fds() > fds  # the file waits with its call
                 call.cancel()
             await asyncio.sleep(0.3)
         await asyncio.sleep(0.5)
         assert await alice.state(machine) == "stopped"
         assert len(bed.broker.asked) == asked
+        assert bed.fds() == fds
 
 
 @scenario
