@@ -22,6 +22,7 @@ import pytest
 
 from tests.lab.system import ALICE, BOB, SLOW, System
 from tests.local import worker_guest
+from tests.local.broker_fuse import Fuse
 from tests.local.service_bed import ROOT, Caller, connect, form, scenario
 from vmbus.bus import Variant
 from vmbus.wire.definition import MEMORY_MOST
@@ -48,10 +49,7 @@ def system() -> Iterator[System]:
 def _nothing_is_left(system: System) -> Iterator[None]:
     before = everything(system)
     yield
-    deadline = time.monotonic() + 10 * SLOW
-    while (now := everything(system)) != before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert now == before
+    assert settled(system, before) == before
 
 
 def everything(system: System) -> dict[str, Any]:
@@ -60,6 +58,14 @@ def everything(system: System) -> dict[str, Any]:
     names = sorted(str(path) for place in places for path in place.rglob("*"))
     # The next worker uid never used, and the root's mount point: they belong to no machine.
     return {**system.counts(), "names": [name for name in names if not name.endswith(("/next-uid", "/root"))]}
+
+
+def settled(system: System, wanted: dict[str, Any]) -> dict[str, Any]:
+    """``everything``, once it is as wanted or after ten seconds."""
+    deadline = time.monotonic() + 10 * SLOW
+    while (now := everything(system)) != wanted and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return now
 
 
 def own(system: System, name: str, fill: Callable[[Path], Any], user: str = ALICE) -> str:
@@ -270,3 +276,42 @@ def test_the_image_of_these_tests_is_sound(system: System, tmp_path: Path) -> No
     qcow2(tmp_path / "sound")
     done = subprocess.run(["qemu-img", "check", "-f", "qcow2", tmp_path / "sound"], check=False)
     assert done.returncode == 0
+
+
+@pytest.fixture
+def fuse_system() -> Iterator[tuple[System, Fuse]]:
+    """A system in which alice has a FUSE file system whose server never answers."""
+    made = System()
+    place = made.files(ALICE) / "fuse"
+    place.mkdir()
+    fuse = Fuse(place, silent=True, owner=pwd.getpwnam(ALICE).pw_uid)
+    try:
+        with made:
+            try:
+                yield made, fuse
+            finally:
+                fuse.close()  # or whoever walks its directories at the end hangs
+    finally:
+        fuse.close()
+        subprocess.run(["umount", "-l", place], check=True)
+        shutil.rmtree(made.place)
+
+
+@pytest.mark.requires("fuse")
+@scenario
+async def test_a_path_to_a_fuse_file_whose_server_never_answers(fuse_system: tuple[System, Fuse]) -> None:
+    system, fuse = fuse_system
+    own(system, "kernel", lambda path: shutil.copy(worker_guest.image(), path))
+    before = everything(system)
+    async with connect(system, ALICE) as alice:
+        began = time.monotonic()
+        text = await start_refused(alice, "AccessDenied", "kernel", kernel={"path": str(fuse.place / "disk")})
+        assert "FUSE" in text
+        kernel = {"path": str(system.files(ALICE) / "kernel"), "cmdline": "hello"}
+        machine = await alice.define(kernel=kernel)
+        await alice(machine, "Machine.Start", {}, {})
+        await alice.until(machine, "stopped")
+        await alice(machine, "Machine.Undefine")
+        assert time.monotonic() - began < 10 * SLOW
+    assert fuse.asked() == b""
+    assert settled(system, before) == before
