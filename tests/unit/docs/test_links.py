@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -38,6 +39,29 @@ def test_every_benchmark_has_its_figures() -> None:
     named = set(re.findall(r"`python -m bench\.(\w+)`", text))
     assert named <= programs
     assert {"start", "memory", "list_machines", "port_exit"} <= named
+
+
+def soak_tests() -> set[str]:
+    """The tests that `make soak` runs."""
+    found: set[str] = set()
+    for path in ROOT.glob("tests/**/test_*.py"):
+        tree = ast.parse(path.read_text())
+        whole = any(
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "pytestmark"
+            and "pytest.mark.soak" in ast.unparse(node.value)
+            for node in tree.body
+        )
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                marked = "pytest.mark.soak" in map(ast.unparse, node.decorator_list)
+                found |= {node.name} if whole or marked else set()
+    return found
+
+
+def test_every_long_round_has_its_result() -> None:
+    rows = re.findall(r"^\| `(test_\w+)` \| .+ \| .+ \|$", (ROOT / "docs/soak.md").read_text(), flags=re.M)
+    assert sorted(rows) == sorted(soak_tests())
 
 
 def test_vmbusctl_words_in_the_guides_are_what_it_takes() -> None:
