@@ -55,6 +55,14 @@ touch "$root/dev/console"
 mount --bind "$CONSOLE" "$root/dev/console"
 mount -t tmpfs -o mode=0755 tmpfs "$root/run"
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+# The checkout, where the overlay hides it, and the way to it for users that could not go there.
+mkdir -p "$root$CHECKOUT"
+mount --bind "$CHECKOUT" "$root$CHECKOUT"
+place="$CHECKOUT"
+while [ "$place" != / ]; do
+    place=$(dirname "$place")
+    chmod o+x "$root$place"
+done
 mount -t tmpfs -o mode=0755 tmpfs "$root/etc/systemd/system"
 mkdir -p "$root/usr/lib/vmbus"
 ln -s "$VENV" "$root/usr/lib/vmbus/env"
@@ -66,8 +74,9 @@ cat >"$root/etc/systemd/system/lab.target" <<EOF
 Wants=dbus.socket vmbus-machines.service vmbus-broker.service vmbusd.service vmbus-shutdown.service
 EOF
 for unit in $VISIBLE; do
-    mkdir "$root/etc/systemd/system/$unit.service.d"
-    printf '[Service]\\nProtectHome=no\\n' >"$root/etc/systemd/system/$unit.service.d/checkout.conf"
+    extra="$root/etc/systemd/system/$unit.service.d"
+    mkdir "$extra"
+    printf '[Service]\\nProtectHome=no\\nPrivateTmp=no\\n' >"$extra/checkout.conf"
 done
 cd "$root"
 mkdir -p old
@@ -194,7 +203,7 @@ class SystemdHost:
         (self._place / "root").mkdir()
         self._cgroup = cgroup_v2() / self._place.name
         self._cgroup.mkdir()
-        at_home = str(CHECKOUT).startswith(("/root", "/home", "/run/user"))
+        hidden = str(CHECKOUT).startswith(("/root", "/home", "/run/user", "/tmp", "/var/tmp"))
         environment = {
             "PATH": os.environ["PATH"],
             "WORK": str(self._place / "root"),
@@ -203,7 +212,7 @@ class SystemdHost:
             "CONSOLE": str(self._place / "log"),
             "GRANTS": str(self._place / "grants.toml"),
             "MASKED": " ".join(MASKED),
-            "VISIBLE": " ".join(UNITS) if at_home else "",
+            "VISIBLE": " ".join(UNITS) if hidden else "",
         }
         # systemd alone may be in the cgroup that is its root: with another process there it could enable no
         # controller. 0 is who writes.
