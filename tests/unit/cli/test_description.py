@@ -138,8 +138,8 @@ def test_sizes_are_bytes_or_carry_a_power_of_1024(text: str | int, count: int) -
     [
         (Flags(name="a/b"), "name", "begins with a letter or digit"),
         (Flags(memory="much"), "memory", "K, M, G or T"),
-        (Flags(memory="0"), "memory", "0 is not in 1048576"),
-        (Flags(memory="1048577"), "memory", "multiple"),
+        (Flags(memory="0"), "memory", "0 is not in 4194304"),
+        (Flags(memory="4194305"), "memory", "multiple"),
         (Flags(vcpus=0), "vcpus", "not in 1–16"),
         (Flags(vcpus=1000), "vcpus", "not in 1–16"),
         (Flags(cpu_model="Ö"), "cpu-model", "lower-case"),
