@@ -37,6 +37,7 @@ class Sequence:
         self.number = 0
         self.narrow = options.get("refcount_bits", 16) < 16
         self.v2 = options.get("version") == 2
+        self.cluster = options.get("cluster_size", 1 << 16)
         image.create(str(self.path), size=len(self.disk), **options)  # type: ignore[arg-type]
 
     def step(self) -> str:
@@ -90,6 +91,8 @@ class Sequence:
             with self.open() as disk:
                 disk.resize(length, shrink=True)
         else:
+            # QEMU leaves what was in the rest of the last cluster, and growing shows it again.
+            length += -length % self.cluster
             self.tool("resize", "--shrink", "-f", "qcow2", self.path, str(length))
         del self.disk[length:]
         self.disk.extend(bytes(length - len(self.disk)))

@@ -170,6 +170,9 @@ async def test_a_writing_guest_goes_on_when_daemons_are_killed(
         assert re.search(r"\d", history)
         for fd in (console, again):
             os.close(fd)
+        deadline = time.monotonic() + 5 * SLOW
+        while not (await alice(f"{ROOT}/host", "Host.GetCapabilities"))["broker"]:
+            assert time.monotonic() < deadline
         with pytest.raises(VmbusError) as caught:
             other = await alice(ROOT, "Manager.DefineMachine", stage.guest("disk-loop", disks=disks))
             await alice(other, "Machine.Start", {}, {})

@@ -29,8 +29,9 @@ poweroff -f
 """
 
 WAIT_FOR_BUTTON = """
+exec 3</dev/input/event0
 echo waiting
-head -c 24 /dev/input/event0 >/dev/null
+head -c 24 <&3 >/dev/null
 echo "button pressed"
 poweroff -f
 """
