@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Moving bytes: the extents of a read and the steps of a write as operations, through a bounce
+//! buffer where the file wants another alignment than the request has.
+
+use super::backend::IoOp;
+use super::task::{After, Io, Job, Owner};
+use super::Engine;
+use crate::buffer::{self, Buffer, IoVecs};
+use crate::plan::{Allocation, Extents, FileId, Source, WriteStep};
+
+impl Engine {
+    pub(super) fn read(&mut self, key: u64, extents: &Extents) {
+        let Some(task) = self.tasks.get_mut(key) else {
+            return;
+        };
+        task.planned = task.len;
+        let pieces = std::mem::take(&mut task.pieces);
+        self.fetch(Owner::Task(key), extents, &pieces);
+    }
+
+    pub(super) fn write_data(&mut self, key: u64, step: WriteStep) {
+        let Some(task) = self.tasks.get(key) else {
+            return;
+        };
+        let pieces = buffer::subrange(&task.pieces, task.planned, step.len());
+        self.write(key, step, pieces);
+    }
+
+    pub(super) fn write(&mut self, key: u64, step: WriteStep, pieces: IoVecs) {
+        let Some(task) = self.tasks.get_mut(key) else {
+            return;
+        };
+        task.pending += 1;
+        let slot = task.slot;
+        match step {
+            WriteStep::InPlace { file, offset, len } => {
+                task.planned += len;
+                let Some(alignment) = self.alignment(slot, file) else {
+                    return;
+                };
+                if buffer::refused(&pieces, alignment) {
+                    let mut buffer = Buffer::zeroed(len as usize);
+                    // SAFETY: the pieces are valid until completion (submit's contract).
+                    unsafe { buffer::gather(&pieces, buffer.bytes_mut()) };
+                    let pieces = IoVecs::from_slice(&[buffer.iovec(0, len as usize)]);
+                    let op = IoOp::Write {
+                        pieces,
+                        offset: offset.0,
+                    };
+                    let after = After::Bounced {
+                        task: key,
+                        _buffer: buffer,
+                    };
+                    return self.start(Io {
+                        slot,
+                        file,
+                        op,
+                        expected: len,
+                        after,
+                    });
+                }
+                let op = IoOp::Write {
+                    pieces,
+                    offset: offset.0,
+                };
+                self.start(Io {
+                    slot,
+                    file,
+                    op,
+                    expected: len,
+                    after: After::Owner(Owner::Task(key)),
+                });
+            }
+            WriteStep::Allocate(allocation) => {
+                task.planned += allocation.len;
+                self.begin_job(key, *allocation, pieces);
+            }
+        }
+    }
+
+    pub(super) fn begin_job(&mut self, task: u64, allocation: Allocation, pieces: IoVecs) {
+        let length =
+            |extents: &Extents| extents.iter().map(|extent| extent.len).sum::<u64>() as usize;
+        let mut head = Buffer::zeroed(length(&allocation.head));
+        let mut tail = Buffer::zeroed(length(&allocation.tail));
+        let head_piece = IoVecs::from_slice(&[head.iovec(0, head.len())]);
+        let tail_piece = IoVecs::from_slice(&[tail.iovec(0, tail.len())]);
+        let job = Job {
+            task,
+            ticket: allocation.ticket,
+            file: allocation.file,
+            offset: allocation.offset.0,
+            head,
+            tail,
+            pieces,
+            // One for this function itself, so that the job does not go on before all is started.
+            pending: 1,
+            error: None,
+        };
+        // A Buffer's memory does not move with it.
+        let key = self.jobs.insert(job);
+        self.fetch(Owner::Job(key), &allocation.head, &head_piece);
+        self.fetch(Owner::Job(key), &allocation.tail, &tail_piece);
+        self.counted_off(Owner::Job(key), Ok(()));
+    }
+
+    /// Write a job's clusters, now that head and tail are there.
+    pub(super) fn write_job(&mut self, key: u64) {
+        let Some(job) = self.jobs.get_mut(key) else {
+            return;
+        };
+        let Some(slot) = self.tasks.get(job.task).map(|task| task.slot) else {
+            return;
+        };
+        let mut pieces = IoVecs::new();
+        if job.head.len() > 0 {
+            pieces.push(job.head.iovec(0, job.head.len()));
+        }
+        pieces.extend_from_slice(&job.pieces);
+        if job.tail.len() > 0 {
+            pieces.push(job.tail.iovec(0, job.tail.len()));
+        }
+        let (file, offset) = (job.file, job.offset);
+        let expected = buffer::total(&pieces).unwrap_or(0);
+        let mut bounce = None;
+        if self
+            .alignment(slot, file)
+            .is_some_and(|unit| buffer::refused(&pieces, unit))
+        {
+            let mut buffer = Buffer::zeroed(expected as usize);
+            // SAFETY: head and tail are the job's, the guest's pieces are valid until completion.
+            unsafe { buffer::gather(&pieces, buffer.bytes_mut()) };
+            pieces = IoVecs::from_slice(&[buffer.iovec(0, expected as usize)]);
+            bounce = Some(buffer);
+        }
+        let after = After::JobWritten {
+            job: key,
+            _buffer: bounce,
+        };
+        self.start(Io {
+            slot,
+            file,
+            op: IoOp::Write { pieces, offset },
+            expected,
+            after,
+        });
+    }
+
+    /// Read `extents` into `pieces`.
+    pub(super) fn fetch(&mut self, owner: Owner, extents: &Extents, pieces: &[libc::iovec]) {
+        let mut at = 0;
+        for extent in extents {
+            let part = buffer::subrange(pieces, at, extent.len);
+            at += extent.len;
+            match &extent.source {
+                // SAFETY: a read's buffers are writable until completion; a job's are its own.
+                Source::Zero => unsafe { buffer::fill_zero(&part) },
+                Source::File { file, offset } => {
+                    self.fetch_plain(owner, *file, offset.0, extent.len, part)
+                }
+                Source::Compressed {
+                    file,
+                    offset,
+                    stored,
+                    codec,
+                    cluster_size,
+                    skip,
+                } => {
+                    let Some(slot) = self.counted_on(owner) else {
+                        return;
+                    };
+                    let unit = self.alignment(slot, *file).unwrap_or(1) as u64;
+                    let start = offset.0 / unit * unit;
+                    let front = (offset.0 - start) as usize;
+                    let len = (front as u64 + stored).next_multiple_of(unit) as usize;
+                    let mut buffer = Buffer::zeroed(len);
+                    let op = IoOp::Read {
+                        pieces: IoVecs::from_slice(&[buffer.iovec(0, len)]),
+                        offset: start,
+                    };
+                    let after = After::Expand {
+                        owner,
+                        buffer,
+                        front,
+                        stored: *stored as usize,
+                        codec: *codec,
+                        cluster_size: *cluster_size as usize,
+                        skip: *skip as usize,
+                        pieces: part,
+                    };
+                    self.start(Io {
+                        slot,
+                        file: *file,
+                        op,
+                        expected: len as u64,
+                        after,
+                    });
+                }
+            }
+        }
+    }
+
+    pub(super) fn fetch_plain(
+        &mut self,
+        owner: Owner,
+        file: FileId,
+        offset: u64,
+        len: u64,
+        part: IoVecs,
+    ) {
+        let Some(slot) = self.counted_on(owner) else {
+            return;
+        };
+        let unit = self.alignment(slot, file).unwrap_or(1);
+        let aligned = offset % unit as u64 == 0 && !buffer::refused(&part, unit);
+        if aligned {
+            let op = IoOp::Read {
+                pieces: part,
+                offset,
+            };
+            return self.start(Io {
+                slot,
+                file,
+                op,
+                expected: len,
+                after: After::Owner(owner),
+            });
+        }
+        let start = offset / unit as u64 * unit as u64;
+        let skip = (offset - start) as usize;
+        let length = (skip as u64 + len).next_multiple_of(unit as u64) as usize;
+        let mut buffer = Buffer::zeroed(length);
+        let op = IoOp::Read {
+            pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
+            offset: start,
+        };
+        let after = After::Scatter {
+            owner,
+            buffer,
+            skip,
+            pieces: part,
+        };
+        self.start(Io {
+            slot,
+            file,
+            op,
+            expected: length as u64,
+            after,
+        });
+    }
+
+    pub(super) fn alignment(&self, slot: u64, file: FileId) -> Option<usize> {
+        Some(self.slots.get(slot)?.image.files().get(file)?.alignment)
+    }
+
+    /// One more operation under way for the owner; gives its slot.
+    pub(super) fn counted_on(&mut self, owner: Owner) -> Option<u64> {
+        match owner {
+            Owner::Task(key) => {
+                let task = self.tasks.get_mut(key)?;
+                task.pending += 1;
+                Some(task.slot)
+            }
+            Owner::Job(key) => {
+                let job = self.jobs.get_mut(key)?;
+                job.pending += 1;
+                Some(self.tasks.get(job.task)?.slot)
+            }
+        }
+    }
+
+    pub(super) fn start(&mut self, io: Io) {
+        let handle = self
+            .slots
+            .get(io.slot)
+            .and_then(|attached| attached.handles.get(io.file).copied());
+        let token = self.ios.insert(Box::new(io));
+        match (handle, self.ios.get(token)) {
+            // SAFETY: the Io is boxed and kept until its token comes back, with the memory it owns;
+            // the guest's memory is valid until the completion (submit's contract).
+            (Some(handle), Some(io)) => unsafe { self.backend.push(token, handle, &io.op) },
+            _ => self.ended(token, -libc::EBADF),
+        }
+    }
+}
