@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, SLOW, System
 from tests.local import worker_guest
 from tests.local.broker_bed import wait_until
@@ -54,7 +55,8 @@ def ports() -> list[str]:
 
 def ping(count: int, size: int) -> int:
     """How many of ``count`` echo requests with so many bytes the guest answers."""
-    words = ["ping", "-A", "-I", BRIDGE, "-W", str(10 * SLOW), "-c", str(count), "-s", str(size), "10.99.0.2"]
+    words = ["ping", "-i", "0.2", "-I", BRIDGE, "-W", str(10 * SLOW), "-c", str(count), "-s", str(size)]
+    words += ["10.99.0.2"]
     timeout = 120 * SLOW
     done = subprocess.run(["busybox", *words], check=False, capture_output=True, text=True, timeout=timeout)
     return done.stdout.count("bytes from 10.99.0.2")
@@ -79,6 +81,21 @@ def show(system: System) -> dict[str, Any]:
     return found
 
 
+def start(system: System) -> None:
+    """Start it, and wait until its driver runs and what its tap had before was thrown away.
+
+    The network's thread takes its commands in order: it answers a pause after it has begun.
+    """
+    ctl(system, "start", "net")
+    console = Console(system, ALICE, "net", "--read-only")
+    try:
+        console.wait_for("net: mac .*\n", 30)
+    finally:
+        console.close()
+    ctl(system, "pause", "net")
+    ctl(system, "resume", "net")
+
+
 def neighbour() -> str:
     """The hardware address behind the guest's."""
     found = re.search(r"lladdr (\S+)", ip("neighbour", "show", "10.99.0.2", "dev", BRIDGE))
@@ -100,7 +117,7 @@ def test_a_machine_on_a_bridge_is_reached_and_keeps_its_address(system: System) 
     assert re.fullmatch(r"52(:[0-9a-f]{2}){5}", nic["mac"])
 
     for _ in range(2):
-        ctl(system, "start", "net")
+        start(system)
         [port] = ports()
         # A queue for each vCPU, in a worker that has no network of its own.
         wait_until(lambda port=port: len(list((NET / port / "queues").glob("rx-*"))) == 2)  # type: ignore[misc]
@@ -119,7 +136,7 @@ def test_a_machine_on_a_bridge_is_reached_and_keeps_its_address(system: System) 
 def test_the_counters_and_a_pause(system: System) -> None:
     system.rule(RULE)
     ctl(system, *definition(system, ALICE, "--cmdline", "net-echo count=100", "--nic", f"{BRIDGE},id=lan"))
-    ctl(system, "start", "net")
+    start(system)
     assert ping(3, 1000) == 3
     stats = json.loads(ctl(system, "show", "net", "--stats", "--json"))["stats"]
     moved = stats["devices"]["nic/lan"]["pair-0"]

@@ -4,6 +4,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::process::Command;
+use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_vmm::{EndReason, Event, Kind, Request};
@@ -55,10 +56,22 @@ fn nic(fds: &[RawFd]) -> Value {
     json!({ "nics": [{ "id": "net", "mac": MAC, "tap_fds": fds }], "vcpus": fds.len().min(2) })
 }
 
+/// Waits until the guest's driver has been started `times` times, and what the tap had before was thrown away.
+///
+/// The thread of the network takes its commands in order, so a pause comes after the start.
+fn begun(guest: &mut Running, times: usize) {
+    while guest.until("net: mac").matches("net: mac").count() < times {
+        std::thread::sleep(Duration::from_millis(20));
+        guest.drain();
+    }
+    assert_eq!(guest.must(Request::Pause), [Event::Paused]);
+    assert_eq!(guest.must(Request::Resume), [Event::Running]);
+}
+
 /// Pings the guest with so many bytes of data; how many of `count` were answered.
 fn ping(count: u32, bytes: u32) -> usize {
     let done = Command::new("busybox")
-        .args(["ping", "-A", "-W", "10", "-c"])
+        .args(["ping", "-i", "0.2", "-W", "10", "-c"])
         .args([&count.to_string(), "-s", &bytes.to_string(), "10.99.0.2"])
         .output()
         .unwrap();
@@ -79,6 +92,7 @@ fn a_guest_answers_pings_through_its_tap_and_bridge() {
     for queues in [1, 3] {
         let Some(fds) = tap(queues) else { return };
         let mut guest = run("net-echo count=6", nic(&fds));
+        begun(&mut guest, 1);
         guest.until("net: mac 52:54:0:12:34:56 mtu 1500");
         assert_eq!(ping(3, 56), 3);
         assert_eq!(ping(2, 1400), 2);
@@ -102,7 +116,7 @@ fn a_paused_guest_answers_when_it_goes_on() {
     requires_kvm!();
     let Some(fds) = tap(1) else { return };
     let mut guest = run("net-echo count=4", nic(&fds));
-    guest.until("net: mac");
+    begun(&mut guest, 1);
     assert_eq!(ping(1, 56), 1);
     assert_eq!(guest.must(Request::Pause), [Event::Paused]);
     // Nobody hears it now; it waits in the tap.
@@ -110,7 +124,7 @@ fn a_paused_guest_answers_when_it_goes_on() {
         .args(["ping", "-c", "1", "-W", "30", "10.99.0.2"])
         .spawn()
         .unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    std::thread::sleep(Duration::from_millis(500));
     assert!(early.try_wait().unwrap().is_none());
     assert_eq!(guest.must(Request::Resume), [Event::Running]);
     assert!(early.wait().unwrap().success());
@@ -123,13 +137,10 @@ fn a_reset_machine_has_its_network_again() {
     requires_kvm!();
     let Some(fds) = tap(2) else { return };
     let mut guest = run("net-echo count=3", nic(&fds));
-    guest.until("net: mac");
+    begun(&mut guest, 1);
     assert_eq!(ping(1, 56), 1);
-    let before = guest.drain().matches("net: mac").count();
     guest.must(Request::Reset);
-    while guest.drain().matches("net: mac").count() == before {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    begun(&mut guest, 2);
     assert_eq!(ping(3, 56), 3);
     guest.until("net: 3 echoes");
     assert_eq!(guest.end().0, EndReason::GuestPoweroff);
