@@ -2,9 +2,10 @@
 """What all tests share: options, the private mount namespace, which tests run where, and whole systems.
 
 Markers: ``requires("capability", …)`` (tests/lab/capabilities.py), ``nested`` (runs in the nested host
-wherever the run was started), ``soak``, ``fuzz``. An item runs here if all that it requires is here; else
-in the nested host, after all others, if that has it; else it is skipped. The terminal summary lists by name
-what was absent and what became of the tests that required it.
+wherever the run was started), ``ahead`` (tests/lab/ahead.py), ``long`` (not in make test-fast), ``soak``,
+``fuzz``. An item runs here if all that it requires is here; else in the nested host, after all others, if
+that has it; else it is skipped. The terminal summary lists by name what was absent and what became of the
+tests that required it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
+from tests.lab import ahead as running_ahead
 from tests.lab import capabilities, namespace, system
 from tests.lab.remote import RemoteSession, ReportWriter
 from tests.lab.system import System
@@ -22,6 +24,7 @@ from tests.lab.system import System
 REMOTE = pytest.StashKey[RemoteSession]()
 WHERE_NESTED = pytest.StashKey[dict[str, list[str]]]()
 SKIPPED = pytest.StashKey[dict[str, list[str]]]()
+AHEAD = pytest.StashKey[running_ahead.Ahead]()
 NEEDS = re.compile(r"needs ([a-z0-9-]+): (.*)", re.DOTALL)
 IN_NESTED_HOST = os.environ.get("VMBUS_LAB") == "nested"
 
@@ -59,6 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     there: list[pytest.Item] = []
     for item in kept:
         (there if _belongs_there(item, config) else here).append(item)
+    running_ahead.move_behind(here)
     items[:] = here + there
     if there:
         config.stash[REMOTE] = RemoteSession(config, there)
@@ -97,6 +101,13 @@ def _skip_if_absent(item: pytest.Item, names: list[str]) -> None:
             return
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    commands = running_ahead.commands(session.items)
+    if commands and not session.config.option.collectonly:
+        session.config.stash[AHEAD] = running_ahead.Ahead()
+        session.config.stash[AHEAD].begin(commands)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Items of the nested host: their reports are those from there."""
@@ -111,6 +122,9 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    running = session.config.stash.get(AHEAD, None)
+    if running:
+        running.close()
     remote = session.config.stash.get(REMOTE, None)
     if remote:
         remote.close()
@@ -158,6 +172,12 @@ def pytest_runtest_makereport(
             for name, log in running.logs().items():
                 report.sections.append((f"log of {name} ({running.instance})", log[-20_000:]))
     return report
+
+
+@pytest.fixture
+def ahead(request: pytest.FixtureRequest) -> running_ahead.Finish:
+    """Waits for the command of the test's marker ``ahead``."""
+    return lambda: request.config.stash[AHEAD].finish(request.node.nodeid)
 
 
 # -- systems

@@ -353,11 +353,16 @@ class System:
         cgroup = self.cgroup
         if cgroup and cgroup.is_dir():
             found["cgroups"] = sum(inner.is_dir() for inner in cgroup.iterdir())
-        found["taps"] = sum((link / "tun_flags").exists() for link in Path("/sys/class/net").iterdir())
+        found["taps"] = sum(self._is_our_tap(link) for link in Path("/sys/class/net").iterdir())
         for name in ("workers", "service"):
             record = self.run_dir / name
             found[f"run/{name}"] = len(os.listdir(record)) if record.is_dir() else 0
         return found
+
+    def _is_our_tap(self, link: Path) -> bool:
+        """Whether a network interface is a tap of this instance: its name has the uid of the worker."""
+        found = re.match("vt([0-9a-f]{8})", link.name)
+        return found is not None and int(found[1], 16) in self.uids
 
     def settle(self, wanted: Mapping[str, int], *, within: float = 10) -> dict[str, int]:
         """Wait until ``counts`` are ``wanted``; return them as they are then, or at the deadline."""

@@ -257,6 +257,7 @@ class TestFuse:
         finally:
             end(bed, fuse)
 
+    @pytest.mark.long
     def test_a_server_that_never_answers_costs_its_owner_four_places_and_nobody_else(self) -> None:
         bed, fuse = fuse_bed(silent=True, allowed=True)
         try:

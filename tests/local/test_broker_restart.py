@@ -196,6 +196,7 @@ def test_a_spare_worker_is_used_once_and_replaced() -> None:
         wait_until(lambda: list((bed.run / "workers").iterdir()) == [])
 
 
+@pytest.mark.long
 @pytest.mark.requires("fuse")
 def test_a_worker_that_hangs_in_the_kernel_is_stuck_and_keeps_its_uid() -> None:
     bed = Bed()

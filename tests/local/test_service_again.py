@@ -49,7 +49,10 @@ def system() -> Iterator[System]:
         yield made
 
 
-@pytest.mark.parametrize("rest", [0, 0.05], ids=["at once", "after a moment"])
+@pytest.mark.parametrize(
+    "rest",
+    [pytest.param(0, id="at once"), pytest.param(0.05, id="after a moment", marks=pytest.mark.long)],
+)
 def test_start_and_kill_in_quick_succession(rest: float, system: System) -> None:
     words = [str(system.files(ALICE) / "kernel"), str(ROUNDS), str(rest)]
     environment = {"PYTHONPATH": str(Path(__file__).parents[2])}

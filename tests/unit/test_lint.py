@@ -1,68 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formatters, linters and type checkers have nothing to say, and the core's own tests pass."""
+"""Formatters, linters and type checkers have nothing to say, and the core's own tests pass.
+
+All of it is started with the session and runs beside the other tests (tests/lab/ahead.py).
+"""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.lab import namespace
-from tests.lab.kernels import CHECKOUT
+from tests.lab.ahead import Finish, cargo
 
-CRATES = ("qcow2", "sandbox", "vmm", "capi")
-
-
-def quiet(argv: Sequence[str | Path], *, cwd: Path = CHECKOUT) -> None:
-    """Run outside the private namespace; fail with the output unless the exit code is 0."""
-    done = subprocess.run(
-        namespace.outside(argv, cwd=cwd),
-        pass_fds=namespace.outside_fds(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
+pytestmark = pytest.mark.timeout(1800)
 
 
-def tool(name: str) -> Path:
+def tool(name: str) -> str:
     """A program of .venv."""
-    return Path(sys.executable).with_name(name)
+    return str(Path(sys.executable).with_name(name))
 
 
-def cargo(*words: str) -> None:
-    """Run cargo on the workspace."""
-    found = shutil.which("cargo") or str(Path.home() / ".cargo/bin/cargo")
-    quiet([found, *words], cwd=CHECKOUT / "native")
+@pytest.mark.ahead(tool("ruff"), "check", ".")
+def test_ruff_finds_nothing(ahead: Finish) -> None:
+    ahead()
 
 
-def test_ruff_finds_nothing() -> None:
-    quiet([tool("ruff"), "check", "."])
+@pytest.mark.ahead(tool("ruff"), "format", "--check", ".")
+def test_python_is_formatted(ahead: Finish) -> None:
+    ahead()
 
 
-def test_python_is_formatted() -> None:
-    quiet([tool("ruff"), "format", "--check", "."])
+@pytest.mark.ahead(*cargo("fmt", "--all", "--check"))
+def test_rust_is_formatted(ahead: Finish) -> None:
+    ahead()
 
 
-def test_types_are_right() -> None:
-    quiet([tool("mypy")])
+@pytest.mark.ahead(*cargo("test", "--quiet", "--workspace", "--no-fail-fast"))
+def test_the_crates_own_tests_pass(ahead: Finish) -> None:
+    ahead()
 
 
-def test_rust_is_formatted() -> None:
-    cargo("fmt", "--all", "--check")
+@pytest.mark.ahead(*cargo("clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"))
+def test_clippy_finds_nothing(ahead: Finish) -> None:
+    ahead()
 
 
-@pytest.mark.timeout(900)
-def test_clippy_finds_nothing() -> None:
-    cargo("clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings")
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("crate", CRATES)
-def test_the_crates_own_tests_pass(crate: str) -> None:
-    cargo("test", "--quiet", "-p", f"vmbus-{crate}")
+@pytest.mark.ahead(tool("mypy"))
+def test_types_are_right(ahead: Finish) -> None:
+    ahead()

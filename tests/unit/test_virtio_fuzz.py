@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.unit.test_lint import cargo
+from tests.lab.ahead import cargo, quiet
 
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 
@@ -16,4 +16,4 @@ SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 @pytest.mark.timeout(SECONDS + 900)
 def test_random_guests_harm_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUZZ_SECONDS", str(SECONDS))
-    cargo("test", "--quiet", "-p", "vmbus-vmm", "--lib", "virtio::fuzz")
+    quiet(cargo("test", "--quiet", "-p", "vmbus-vmm", "--lib", "virtio::fuzz"))
