@@ -23,6 +23,8 @@ run: setup ## the main job: an ordinary user's Debian machine on a private bus, 
 # change fails because of it. Soak and fuzz draw new ones.
 test test-fast: export VMBUS_SEED ?= 1
 test test-fast: export FUZZ_SEED ?= 1
+test-fast: export FUZZ_SHORT_SECONDS ?= 4
+fuzz: export FUZZ_SECONDS ?= $(if $(MINUTES),$(shell expr $(MINUTES) '*' 60),60)
 
 test: setup ## everything but the long rounds (under 40 minutes on 2 cores)
 	@$(PYTHON) -m pytest
@@ -33,7 +35,7 @@ test-fast: setup ## what needs no nested host, without the tests marked long (un
 soak: setup ## the long rounds
 	@$(PYTHON) -m pytest --soak -m soak
 
-fuzz: setup ## random input to every parser, FUZZ_SECONDS each (default 60)
+fuzz: setup ## random input to every parser, MINUTES each (default 1)
 	@$(PYTHON) -m pytest --fuzz -m fuzz
 
 bench: setup ## side-by-side runs against qemu and libvirt; one line of JSON each
@@ -45,8 +47,10 @@ lint: setup ## ruff, mypy, rustfmt, clippy
 	mypy
 	cd native && $(CARGO) fmt --all --check
 	cd native && $(CARGO) clippy --workspace --all-targets -- -D warnings
+	cd native/fuzz && $(CARGO) fmt --check
+	cd native/fuzz && $(CARGO) clippy --release -- -D warnings
 
 clean: ## what setup and the tests made in the checkout (not packages, not users)
-	rm -rf .venv .cache vmbus/_native native/target .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .cache vmbus/_native native/target native/fuzz/target .pytest_cache .mypy_cache .ruff_cache
 
 -include install.mk

@@ -53,6 +53,14 @@ impl<T> Slab<T> {
         }
     }
 
+    /// The keys of all entries there are now.
+    pub(crate) fn keys(&self) -> Vec<u64> {
+        let used = self.places.iter().enumerate();
+        used.filter(|(_, (_, value))| value.is_some())
+            .map(|(n, (generation, _))| key(n as u32, *generation))
+            .collect()
+    }
+
     pub(crate) fn remove(&mut self, key: u64) -> Option<T> {
         let entry = self.places.get_mut(place(key))?;
         if entry.0 != (key >> 32) as u32 {

@@ -311,14 +311,29 @@ impl Engine {
 }
 
 impl Drop for Engine {
-    /// Wait for what is under way: the kernel still writes into its buffers.
+    /// Bring to an end what is under way: the kernel still writes into its buffers, and others wait for
+    /// the clusters, blocks and commits that this engine is at. Requests plan nothing more; those that
+    /// wait for another engine are left off.
     fn drop(&mut self) {
+        for key in self.tasks.keys() {
+            if let Some(task) = self.tasks.get_mut(key) {
+                task.fail(Error::new(Kind::InvalidState, "the engine has gone"));
+            }
+        }
         while self.ios.len() > 0 {
             if self.turn(true).is_err() {
                 // The ring is broken; freeing the memory it may still write to would be worse.
                 let ios = std::mem::replace(&mut self.ios, Slab::new());
                 std::mem::forget(ios);
-                return;
+                break;
+            }
+        }
+        for key in self.tasks.keys() {
+            let Some(task) = self.tasks.remove(key) else {
+                continue;
+            };
+            if let Some(attached) = self.slots.get(task.slot) {
+                attached.image.leave(task.epoch);
             }
         }
     }

@@ -5,6 +5,10 @@
 //! order. What a client can make the server hold is bounded: `MAX_PENDING` requests and `MAX_HELD`
 //! bytes; beyond them its socket is not read. A client that breaks the protocol loses its
 //! connection; what it had begun still ends.
+//!
+//! Block status is looked up on this thread, by plain system calls. It would wait for ever for a block
+//! that this connection's own engine is reading, so it is answered when nothing else is under way, and
+//! nothing behind it is read from the socket before.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read, Write};
@@ -56,6 +60,8 @@ pub(crate) struct Connection {
     head: [u8; RequestHeader::LEN],
     head_got: usize,
     arriving: Option<Arriving>,
+    /// Block status that waits for all before it.
+    asked: Option<RequestHeader>,
     out: VecDeque<Vec<u8>>,
     out_sent: usize,
     held: usize,
@@ -79,6 +85,7 @@ impl Connection {
             head: [0; RequestHeader::LEN],
             head_got: 0,
             arriving: None,
+            asked: None,
             out: VecDeque::new(),
             out_sent: 0,
             held: 0,
@@ -93,10 +100,11 @@ impl Connection {
             if stop.load(Ordering::Relaxed) {
                 self.leaving = true;
             }
-            if self.leaving && self.pending.is_empty() && self.out.is_empty() {
+            let idle = self.pending.is_empty() && self.asked.is_none() && self.out.is_empty();
+            if self.leaving && idle {
                 return Ok(());
             }
-            let full = self.pending.len() >= MAX_PENDING || self.held > MAX_HELD;
+            let full = self.full();
             let mut wanted = if self.leaving || full {
                 0
             } else {
@@ -130,12 +138,25 @@ impl Connection {
                 self.receive(socket)?;
             }
             self.reap()?;
+            self.answer_asked();
             self.send(socket)?;
         }
     }
 
+    fn full(&self) -> bool {
+        self.pending.len() >= MAX_PENDING || self.held > MAX_HELD || self.asked.is_some()
+    }
+
+    fn answer_asked(&mut self) {
+        if self.pending.is_empty() {
+            if let Some(header) = self.asked.take() {
+                self.block_status(&header);
+            }
+        }
+    }
+
     fn receive(&mut self, socket: &mut UnixStream) -> io::Result<()> {
-        while self.pending.len() < MAX_PENDING && self.held <= MAX_HELD {
+        while !self.full() {
             let room = match &mut self.arriving {
                 Some(arriving) => arriving.memory.bytes_mut().get_mut(arriving.got..),
                 None => self.head.get_mut(self.head_got..),
@@ -210,7 +231,7 @@ impl Connection {
                 let unmap = header.flags & flag::NO_HOLE == 0;
                 self.begin(header, Op::WriteZeroes { unmap }, None);
             }
-            Command::BlockStatus => self.block_status(&header),
+            Command::BlockStatus => self.asked = Some(header),
             Command::Other(_) => self.fail(&header, errno::NOTSUP),
         }
         Ok(())
@@ -304,8 +325,7 @@ impl Connection {
         self.out.push_back(out);
     }
 
-    /// Which ranges are holes and which are zeros. Metadata is read on this thread: nobody waits for
-    /// it but this client.
+    /// Which ranges are holes and which are zeros.
     fn block_status(&mut self, header: &RequestHeader) {
         let end = header
             .offset

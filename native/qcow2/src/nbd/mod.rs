@@ -56,7 +56,7 @@ pub fn serve(
                 let clients = &clients;
                 scope.spawn(move || {
                     // A client's own faults end its connection and concern nobody else.
-                    let _ = client(image, socket, options, stop);
+                    let _ = serve_client(image, socket, options, stop);
                     clients.fetch_sub(1, Ordering::SeqCst);
                 });
             }
@@ -73,7 +73,8 @@ pub fn serve(
     })
 }
 
-fn client(
+/// Serve one client that is connected already, from its handshake to its end.
+pub fn serve_client(
     image: &Arc<Image>,
     mut socket: UnixStream,
     options: &ServeOptions,
@@ -93,5 +94,103 @@ fn client(
                 .serve(&mut socket, stop)
                 .map_err(|e| Error::io("serve a client", &e))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions as FileOptions};
+    use std::io::Write;
+
+    use super::*;
+    use crate::disk::Disk;
+    use crate::{create_qcow2, CreateOptions, Format, LayerFiles, OpenOptions};
+
+    const SIZE: u64 = 1 << 20;
+
+    fn image(name: &str) -> Arc<Image> {
+        let path = std::env::temp_dir().join(format!("vmbus-nbd-{}-{name}", std::process::id()));
+        let open = |path: &std::path::Path| -> File {
+            FileOptions::new()
+                .read(true)
+                .write(true)
+                .open(path)
+                .unwrap()
+        };
+        let options = CreateOptions {
+            size: SIZE,
+            cluster_size: 4096,
+            ..CreateOptions::default()
+        };
+        File::create_new(&path).unwrap();
+        create_qcow2(&open(&path), None, &options).unwrap();
+        let layer = LayerFiles {
+            format: Format::Qcow2,
+            file: open(&path),
+            data_file: None,
+            backing_name: None,
+            data_name: None,
+        };
+        std::fs::remove_file(path).unwrap();
+        let image = Image::open_chain(vec![layer], OpenOptions::default()).unwrap();
+        image.activate().unwrap();
+        Arc::new(image)
+    }
+
+    fn request(command: u16, offset: u64, data: &[u8], len: u32) -> Vec<u8> {
+        let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
+        bytes.extend(0u16.to_be_bytes());
+        bytes.extend(command.to_be_bytes());
+        bytes.extend(7u64.to_be_bytes());
+        bytes.extend(offset.to_be_bytes());
+        bytes.extend(len.to_be_bytes());
+        bytes.extend(data);
+        bytes
+    }
+
+    /// A handshake that chooses base:allocation, then `sent`, then the end of the connection.
+    fn talk(image: &Arc<Image>, sent: &[u8]) -> Result<()> {
+        let (server, mut client) = UnixStream::pair().unwrap();
+        let mut hello = 3u32.to_be_bytes().to_vec();
+        let query = b"\0\0\0\0\0\0\0\x01\0\0\0\x0fbase:allocation";
+        for (number, data) in [(8u32, &b""[..]), (10, query), (7, b"\0\0\0\0\0\0")] {
+            hello.extend(b"IHAVEOPT");
+            hello.extend(number.to_be_bytes());
+            hello.extend((data.len() as u32).to_be_bytes());
+            hello.extend(data);
+        }
+        client.write_all(&hello).unwrap();
+        client.write_all(sent).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let options = ServeOptions {
+            export: String::new(),
+            persistent: false,
+            connections: 1,
+        };
+        serve_client(image, server, &options, &AtomicBool::new(false))
+    }
+
+    #[test]
+    fn a_client_that_breaks_off_in_the_middle_of_writes_leaves_nothing_under_way() {
+        let image = image("breaks-off");
+        let mut sent = request(1, 4096, &[5; 512], 512);
+        sent.extend(request(3, 0, &[], 0));
+        sent.extend([0xff; 28]);
+        assert!(talk(&image, &sent).is_err());
+        // Others can write to the same cluster, flush, and the image can be closed.
+        let mut disk = Disk::new(image.clone()).unwrap();
+        disk.write(4096, &[6; 512]).unwrap();
+        disk.flush().unwrap();
+        drop(disk);
+        image.inactivate().unwrap();
+    }
+
+    #[test]
+    fn block_status_behind_a_write_that_reads_the_same_table_is_answered() {
+        let image = image("status");
+        let mut sent = request(1, 4096, &[5; 512], 512);
+        sent.extend(request(7, 0, &[], SIZE as u32));
+        talk(&image, &sent).unwrap();
+        image.inactivate().unwrap();
     }
 }
