@@ -12,6 +12,7 @@ use std::ffi::c_char;
 /// | 3 | the vCPUs run | "" |
 /// | 4 | the vCPUs stand still | "" |
 /// | 5 | the guest was reset and goes on | "" |
+/// | 7 | the guest has let go of a device in a slot | `device`, `detail` |
 /// | 6 | the machine has ended; no event follows | `reason`, `detail` |
 #[repr(C)]
 pub struct VmbusEvent {

@@ -111,6 +111,48 @@ pub unsafe extern "C" fn vmbus_machine_request(
     })
 }
 
+/// Asks about a device in a hotplug slot: 0 attach a disk, 1 attach a network interface (`json` is a `Disk` or a
+/// `Nic` of native/vmm/src/config.rs with a slot; takes over the fds that it names, whatever the result, unless
+/// it is no such JSON), 2 ask the guest to let go of the device whose name `json` is, 3 let it keep it. The answer
+/// is an event with the same `id`. Attaching a disk opens its images and may take long.
+///
+/// # Safety
+/// As `vmbus_machine_request`, but attaching may be called beside other calls; `json` points to `len` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn vmbus_machine_slot(
+    machine: *const VmbusMachine,
+    operation: u32,
+    id: u64,
+    json: *const u8,
+    len: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let json = unsafe { borrowed(json, len) };
+        let wrong = |error: serde_json::Error| {
+            Failure::about("InvalidArgument", "device", format!("the device: {error}"))
+        };
+        // SAFETY: the caller's promise: what is used below is shared with the threads of the machine anyway.
+        let machine = unsafe { machine.as_ref() }
+            .ok_or_else(|| Failure::new("InvalidArgument", "no machine"))?;
+        let machine = &machine.machine;
+        match operation {
+            0 => machine.attach_disk(id, &serde_json::from_slice(json).map_err(wrong)?)?,
+            1 => machine.attach_nic(id, &serde_json::from_slice(json).map_err(wrong)?)?,
+            2 => machine.detach(id, serde_json::from_slice(json).map_err(wrong)?),
+            3 => machine.keep(id, serde_json::from_slice(json).map_err(wrong)?),
+            _ => {
+                return Err(Failure::about(
+                    "InvalidArgument",
+                    "operation",
+                    format!("operation {operation} is none of 0 (attach a disk) to 3 (keep)"),
+                ))
+            }
+        }
+        Ok(0)
+    })
+}
+
 /// An fd that is readable while there is an event to take. It belongs to the machine.
 ///
 /// # Safety
@@ -165,6 +207,10 @@ fn describe(event: Event) -> (u32, u64, String) {
         Event::Running => (3, 0, String::new()),
         Event::Paused => (4, 0, String::new()),
         Event::Reset => (5, 0, String::new()),
+        Event::Detached { device, detail } => {
+            let json = serde_json::json!({"device": device, "detail": detail});
+            (7, 0, json.to_string())
+        }
         Event::Ended { reason, detail } => {
             let json = serde_json::json!({"reason": reason.as_str(), "detail": detail});
             (6, 0, json.to_string())

@@ -118,6 +118,9 @@ pub struct Disk {
     /// Virtqueues; 0 for one a vCPU.
     #[serde(default)]
     pub queues: u16,
+    /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0, where it stays.
+    #[serde(default)]
+    pub slot: Option<u8>,
 }
 
 /// One image of a chain.
@@ -150,6 +153,9 @@ pub struct Nic {
     /// Queue pairs; 0 for one a vCPU.
     #[serde(default)]
     pub queues: u16,
+    /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0, where it stays.
+    #[serde(default)]
+    pub slot: Option<u8>,
     /// The tap's queues, at least one.
     pub tap_fds: Vec<RawFd>,
 }
@@ -178,36 +184,15 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` for a number that is no fd, or that stands there twice (then none is taken over).
     pub fn take_files(&self) -> Result<Files> {
-        let mut seen = BTreeSet::new();
-        for (argument, fd) in self.fds() {
-            if fd < 0 || !seen.insert(fd) {
-                return Err(Error::invalid(
-                    argument,
-                    format!("fd {fd} is not an fd of its own"),
-                ));
-            }
-        }
+        each_stands_once(self.fds())?;
         Ok(Files {
             kvm: own(self.kvm_fd),
             console: own(self.console_fd),
             memory: self.memory_fd.map(own),
             kernel: own(self.kernel.fd),
             initrd: self.kernel.initrd_fd.map(own),
-            disks: self
-                .disks
-                .iter()
-                .map(|disk| {
-                    disk.layers
-                        .iter()
-                        .map(|layer| (own(layer.fd), layer.data_fd.map(own)))
-                        .collect()
-                })
-                .collect(),
-            nics: self
-                .nics
-                .iter()
-                .map(|nic| nic.tap_fds.iter().map(|fd| own(*fd)).collect())
-                .collect(),
+            disks: self.disks.iter().map(Disk::own_files).collect(),
+            nics: self.nics.iter().map(Nic::own_files).collect(),
         })
     }
 
@@ -269,23 +254,74 @@ impl Config {
                 .initrd_fd
                 .map(|fd| ("kernel.initrd_fd".to_owned(), fd)),
         );
-        for (d, disk) in self.disks.iter().enumerate() {
-            for (l, layer) in disk.layers.iter().enumerate() {
-                fds.push((format!("disks[{d}].layers[{l}].fd"), layer.fd));
-                fds.extend(
-                    layer
-                        .data_fd
-                        .map(|fd| (format!("disks[{d}].layers[{l}].data_fd"), fd)),
-                );
-            }
+        for (index, disk) in self.disks.iter().enumerate() {
+            fds.extend(disk.fds(&format!("disks[{index}].")));
         }
-        for (n, nic) in self.nics.iter().enumerate() {
-            for (q, fd) in nic.tap_fds.iter().enumerate() {
-                fds.push((format!("nics[{n}].tap_fds[{q}]"), *fd));
-            }
+        for (index, nic) in self.nics.iter().enumerate() {
+            fds.extend(nic.fds(&format!("nics[{index}].")));
         }
         fds
     }
+}
+
+impl Disk {
+    /// Takes over every fd that the disk names, as [`Config::take_files`] does: for each layer, the image and its
+    /// data file.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn take_files(&self) -> Result<Vec<(OwnedFd, Option<OwnedFd>)>> {
+        each_stands_once(self.fds(""))?;
+        Ok(self.own_files())
+    }
+
+    fn own_files(&self) -> Vec<(OwnedFd, Option<OwnedFd>)> {
+        let layers = self.layers.iter();
+        layers
+            .map(|layer| (own(layer.fd), layer.data_fd.map(own)))
+            .collect()
+    }
+
+    fn fds(&self, prefix: &str) -> Vec<(String, RawFd)> {
+        let mut fds = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            fds.push((format!("{prefix}layers[{index}].fd"), layer.fd));
+            let data = layer.data_fd;
+            fds.extend(data.map(|fd| (format!("{prefix}layers[{index}].data_fd"), fd)));
+        }
+        fds
+    }
+}
+
+impl Nic {
+    /// Takes over the queues of the tap, as [`Config::take_files`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn take_files(&self) -> Result<Vec<OwnedFd>> {
+        each_stands_once(self.fds(""))?;
+        Ok(self.own_files())
+    }
+
+    fn own_files(&self) -> Vec<OwnedFd> {
+        self.tap_fds.iter().map(|fd| own(*fd)).collect()
+    }
+
+    fn fds(&self, prefix: &str) -> Vec<(String, RawFd)> {
+        let named = |(index, fd): (usize, &RawFd)| (format!("{prefix}tap_fds[{index}]"), *fd);
+        self.tap_fds.iter().enumerate().map(named).collect()
+    }
+}
+
+fn each_stands_once(fds: Vec<(String, RawFd)>) -> Result<()> {
+    let mut seen = BTreeSet::new();
+    for (argument, fd) in fds {
+        if fd < 0 || !seen.insert(fd) {
+            let message = format!("fd {fd} is not an fd of its own");
+            return Err(Error::invalid(argument, message));
+        }
+    }
+    Ok(())
 }
 
 fn own(fd: RawFd) -> OwnedFd {

@@ -25,7 +25,8 @@ use crate::cpu::gate::{Cause, Gate};
 use crate::cpu::run::{Counters, Vcpu};
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
-use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request};
+use crate::hotplug::Hotplug;
+use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request, Slot};
 use crate::platform::Platform;
 use crate::thread::{self, panic_message, Role, ThreadHook};
 
@@ -90,6 +91,7 @@ pub(crate) struct Control {
     gate: Arc<Gate>,
     vcpus: VcpuThreads,
     devices: Vec<Arc<dyn Device>>,
+    hotplug: Hotplug,
     platform: Platform,
     on_reset: OnReset,
     state: State,
@@ -102,15 +104,17 @@ impl Control {
         mailbox: Arc<Mailbox>,
         gate: Arc<Gate>,
         vcpus: VcpuThreads,
-        devices: Vec<Arc<dyn Device>>,
+        devices: (Vec<Arc<dyn Device>>, Hotplug),
         platform: Platform,
         on_reset: OnReset,
     ) -> Control {
+        let (devices, hotplug) = devices;
         Control {
             mailbox,
             gate,
             vcpus,
             devices,
+            hotplug,
             platform,
             on_reset,
             state: State::Built,
@@ -153,6 +157,11 @@ impl Control {
                         let result = self.carry_out(request);
                         self.tell(Event::Done { id, result });
                     }
+                    Mail::Slot(id, slot) => {
+                        let result = self.change(slot).map(|()| String::new());
+                        self.tell(Event::Done { id, result });
+                    }
+                    Mail::Ejected(slot) => self.remove(slot),
                     Mail::Cause(cause, epoch) => self.follow(cause, epoch),
                     Mail::Quit => return Ok(()),
                 }
@@ -199,6 +208,41 @@ impl Control {
             }
         }
         Ok(String::new())
+    }
+
+    /// Devices come and go in every state but the last.
+    fn change(&mut self, slot: Slot) -> Result<()> {
+        if self.state == State::Ended {
+            let message = "no device comes or goes: the machine is at its end";
+            return Err(Error::new(Kind::InvalidState, "", message));
+        }
+        match slot {
+            Slot::Attach(number, arrival) => {
+                let device = self.hotplug.attach(number, arrival)?;
+                if self.state == State::Paused {
+                    device.pause()?;
+                }
+                // Before the bus, which is reset after it, and the threads, which end after it.
+                self.devices.insert(0, device);
+                Ok(())
+            }
+            Slot::AskBack(id) => self.hotplug.ask_back(&id),
+            Slot::TakeBackTheQuestion(id) => self.hotplug.take_back_the_question(&id),
+        }
+    }
+
+    fn remove(&mut self, slot: u8) {
+        if self.state == State::Ended {
+            return;
+        }
+        if let Some((id, closed)) = self.hotplug.remove(slot) {
+            self.devices.retain(|device| device.id() != id);
+            let detail = closed.err().map(|error| error.to_string());
+            self.tell(Event::Detached {
+                device: id,
+                detail: detail.unwrap_or_default(),
+            });
+        }
     }
 
     fn enter(&mut self, state: State) {

@@ -13,12 +13,13 @@ use crate::block::{self, Counters, Served};
 use crate::bus::{Bus, BusDevice};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::hotplug::{Arrival, Hotplug};
 use crate::io::{Count, IoDevice, Port, Trouble};
 use crate::net::{self, Tap};
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
-use crate::pci::root_port::RootPort;
-use crate::pci::{Function, Place, Wiring, ROOT_PORTS};
+use crate::pci::root_port::{Ejected, RootPort};
+use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
 use crate::thread::ThreadHook;
 use crate::virtio::net::{self as virtio_net, MAC, PAIRS_MAX};
 use crate::virtio::pci::VirtioPci;
@@ -43,6 +44,8 @@ pub struct DiskSpec {
     pub serial: String,
     /// Virtqueues, at most 16; 0 for one a vCPU.
     pub queues: u16,
+    /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0.
+    pub slot: Option<u8>,
 }
 
 /// A network interface of the definition, with its tap.
@@ -55,6 +58,8 @@ pub struct NicSpec {
     pub queues: u16,
     /// The host's end.
     pub tap: Tap,
+    /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0.
+    pub slot: Option<u8>,
 }
 
 /// What devices are built on.
@@ -69,6 +74,8 @@ pub struct Board {
     pub vcpus: u8,
     /// Hears of an I/O thread that ended although nobody told it to.
     pub trouble: Trouble,
+    /// Hears of a guest that has let go of what is in a slot.
+    pub ejected: Ejected,
 }
 
 /// The devices of a machine.
@@ -77,16 +84,18 @@ pub struct Devices {
     pub config_ports: Arc<dyn BusDevice>,
     /// As the control thread sees them.
     pub list: Vec<Arc<dyn Device>>,
+    /// What comes and goes.
+    pub hotplug: Hotplug,
 }
 
 /// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, and one for
-/// all network interfaces, if there is any.
+/// all network interfaces, those to come included.
 ///
 /// # Errors
 /// `InvalidArgument` for more disks, interfaces or queues than there may be; `Unavailable` when the kernel gives no thread,
 /// eventfd or GSI, or a ring has no room for all files.
 pub fn assemble(
-    board: &Board,
+    board: Board,
     disks: Vec<DiskSpec>,
     nics: Vec<NicSpec>,
     with_rng: bool,
@@ -105,6 +114,19 @@ pub fn assemble(
             format!("{} interfaces; at most {NICS_MAX} have a place", nics.len()),
         ));
     }
+    let (plugged, disks): (Vec<_>, Vec<_>) = disks.into_iter().partition(|d| d.slot.is_some());
+    let mut arrivals: Vec<(u8, Arrival)> = Vec::new();
+    arrivals.extend(
+        plugged
+            .into_iter()
+            .filter_map(|d| Some((d.slot?, Arrival::Disk(d)))),
+    );
+    let (plugged, nics): (Vec<_>, Vec<_>) = nics.into_iter().partition(|n| n.slot.is_some());
+    arrivals.extend(
+        plugged
+            .into_iter()
+            .filter_map(|n| Some((n.slot?, Arrival::Nic(n)))),
+    );
     let mut rings: Vec<Option<Ring>> = rings.into_iter().map(Some).collect();
     if rings.is_empty() {
         rings.push(None);
@@ -112,7 +134,7 @@ pub fn assemble(
     // What each thread will serve, and what becomes of the ports it gives for that.
     let mut shares: Vec<Vec<(Served, Endpoint)>> = rings.iter().map(|_| Vec::new()).collect();
     for (index, disk) in disks.into_iter().enumerate() {
-        let endpoint = disk_endpoint(board, index, &disk)?;
+        let endpoint = disk_endpoint(&board, index, &disk)?;
         let place = index % shares.len();
         if let Some(share) = shares.get_mut(place) {
             share.push(endpoint);
@@ -121,16 +143,17 @@ pub fn assemble(
     if let Some(share) = shares.first_mut().filter(|_| with_rng) {
         let endpoint = Endpoint {
             id: "rng".to_owned(),
-            place: Place::RNG,
+            seat: Seat::Bus0(Place::RNG),
             model: rng::model(),
             counters: None,
         };
         share.push((Served::Rng, endpoint));
     }
 
-    let mut functions = bridges(board)?;
+    let mut functions: Vec<(Place, Arc<dyn Function>)> =
+        vec![(Place::LPC, Arc::new(LpcBridge::new()))];
     let mut list: Vec<Arc<dyn Device>> = Vec::new();
-    let mut threads: Vec<Arc<dyn Device>> = Vec::new();
+    let mut threads = Vec::new();
     let mut served_by = Vec::new();
     for (index, (ring, share)) in rings.into_iter().zip(shares).enumerate() {
         let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
@@ -138,42 +161,58 @@ pub fn assemble(
         threads.push(Arc::new(thread));
         served_by.extend(endpoints.into_iter().zip(ports));
     }
-    if !nics.is_empty() {
-        let share = (0..)
-            .zip(nics)
-            .map(|(index, nic)| nic_endpoint(board, index, nic));
-        let share = share.collect::<Result<Vec<_>>>()?;
-        let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
-        let (thread, ports) = net::start(served, hook, &board.trouble)?;
-        threads.push(Arc::new(thread));
-        served_by.extend(endpoints.into_iter().zip(ports));
-    }
+    let share = (0..)
+        .zip(nics)
+        .map(|(index, nic)| nic_endpoint(&board, index, nic));
+    let share = share.collect::<Result<Vec<_>>>()?;
+    let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
+    let (network, ports) = net::start(served, hook, &board.trouble)?;
+    let network = Arc::new(network);
+    served_by.extend(endpoints.into_iter().zip(ports));
     for (endpoint, port) in served_by {
-        functions.push((endpoint.place, endpoint.function(board, &port)?));
+        let Seat::Bus0(place) = endpoint.seat else {
+            continue;
+        };
+        functions.push((place, endpoint.function(&board, &port)?));
         let device = IoDevice::new(endpoint.id, port, endpoint.counters);
         list.push(Arc::new(device));
     }
-    let root = Root::new(functions, &board.mmio)?;
-    list.push(Arc::new(PciDevice(root.clone())));
-    list.extend(threads);
+    let ports = (0..ROOT_PORTS)
+        .map(|index| {
+            RootPort::new(board.wiring.clone(), index, board.ejected.clone()).map(Arc::new)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let root = Root::new(functions, ports.clone(), &board.mmio)?;
+    let config_ports = root.config_ports();
+    let mut hotplug = Hotplug::new(board, root.clone(), ports, threads.clone(), network.clone());
+    for (slot, arrival) in arrivals {
+        list.push(hotplug.attach(slot, arrival)?);
+    }
+    list.push(Arc::new(PciDevice(root)));
+    list.extend(threads.into_iter().map(|thread| thread as Arc<dyn Device>));
+    list.push(network);
     Ok(Devices {
-        config_ports: root.config_ports(),
+        config_ports,
         list,
+        hotplug,
     })
 }
 
 /// A device between its thread and its place on the bus.
-struct Endpoint {
-    id: String,
-    place: Place,
+pub(crate) struct Endpoint {
+    /// Its name in events and statistics.
+    pub(crate) id: String,
+    seat: Seat,
     model: crate::virtio::Model,
-    counters: Option<Arc<dyn Count>>,
+    /// What has happened.
+    pub(crate) counters: Option<Arc<dyn Count>>,
 }
 
 impl Endpoint {
-    fn function(&self, board: &Board, port: &Port) -> Result<Arc<dyn Function>> {
+    /// Its place on the bus, as `port` serves it.
+    pub(crate) fn function(&self, board: &Board, port: &Port) -> Result<Arc<dyn Function>> {
         Ok(Arc::new(VirtioPci::new(
-            self.place,
+            self.seat,
             self.model.clone(),
             board.wiring.clone(),
             board.memory.clone(),
@@ -182,7 +221,17 @@ impl Endpoint {
     }
 }
 
-fn disk_endpoint(board: &Board, index: usize, spec: &DiskSpec) -> Result<(Served, Endpoint)> {
+fn seat(slot: Option<u8>, place: Place) -> Seat {
+    slot.map_or(Seat::Bus0(place), |number| {
+        Seat::Slot(number.wrapping_sub(1))
+    })
+}
+
+pub(crate) fn disk_endpoint(
+    board: &Board,
+    index: usize,
+    spec: &DiskSpec,
+) -> Result<(Served, Endpoint)> {
     let queues = match spec.queues {
         0 => u16::from(board.vcpus).clamp(1, QUEUES_MAX),
         1..=QUEUES_MAX => spec.queues,
@@ -197,7 +246,7 @@ fn disk_endpoint(board: &Board, index: usize, spec: &DiskSpec) -> Result<(Served
     let counters = Arc::new(Counters::default());
     let endpoint = Endpoint {
         id: format!("disk/{}", spec.id),
-        place: Place::disk(index as u8),
+        seat: seat(spec.slot, Place::disk(index as u8)),
         model: disk.model(queues),
         counters: Some(counters.clone()),
     };
@@ -209,7 +258,11 @@ fn disk_endpoint(board: &Board, index: usize, spec: &DiskSpec) -> Result<(Served
     Ok((served, endpoint))
 }
 
-fn nic_endpoint(board: &Board, index: u8, spec: NicSpec) -> Result<(net::Served, Endpoint)> {
+pub(crate) fn nic_endpoint(
+    board: &Board,
+    index: u8,
+    spec: NicSpec,
+) -> Result<(net::Served, Endpoint)> {
     let pairs = match spec.queues {
         0 => u16::from(board.vcpus).clamp(1, PAIRS_MAX),
         1..=PAIRS_MAX => spec.queues,
@@ -223,7 +276,7 @@ fn nic_endpoint(board: &Board, index: u8, spec: NicSpec) -> Result<(net::Served,
     let counters = Arc::new(net::Counters::new(pairs));
     let endpoint = Endpoint {
         id: format!("nic/{}", spec.id),
-        place: Place::nic(index),
+        seat: seat(spec.slot, Place::nic(index)),
         model: virtio_net::model(spec.mac, pairs),
         counters: Some(counters.clone()),
     };
@@ -234,16 +287,6 @@ fn nic_endpoint(board: &Board, index: u8, spec: NicSpec) -> Result<(net::Served,
         counters,
     };
     Ok((served, endpoint))
-}
-
-fn bridges(board: &Board) -> Result<Vec<(Place, Arc<dyn Function>)>> {
-    let mut functions: Vec<(Place, Arc<dyn Function>)> =
-        vec![(Place::LPC, Arc::new(LpcBridge::new()))];
-    for index in 0..ROOT_PORTS {
-        let port = RootPort::new(board.wiring.clone(), index)?;
-        functions.push((Place::root_port(index), Arc::new(port)));
-    }
-    Ok(functions)
 }
 
 /// The whole bus, which a reset of the machine resets.

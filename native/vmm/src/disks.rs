@@ -99,5 +99,6 @@ fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
         read_only: disk.read_only,
         serial: disk.serial.clone(),
         queues: disk.queues,
+        slot: disk.slot,
     })
 }

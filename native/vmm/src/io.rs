@@ -13,6 +13,7 @@
 //! | pause (the machine stands) | the same, but the queues stay |
 //! | resume | the queues are looked at and served again |
 //! | close | what lies behind the device is let go, an image made durable before |
+//! | add | a further device is served; it takes the number of one that was closed, if there is any |
 //!
 //! A driver that breaks a ring gets DEVICE_NEEDS_RESET; what is in flight then ends without an answer.
 
@@ -22,8 +23,10 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::block;
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
+use crate::net;
 use crate::thread::{spawn, Role, ThreadHook};
 use crate::virtio::{Activation, Backend};
 
@@ -46,7 +49,21 @@ pub(crate) enum Command {
     Pause(usize, Sender<()>),
     Resume(usize),
     Close(usize, Sender<Result<()>>),
+    Add(Newcomer, Sender<Result<usize>>),
     Exit,
+}
+
+/// A device that comes while its thread runs.
+pub(crate) enum Newcomer {
+    Block(block::Served),
+    Network(net::Served),
+}
+
+impl Newcomer {
+    /// The answer of a thread that serves another kind.
+    pub(crate) fn misplaced() -> Error {
+        Error::internal("a device came to an I/O thread of another kind")
+    }
 }
 
 /// Commands on their way to the thread; None once it is gone, so that whoever waits for an answer is hung up on.
@@ -167,6 +184,20 @@ impl IoThread {
                 .err()
                 .unwrap_or_else(|| Error::internal("the I/O thread ended at once"))),
         }
+    }
+
+    /// Has the thread serve a further device.
+    ///
+    /// # Errors
+    /// `Unavailable` when it has no room for it; `Internal` when it is gone.
+    pub(crate) fn add(&self, newcomer: Newcomer) -> Result<Port> {
+        let (sender, receiver) = channel();
+        self.mailbox.post(Command::Add(newcomer, sender));
+        let gone = |_| Error::internal(format!("I/O thread {} is gone", self.name));
+        Ok(Port {
+            device: receiver.recv().map_err(gone)??,
+            mailbox: self.mailbox.clone(),
+        })
     }
 
     /// Waits for the thread's end; the second call finds nothing to wait for.

@@ -25,6 +25,7 @@ pub mod device;
 pub mod devices;
 pub mod disks;
 pub mod error;
+pub mod hotplug;
 pub mod io;
 pub mod irq;
 pub mod layout;

@@ -20,7 +20,7 @@ use vmbus_qcow2::Ring;
 
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
-use crate::config::{Config, Files};
+use crate::config::{Config, Disk, Files, Nic};
 use crate::control::{Control, VcpuThreads};
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{self, Cause, Gate};
@@ -30,6 +30,7 @@ use crate::cpu::run::Vcpu;
 use crate::devices::{self, Board};
 use crate::disks;
 use crate::error::{Error, Kind, Result};
+use crate::hotplug::Arrival;
 use crate::irq::Line;
 use crate::layout;
 use crate::legacy::cmos::Cmos;
@@ -37,7 +38,7 @@ use crate::legacy::i8042::I8042;
 use crate::legacy::pm::PowerManagement;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
-use crate::mailbox::{Event, Mail, Mailbox, Request};
+use crate::mailbox::{Event, Mail, Mailbox, Request, Slot};
 use crate::memory;
 use crate::nics;
 use crate::pci::KvmWiring;
@@ -101,8 +102,12 @@ impl Machine {
                 let gate = Arc::clone(&gate);
                 Arc::new(move |detail| gate.raise(Cause::IoError(detail)))
             },
+            ejected: {
+                let mailbox = Arc::clone(&mailbox);
+                Arc::new(move |slot| mailbox.inbox.push(Mail::Ejected(slot)))
+            },
         };
-        let devices = devices::assemble(&board, disks, nics, config.rng, rings, &hook)?;
+        let devices = devices::assemble(board, disks, nics, config.rng, rings, &hook)?;
         let legacy = Legacy {
             serial: Arc::new(Serial::new(
                 console,
@@ -132,7 +137,7 @@ impl Machine {
             Arc::clone(&mailbox),
             gate,
             vcpus,
-            devices.list,
+            (devices.list, devices.hotplug),
             platform,
             config.on_reset,
         );
@@ -146,6 +151,48 @@ impl Machine {
     /// Asks for something; the answer is [`Event::Done`] with the same id. Never blocks.
     pub fn request(&self, id: u64, request: Request) {
         self.mailbox.inbox.push(Mail::Request(id, request));
+    }
+
+    /// Opens a disk's images and asks for the disk in the slot that it names; the answer is [`Event::Done`] with
+    /// the same id. Takes over the fds that it names, whatever the result. Opening may take long.
+    ///
+    /// # Errors
+    /// What is wrong with the disk or its images; then nothing was asked.
+    pub fn attach_disk(&self, id: u64, disk: &Disk) -> Result<()> {
+        let files = disk.take_files()?;
+        let slot = named_slot(disk.slot)?;
+        for spec in disks::open(std::slice::from_ref(disk), vec![files])? {
+            self.ask(id, Slot::Attach(slot, Arrival::Disk(spec)));
+        }
+        Ok(())
+    }
+
+    /// The same for a network interface.
+    ///
+    /// # Errors
+    /// What is wrong with the interface; then nothing was asked.
+    pub fn attach_nic(&self, id: u64, nic: &Nic) -> Result<()> {
+        let files = nic.take_files()?;
+        let slot = named_slot(nic.slot)?;
+        for spec in nics::open(std::slice::from_ref(nic), vec![files])? {
+            self.ask(id, Slot::Attach(slot, Arrival::Nic(spec)));
+        }
+        Ok(())
+    }
+
+    /// Asks the guest to let go of a device in a slot, such as `nic/lan`; [`Event::Done`] says that it was asked,
+    /// [`Event::Detached`] that it has.
+    pub fn detach(&self, id: u64, device: &str) {
+        self.ask(id, Slot::AskBack(device.to_owned()));
+    }
+
+    /// The guest may keep the device: nobody waits any more.
+    pub fn keep(&self, id: u64, device: &str) {
+        self.ask(id, Slot::TakeBackTheQuestion(device.to_owned()));
+    }
+
+    fn ask(&self, id: u64, slot: Slot) {
+        self.mailbox.inbox.push(Mail::Slot(id, slot));
     }
 
     /// Readable while [`Machine::next_event`] has something.
@@ -166,6 +213,10 @@ impl Drop for Machine {
             let _ = control.join();
         }
     }
+}
+
+fn named_slot(slot: Option<u8>) -> Result<u8> {
+    slot.ok_or_else(|| Error::invalid("slot", "a device that is attached needs a slot, 1 to 8"))
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd> {

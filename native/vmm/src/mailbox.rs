@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use crate::cpu::gate::Cause;
 use crate::error::{Error, Result};
+use crate::hotplug::Arrival;
 
 /// What a machine is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +86,13 @@ pub enum Event {
     Paused,
     /// The machine was reset and is what it was before (running or paused).
     Reset,
+    /// The guest has let go of a device in a slot, which is closed now.
+    Detached {
+        /// Its name, such as `nic/lan`.
+        device: String,
+        /// What went wrong when it was flushed, or "".
+        detail: String,
+    },
     /// The machine is at its end; the last event but for the answers to requests.
     Ended {
         /// Why.
@@ -94,10 +102,22 @@ pub enum Event {
     },
 }
 
+/// What is asked about a slot.
+pub(crate) enum Slot {
+    /// Put a device into slot 1 to 8.
+    Attach(u8, Arrival),
+    /// Ask the guest for the device of this name.
+    AskBack(String),
+    /// It may keep it.
+    TakeBackTheQuestion(String),
+}
+
 /// To the control thread.
-#[derive(Debug)]
 pub(crate) enum Mail {
     Request(u64, Request),
+    Slot(u64, Slot),
+    /// The guest has let go of what is in the slot with this index.
+    Ejected(u8),
     /// With the gate's epoch at the time.
     Cause(Cause, u64),
     /// The machine is dropped.

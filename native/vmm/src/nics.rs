@@ -41,6 +41,7 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
                     )
                 })?,
                 queues: nic.queues,
+                slot: nic.slot,
                 tap: Tap::new(files).map_err(|e| {
                     let message = format!("not a tap that can be used: {e}");
                     Error::new(Kind::InvalidArgument, format!("nic/{}", nic.id), message)
@@ -73,6 +74,7 @@ mod tests {
             id: id.to_owned(),
             mac: mac.to_owned(),
             queues: 0,
+            slot: None,
             tap_fds: Vec::new(),
         }
     }

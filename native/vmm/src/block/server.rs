@@ -15,7 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{image_error, Counters, Served};
 use crate::error::{Error, Result};
-use crate::io::{Command, Mailbox, Serve};
+use crate::io::{Command, Mailbox, Newcomer, Serve};
 use crate::virtio::blk::{self, BlkRequest, Work, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::Fault;
@@ -45,6 +45,8 @@ struct ServedDevice {
     kind: Kinds,
     active: Option<Active>,
     paused: bool,
+    /// What lay behind it is gone, and its number free.
+    closed: bool,
     in_flight: usize,
     /// Who hears when nothing is in flight, and whether the queues go then.
     drains: Vec<(Sender<()>, bool)>,
@@ -132,45 +134,62 @@ impl Server {
         served: Vec<Served>,
         mailbox: Arc<Mailbox>,
     ) -> Result<Server> {
-        let mut engine = match ring {
+        let engine = match ring {
             Some(ring) => Engine::uring(ring),
             None => Engine::blocking().map_err(|e| Error::kernel("eventfd", e))?,
         };
-        let mut devices = Vec::with_capacity(served.len());
-        for served in served {
-            let kind = match served {
-                Served::Disk {
-                    disk,
-                    image,
-                    counters,
-                } => Kinds::Disk {
-                    disk,
-                    slot: Some(engine.attach(image.clone()).map_err(image_error)?),
-                    image,
-                    counters,
-                },
-                Served::Rng => Kinds::Rng,
-            };
-            devices.push(ServedDevice {
-                kind,
-                active: None,
-                paused: false,
-                in_flight: 0,
-                drains: Vec::new(),
-            });
-        }
         let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
         watch(&epoll, mailbox.wake.as_raw_fd(), WAKE)?;
         watch(&epoll, engine.event_fd(), ENGINE)?;
-        Ok(Server {
+        let mut server = Server {
             mailbox,
             epoll,
             engine,
-            devices,
+            devices: Vec::with_capacity(served.len()),
             pending: Slab::default(),
             again: VecDeque::new(),
             exiting: false,
-        })
+        };
+        for served in served {
+            server.add(served)?;
+        }
+        Ok(server)
+    }
+
+    /// Serves one more; its number comes back.
+    fn add(&mut self, served: Served) -> Result<usize> {
+        let kind = match served {
+            Served::Disk {
+                disk,
+                image,
+                counters,
+            } => Kinds::Disk {
+                disk,
+                slot: Some(self.engine.attach(image.clone()).map_err(image_error)?),
+                image,
+                counters,
+            },
+            Served::Rng => Kinds::Rng,
+        };
+        let device = ServedDevice {
+            kind,
+            active: None,
+            paused: false,
+            closed: false,
+            in_flight: 0,
+            drains: Vec::new(),
+        };
+        let place = self.devices.iter().position(|device| device.closed);
+        match place.and_then(|place| self.devices.get_mut(place).zip(Some(place))) {
+            Some((vacant, place)) => {
+                *vacant = device;
+                Ok(place)
+            }
+            None => {
+                self.devices.push(device);
+                Ok(self.devices.len() - 1)
+            }
+        }
     }
 
     fn obey(&mut self, command: Command) -> Result<()> {
@@ -186,6 +205,14 @@ impl Server {
             }
             Command::Close(device, sender) => {
                 let _ = sender.send(self.close(device));
+            }
+            Command::Add(newcomer, sender) => {
+                let added = match newcomer {
+                    Newcomer::Block(served) => self.add(served),
+                    Newcomer::Network(_) => Err(Newcomer::misplaced()),
+                };
+                // Whoever asked may have gone.
+                let _ = sender.send(added);
             }
             Command::Exit => self.exiting = true,
         }
@@ -265,6 +292,7 @@ impl Server {
             return Ok(());
         };
         served.paused = true;
+        served.closed = served.active.is_none();
         if let Kinds::Disk { image, slot, .. } = &mut served.kind {
             if let Some(slot) = slot.take() {
                 self.engine.detach(slot).map_err(image_error)?;

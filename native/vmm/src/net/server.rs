@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::interface::{Active, Scratch};
 use super::{Counters, Served, Tap};
 use crate::error::{Error, Result};
-use crate::io::{Command, Mailbox, Serve};
+use crate::io::{Command, Mailbox, Newcomer, Serve};
 use crate::virtio::net::MAC;
 use crate::virtio::Activation;
 
@@ -74,6 +74,8 @@ struct Interface {
     counters: Arc<Counters>,
     active: Option<Active>,
     paused: bool,
+    /// Its tap is gone, and its number free.
+    closed: bool,
 }
 
 impl Server {
@@ -81,31 +83,44 @@ impl Server {
     pub(super) fn new(served: Vec<Served>, mailbox: Arc<Mailbox>) -> Result<Server> {
         let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
         watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
-        let mut devices = Vec::with_capacity(served.len());
-        for (device, nic) in served.into_iter().enumerate() {
-            for (place, fd) in nic.tap.fds().enumerate() {
-                // Edges only: a driver without buffers must not keep this thread awake.
-                let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-                watch(&epoll, fd, events, Job::Tap(device, place).data())?;
-            }
-            devices.push(Interface {
-                ready: vec![true; nic.tap.len()],
-                tap: nic.tap,
-                mac: nic.mac,
-                pairs: nic.pairs,
-                counters: nic.counters,
-                active: None,
-                paused: false,
-            });
-        }
-        Ok(Server {
+        let mut server = Server {
             mailbox,
             epoll,
-            devices,
+            devices: Vec::with_capacity(served.len()),
             again: VecDeque::new(),
             scratch: Scratch::default(),
             exiting: false,
-        })
+        };
+        for nic in served {
+            server.add(nic)?;
+        }
+        Ok(server)
+    }
+
+    /// Serves one more; its number comes back.
+    fn add(&mut self, nic: Served) -> Result<usize> {
+        let closed = self.devices.iter().position(|interface| interface.closed);
+        let device = closed.unwrap_or(self.devices.len());
+        for (place, fd) in nic.tap.fds().enumerate() {
+            // Edges only: a driver without buffers must not keep this thread awake.
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            watch(&self.epoll, fd, events, Job::Tap(device, place).data())?;
+        }
+        let interface = Interface {
+            ready: vec![true; nic.tap.len()],
+            tap: nic.tap,
+            mac: nic.mac,
+            pairs: nic.pairs,
+            counters: nic.counters,
+            active: None,
+            paused: false,
+            closed: false,
+        };
+        match self.devices.get_mut(device) {
+            Some(vacant) => *vacant = interface,
+            None => self.devices.push(interface),
+        }
+        Ok(device)
     }
 }
 
@@ -169,8 +184,17 @@ impl Server {
                 if let Some(interface) = self.devices.get_mut(device) {
                     interface.paused = true;
                     interface.tap.close();
+                    interface.closed = interface.active.is_none();
                 }
                 let _ = sender.send(Ok(()));
+            }
+            Command::Add(newcomer, sender) => {
+                let added = match newcomer {
+                    Newcomer::Network(served) => self.add(served),
+                    Newcomer::Block(_) => Err(Newcomer::misplaced()),
+                };
+                // Whoever asked may have gone.
+                let _ = sender.send(added);
             }
             Command::Exit => self.exiting = true,
         }

@@ -234,10 +234,25 @@ impl Bar64 {
     }
 }
 
+/// Device/port types of the PCI Express capability: an endpoint on a link.
+pub const KIND_ENDPOINT: u8 = 0;
+/// A root port.
+pub const KIND_ROOT_PORT: u8 = 4;
+/// An endpoint on the root complex's own bus.
+pub const KIND_INTEGRATED: u8 = 9;
+/// Offsets within the PCI Express capability: link control.
+pub const LINK_CONTROL: u16 = 16;
+/// Link status.
+pub const LINK_STATUS: u16 = 18;
+/// Slot control.
+pub const SLOT_CONTROL: u16 = 24;
+/// Slot status.
+pub const SLOT_STATUS: u16 = 26;
+
 /// The PCI Express capability (PCIe 3.0, 7.8), version 2, as 58 bytes behind the link.
 ///
-/// `kind` is the device/port type (bits 7:4 of the capabilities register): 4 for a root port, 9 for an
-/// integrated endpoint; `slot` is the number of the slot a root port implements.
+/// `kind` is the device/port type (bits 7:4 of the capabilities register): 0 for an endpoint, 4 for a root port, 9
+/// for an integrated endpoint; `slot` is the number of the slot a root port implements.
 pub fn express_capability(
     space: &mut ConfigSpace,
     kind: u8,
@@ -246,11 +261,17 @@ pub fn express_capability(
 ) -> Result<u16> {
     let mut body = [0u8; 58];
     let implemented = u16::from(slot.is_some()) << 8;
+    let reports_state = u32::from(slot.is_some()) << 20;
+    // Link capabilities: 2.5 GT/s, x1; a port reports its state. An integrated endpoint has no link.
+    let link = if kind == KIND_INTEGRATED {
+        0
+    } else {
+        reports_state | 0x11
+    };
     let fields: [(usize, u32); 4] = [
         (0, u32::from(2 | u16::from(kind) << 4 | implemented)),
         (2, device),
-        // Link capabilities: 2.5 GT/s, x1, reports its state. An integrated endpoint has no link.
-        (10, slot.map_or(0, |_| 1 << 20 | 0x11)),
+        (10, link),
         (18, slot.map_or(0, slot_capabilities)),
     ];
     for (place, value) in fields {
@@ -262,14 +283,16 @@ pub fn express_capability(
     // Device control: error reporting, relaxed ordering, payload sizes, no snoop; status: errors clear.
     space.allow(at + 8, &[0xff, 0x7f]);
     space.allow_clear(at + 10, &[0x0f]);
-    if slot.is_some() {
+    if link != 0 {
         // Link control: disable, common clock, retrain is not kept.
-        space.allow(at + 16, &[0x5b]);
+        space.allow(at + LINK_CONTROL, &[0x5b]);
         // Link status: 2.5 GT/s x1.
-        space.put(at + 18, &0x0011u16.to_le_bytes());
+        space.put(at + LINK_STATUS, &0x0011u16.to_le_bytes());
+    }
+    if slot.is_some() {
         // Slot control: enables, indicators, power; slot status: attention, presence, link changes clear.
-        space.allow(at + 24, &[0xff, 0x17]);
-        space.allow_clear(at + 26, &[0x1f, 0x01]);
+        space.allow(at + SLOT_CONTROL, &[0xff, 0x17]);
+        space.allow_clear(at + SLOT_STATUS, &[0x1f, 0x01]);
         // Root control: error reporting, PME.
         space.allow(at + 28, &[0x1f]);
     }

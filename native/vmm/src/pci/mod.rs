@@ -91,6 +91,15 @@ impl Place {
     }
 }
 
+/// Where a device sits for its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seat {
+    /// On bus 0, from the machine's start to its end.
+    Bus0(Place),
+    /// In the slot of root port `n`, 0 to 7: it may come and go.
+    Slot(u8),
+}
+
 /// What [`Place::bar_address`] leaves to each function: no BAR here is larger.
 pub const BAR_STRIDE: u64 = 0x1_0000;
 /// How many root ports there are.
@@ -159,6 +168,9 @@ pub trait Wiring: Send + Sync {
     /// `Unavailable` when KVM refuses.
     fn connect(&self, event: &EventFd, gsi: u32) -> Result<()>;
 
+    /// Takes that back, and the GSI may be allocated again.
+    fn release(&self, event: &EventFd, gsi: u32);
+
     /// Says what raising `gsi` sends.
     ///
     /// # Errors
@@ -204,6 +216,12 @@ impl Wiring for KvmWiring {
         self.vm
             .register_irqfd(event, gsi)
             .map_err(|e| Error::kernel("KVM_IRQFD", e))
+    }
+
+    fn release(&self, event: &EventFd, gsi: u32) {
+        // Both fail only for what was never connected.
+        let _ = self.vm.unregister_irqfd(event, gsi);
+        let _ = self.irq.release(gsi);
     }
 
     fn route(&self, gsi: u32, message: MsiMessage) -> Result<()> {
@@ -274,6 +292,9 @@ pub(crate) mod testing {
             let event = event.try_clone().unwrap();
             self.0.lock().unwrap().lines.insert(gsi, (event, None));
             Ok(())
+        }
+        fn release(&self, _: &EventFd, gsi: u32) {
+            self.0.lock().unwrap().lines.remove(&gsi);
         }
         fn route(&self, gsi: u32, message: MsiMessage) -> Result<()> {
             let mut state = self.0.lock().unwrap();

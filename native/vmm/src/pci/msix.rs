@@ -33,6 +33,29 @@ struct Vector {
     gate: Mutex<Gate>,
 }
 
+impl Vector {
+    fn new(wiring: &dyn Wiring) -> Result<Vector> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(|e| Error::kernel("eventfd", e))?;
+        let gsi = wiring.allocate()?;
+        if let Err(error) = wiring.connect(&event, gsi) {
+            wiring.release(&event, gsi);
+            return Err(error);
+        }
+        Ok(Vector {
+            event,
+            gsi,
+            gate: Mutex::default(),
+        })
+    }
+}
+
+fn release(wiring: &dyn Wiring, vectors: &[Vector]) {
+    for vector in vectors {
+        wiring.release(&vector.event, vector.gsi);
+    }
+}
+
 #[derive(Default)]
 struct Gate {
     /// Delivered at once, rather than kept pending.
@@ -95,6 +118,13 @@ impl Entry {
     }
 }
 
+impl Drop for Msix {
+    /// A function that is gone holds no interrupts.
+    fn drop(&mut self) {
+        release(self.wiring.as_ref(), &self.vectors.0);
+    }
+}
+
 /// The table and the capability of one function.
 pub struct Msix {
     wiring: Arc<dyn Wiring>,
@@ -128,15 +158,13 @@ impl Msix {
         space.allow(capability + 2, &(ENABLE | FUNCTION_MASK).to_le_bytes());
         let mut vectors = Vec::with_capacity(usize::from(count));
         for _ in 0..count {
-            let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-                .map_err(|e| Error::kernel("eventfd", e))?;
-            let gsi = wiring.allocate()?;
-            wiring.connect(&event, gsi)?;
-            vectors.push(Vector {
-                event,
-                gsi,
-                gate: Mutex::default(),
-            });
+            match Vector::new(wiring.as_ref()) {
+                Ok(vector) => vectors.push(vector),
+                Err(error) => {
+                    release(wiring.as_ref(), &vectors);
+                    return Err(error);
+                }
+            }
         }
         Ok(Msix {
             wiring,

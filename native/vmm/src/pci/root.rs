@@ -6,6 +6,9 @@
 //! decodes what in them is looked up here, so that a guest may move BARs, even over each other (the lowest
 //! function then wins, and nobody is harmed). BARs that lie outside of the windows decode nothing.
 //!
+//! What is in a slot is function 0 of device 0 on the bus that the slot's root port says; it decodes only what
+//! that port's windows pass on.
+//!
 //! Functions are called without a lock of this file held. The bus holds the root and the root the bus only
 //! weakly, so that both go when the machine does.
 
@@ -13,18 +16,40 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, RwLock, Weak};
 
 use super::host::HostBridge;
+use super::root_port::RootPort;
 use super::{Function, Place, Window};
 use crate::bus::{Bus, BusDevice};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::layout::{ECAM_START, MMIO32_SIZE, MMIO32_START, MMIO64_SIZE, MMIO64_START};
 
 /// A function's registers in the ECAM: 4 KiB.
 const ECAM_FUNCTION: u64 = 0x1000;
 
-/// Bus 0 and what is on it.
+/// A root port and what is plugged into its slot.
+struct Slot {
+    port: Arc<RootPort>,
+    function: RwLock<Option<Arc<dyn Function>>>,
+}
+
+impl Slot {
+    fn empty(port: Arc<RootPort>) -> Slot {
+        Slot {
+            port,
+            function: RwLock::default(),
+        }
+    }
+
+    fn function(&self) -> Option<Arc<dyn Function>> {
+        let function = self.function.read().unwrap_or_else(|e| e.into_inner());
+        function.clone()
+    }
+}
+
+/// Bus 0 and what is on it, and the slots.
 pub struct Root {
     host: Arc<HostBridge>,
     functions: Vec<(Place, Arc<dyn Function>)>,
+    slots: Vec<Slot>,
     decoded: RwLock<Vec<(Window, Arc<dyn Function>)>>,
     /// What was written to port 0xcf8.
     address: AtomicU32,
@@ -34,15 +59,19 @@ pub struct Root {
 }
 
 impl Root {
-    /// A bus with the host bridge and `functions`, whose memory is on `mmio`.
+    /// A bus with the host bridge, `functions` and root ports with empty slots, whose memory is on `mmio`.
     ///
     /// # Errors
     /// `Internal` when two functions have one place; `InvalidArgument` when a range of the layout is taken.
     pub fn new(
         mut functions: Vec<(Place, Arc<dyn Function>)>,
+        ports: Vec<Arc<RootPort>>,
         mmio: &Arc<Bus>,
     ) -> Result<Arc<Root>> {
         let host = Arc::new(HostBridge::new(ECAM_START));
+        for (index, port) in (0..).zip(&ports) {
+            functions.push((Place::root_port(index), port.clone()));
+        }
         functions.push((Place::HOST, host.clone()));
         functions.sort_by_key(|(place, _)| *place);
         let places = functions.iter().map(|(place, _)| place);
@@ -52,6 +81,7 @@ impl Root {
         let root = Arc::new(Root {
             host,
             functions,
+            slots: ports.into_iter().map(Slot::empty).collect(),
             decoded: RwLock::default(),
             address: AtomicU32::new(0),
             mmio: Arc::downgrade(mmio),
@@ -82,15 +112,58 @@ impl Root {
         for (_, function) in &self.functions {
             function.reset();
         }
+        for function in self.slots.iter().filter_map(Slot::function) {
+            function.reset();
+        }
         self.address.store(0, Ordering::Relaxed);
         self.place_ecam();
         self.decode();
     }
 
-    fn function(&self, bus: u8, devfn: u8) -> Option<&Arc<dyn Function>> {
-        // Nothing is behind the root ports.
+    /// Puts a function into slot `index`, and tells the guest.
+    ///
+    /// # Errors
+    /// `InvalidState` when it is taken, `Internal` when there is no such slot.
+    pub fn plug(&self, index: u8, function: Arc<dyn Function>) -> Result<()> {
+        let slot = self.slot(index)?;
+        {
+            let mut place = slot.function.write().unwrap_or_else(|e| e.into_inner());
+            if place.is_some() {
+                let message = format!("slot {} has a device", u16::from(index) + 1);
+                return Err(Error::new(Kind::InvalidState, "slot", message));
+            }
+            *place = Some(function);
+        }
+        self.decode();
+        slot.port.plug();
+        Ok(())
+    }
+
+    /// Takes a function out of its slot, and tells the guest.
+    pub fn unplug(&self, index: u8) -> Option<Arc<dyn Function>> {
+        let slot = self.slot(index).ok()?;
+        let function = slot
+            .function
+            .write()
+            .unwrap_or_else(|e| e.into_inner())
+            .take()?;
+        self.decode();
+        slot.port.unplug();
+        Some(function)
+    }
+
+    fn slot(&self, index: u8) -> Result<&Slot> {
+        self.slots
+            .get(usize::from(index))
+            .ok_or_else(|| Error::internal(format!("there is no slot with index {index}")))
+    }
+
+    fn function(&self, bus: u8, devfn: u8) -> Option<Arc<dyn Function>> {
         if bus != 0 {
-            return None;
+            let mut slots = self.slots.iter().filter(|_| devfn == 0);
+            return slots
+                .find(|slot| slot.port.secondary() == bus)
+                .and_then(Slot::function);
         }
         let found = self
             .functions
@@ -98,7 +171,7 @@ impl Root {
         found
             .ok()
             .and_then(|index| self.functions.get(index))
-            .map(|(_, function)| function)
+            .map(|(_, function)| function.clone())
     }
 
     fn config_read(&self, bus: u8, devfn: u8, register: u16, data: &mut [u8]) {
@@ -114,7 +187,8 @@ impl Root {
         if function.config_write(register, data) {
             self.decode();
         }
-        if devfn == Place::HOST.devfn() && HostBridge::places_ecam(register, data.len()) {
+        if (bus, devfn) == (0, Place::HOST.devfn()) && HostBridge::places_ecam(register, data.len())
+        {
             self.place_ecam();
         }
     }
@@ -126,6 +200,16 @@ impl Root {
         for (_, function) in &self.functions {
             for window in function.windows() {
                 decoded.push((window, Arc::clone(function)));
+            }
+        }
+        for slot in &self.slots {
+            let Some(function) = slot.function() else {
+                continue;
+            };
+            for window in function.windows() {
+                if slot.port.forwards(window.base, window.size) {
+                    decoded.push((window, Arc::clone(&function)));
+                }
             }
         }
     }
@@ -246,7 +330,6 @@ pub fn in_window(base: u64, size: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::lpc::LpcBridge;
-    use super::super::root_port::RootPort;
     use super::super::testing::FakeWiring;
     use super::*;
     use crate::layout::PCI_CONFIG;
@@ -260,18 +343,13 @@ mod tests {
     fn fixture() -> Fixture {
         let wiring = Arc::new(FakeWiring::default());
         let (pio, mmio) = (Bus::new(), Arc::new(Bus::new()));
-        let functions: Vec<(Place, Arc<dyn Function>)> = vec![
-            (Place::LPC, Arc::new(LpcBridge::new())),
-            (
-                Place::root_port(0),
-                Arc::new(RootPort::new(wiring.clone(), 0).unwrap()),
-            ),
-            (
-                Place::root_port(1),
-                Arc::new(RootPort::new(wiring, 1).unwrap()),
-            ),
-        ];
-        let root = Root::new(functions, &mmio).unwrap();
+        let functions: Vec<(Place, Arc<dyn Function>)> =
+            vec![(Place::LPC, Arc::new(LpcBridge::new()))];
+        let ports = (0..2).map(|index| {
+            let port = RootPort::new(wiring.clone(), index, Arc::new(|_| {}));
+            Arc::new(port.unwrap())
+        });
+        let root = Root::new(functions, ports.collect(), &mmio).unwrap();
         pio.insert(PCI_CONFIG, 8, root.config_ports()).unwrap();
         Fixture { pio, mmio, root }
     }

@@ -34,11 +34,12 @@ use super::queue::{Queue, RingFeatures};
 use super::{Activation, ActiveQueue, Backend, Model, F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::error::{Error, Result};
 use crate::pci::config::{
-    express_capability, touches, Bar64, ConfigSpace, Identity, CAPABILITY_VENDOR,
+    express_capability, touches, Bar64, ConfigSpace, Identity, CAPABILITY_VENDOR, KIND_ENDPOINT,
+    KIND_INTEGRATED, MULTIFUNCTION,
 };
 use crate::pci::msix::Msix;
 use crate::pci::root::in_window;
-use crate::pci::{Function, Place, Window, Wiring, BAR_STRIDE};
+use crate::pci::{Function, Seat, Window, Wiring, BAR_STRIDE};
 
 const BAR: Bar64 = Bar64 {
     index: 0,
@@ -90,18 +91,25 @@ struct State {
 }
 
 impl VirtioPci {
-    /// The function at `place` of a device as `model` says, whose requests `backend` carries out.
+    /// The function at `seat` of a device as `model` says, whose requests `backend` carries out.
     ///
     /// # Errors
     /// `Unavailable` when there is no GSI or eventfd left.
     pub fn new(
-        place: Place,
+        seat: Seat,
         model: Model,
         wiring: Arc<dyn Wiring>,
         memory: Arc<GuestMemoryMmap>,
         backend: Arc<dyn Backend>,
     ) -> Result<VirtioPci> {
-        let header = if place.function == 0 { 0x80 } else { 0 };
+        let (header, address, kind) = match seat {
+            Seat::Bus0(place) if place.function == 0 => {
+                (MULTIFUNCTION, place.bar_address(), KIND_INTEGRATED)
+            }
+            Seat::Bus0(place) => (0, place.bar_address(), KIND_INTEGRATED),
+            // Its BAR gets an address from whoever sees it plugged in.
+            Seat::Slot(_) => (0, 0, KIND_ENDPOINT),
+        };
         let mut space = ConfigSpace::new(Identity {
             vendor: 0x1af4,
             device: 0x1040 + model.device_type,
@@ -110,7 +118,7 @@ impl VirtioPci {
             header,
             subsystem: (0x1af4, 0x1100),
         });
-        BAR.declare(&mut space, place.bar_address());
+        BAR.declare(&mut space, address);
         let vectors = model.queues + 1;
         let msix = Msix::new(
             wiring.clone(),
@@ -134,7 +142,7 @@ impl VirtioPci {
         space.allow(access + 4, &[0xff]);
         space.allow(access + 8, &[0xff; 12]);
         // Device capabilities: role-based error reporting, function level reset.
-        let express = express_capability(&mut space, 9, 1 << 15 | 1 << 28, None)?;
+        let express = express_capability(&mut space, kind, 1 << 15 | 1 << 28, None)?;
         space.seal();
         let interrupt = Arc::new(Interrupt::new(msix.vectors(), vectors, model.queues));
         let kicks = (0..model.queues)

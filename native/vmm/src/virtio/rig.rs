@@ -55,7 +55,9 @@ impl Rig {
             mmio: Arc::new(Bus::new()),
             vcpus: 2,
             trouble: Arc::new(move |reason| heard.lock().unwrap().push(reason)),
+            ejected: Arc::new(|_| {}),
         };
+        let (mmio, memory) = (board.mmio.clone(), board.memory.clone());
         let disks = vec![
             disk("root", file.try_clone().unwrap(), false),
             disk("data", nameless_file(), true),
@@ -72,12 +74,13 @@ impl Rig {
             mac: MAC,
             queues: 2,
             tap: Tap::sockets(theirs.into_iter().map(Into::into).collect()),
+            slot: None,
         };
-        let devices = assemble(&board, disks, vec![nic], true, rings, &unconfined()).unwrap();
+        let devices = assemble(board, disks, vec![nic], true, rings, &unconfined()).unwrap();
         Rig {
-            mmio: board.mmio,
+            mmio,
             wiring,
-            memory: board.memory,
+            memory,
             devices,
             file,
             wire: ours,
@@ -147,6 +150,7 @@ fn disk(id: &str, file: File, read_only: bool) -> DiskSpec {
         read_only,
         serial: format!("serial-{id}"),
         queues: 0,
+        slot: None,
     }
 }
 
