@@ -28,11 +28,11 @@ _vmbusctl() {
             return
             ;;
         define)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         run)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         list)
@@ -98,7 +98,11 @@ _vmbusctl() {
             return
             ;;
         "define --memory-kind")
-            COMPREPLY=($(compgen -W "mergeable shareable" -- "$current"))
+            COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
+            return
+            ;;
+        "define --page-size")
+            COMPREPLY=($(compgen -W "2M 1G" -- "$current"))
             return
             ;;
         "define --on-reset")
@@ -119,7 +123,11 @@ _vmbusctl() {
             return
             ;;
         "run --memory-kind")
-            COMPREPLY=($(compgen -W "mergeable shareable" -- "$current"))
+            COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
+            return
+            ;;
+        "run --page-size")
+            COMPREPLY=($(compgen -W "2M 1G" -- "$current"))
             return
             ;;
         "run --on-reset")

@@ -47,6 +47,7 @@ prefixes = ["@/pool"]
 memory = "1G"
 vcpus = 8
 machines = 4
+hugepages = "64M"
 [[quota.for]]
 groups = ["pool"]
 memory = "2G"
@@ -266,13 +267,20 @@ class Bed:
         return client
 
     def machine(
-        self, client: Client, *, owner: int = ALICE, memory: int = 64 * MIB, vcpus: int = 1, name: str = ""
+        self,
+        client: Client,
+        *,
+        owner: int = ALICE,
+        memory: int = 64 * MIB,
+        vcpus: int = 1,
+        name: str = "",
+        **more: Any,
     ) -> Machine:
-        """Own and spawn."""
+        """Own and spawn; ``more`` are further fields of Spawn."""
         name = name or new_uuid()
         reply = client.ask(wire.Own, uuid=name, uid=owner)
         assert reply.error is None, reply
-        reply, fds = client.reply(client.post(wire.Spawn, uuid=name, memory=memory, vcpus=vcpus))
+        reply, fds = client.reply(client.post(wire.Spawn, uuid=name, memory=memory, vcpus=vcpus, **more))
         assert reply.error is None, (reply, self.log.read_text())
         return Machine(client, name, fds)
 

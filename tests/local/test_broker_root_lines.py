@@ -72,8 +72,8 @@ def loaded() -> Iterator[set[tuple[int, str]]]:
         bed.start()
         client = bed.connect()
         wait_until(lambda: bool(list((bed.run / "workers").glob("spare-*/record.json"))))
-        for _ in range(2):
-            machine = bed.machine(client)
+        for kind in ("mergeable", "shareable"):
+            machine = bed.machine(client, memory_kind=kind)
             assert machine.open(bed.file("disk")).error is None
             client.ask(wire.Check, uid=ALICE, bridges=["vmbt0"])
             client.ask(wire.Tap, uuid=machine.uuid, slot="n", bridge="vmbt0")
@@ -115,7 +115,7 @@ def test_what_needs_no_root_is_loaded_after_it_was_given_up(loaded: set[tuple[in
     dropped = {name for uid, name in loaded if uid != 0 and name.startswith("vmbus.")}
     assert not [name for name in as_root if name.startswith("vmbus.broker.dropped")]
     assert {
-        f"vmbus.broker.dropped.{name}" for name in ("accounts", "files", "policy", "survey", "taps")
+        f"vmbus.broker.dropped.{name}" for name in ("accounts", "files", "memfd", "policy", "survey", "taps")
     } <= dropped
     assert (ALICE, "vmbus.broker.dropped.files") in loaded
 

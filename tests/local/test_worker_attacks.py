@@ -32,6 +32,7 @@ DEADLY = {
 REFUSED = {
     *(set(NUMBERS) - DEADLY),
     *("read a file", "list a directory", "write a file", "a child process", "kill the parent", "huge pages"),
+    "a private copy of a file",
     *("executable memory", "data made executable", "dumpable again", "a tap that stays"),
     "bytes into a terminal",
 }

@@ -101,8 +101,8 @@ def errno_of(action: Callable[[], object]) -> int:
     return 0
 
 
-def mapped(prot: int, flags: int) -> int:
-    address = libc.mmap(None, ctypes.c_size_t(2 << 20), prot, flags, -1, ctypes.c_long(0))
+def mapped(prot: int, flags: int, fd: int = -1) -> int:
+    address = libc.mmap(None, ctypes.c_size_t(2 << 20), prot, flags, fd, ctypes.c_long(0))
     return ctypes.get_errno() if address == ctypes.c_void_p(-1).value else 0
 
 
@@ -154,6 +154,7 @@ ATTEMPTS: dict[str, Callable[[], int]] = {
     "a child process": lambda: errno_of(os.fork),
     "kill the parent": lambda: errno_of(lambda: os.kill(os.getppid(), 0)),
     "huge pages": lambda: mapped(3, 0x22 | 0x40000),
+    "a private copy of a file": lambda: mapped(3, 0x02, 0),
     "executable memory": lambda: mapped(7, 0x22),
     "data made executable": lambda: syscall(10, CODE, 4096, 5),
     "dumpable again": lambda: syscall(157, 4, 1, 0, 0, 0),

@@ -27,7 +27,7 @@ def loaded(text: bytes) -> Any:
     return msgspec.to_builtins(policy.load(text))
 
 
-def granted(text: bytes, name: str, groups: list[str]) -> tuple[list[str], tuple[int, int, int]]:
+def granted(text: bytes, name: str, groups: list[str]) -> tuple[list[str], tuple[int, int, int, int]]:
     from vmbus.broker.dropped import policy
 
     account = policy.Account(name, f"/home/{name}", groups)
@@ -42,7 +42,8 @@ def rights(**changes: Any) -> Rights:
         "gids": [1000],
         "prefixes": ["/home/alice", "/srv/a"],
     }
-    return Rights(**(known | {"bridges": ["br0"], "memory": 1000, "vcpus": 4, "machines": 2} | changes))
+    known |= {"bridges": ["br0"], "memory": 1000, "vcpus": 4, "machines": 2, "hugepages": 500}
+    return Rights(**(known | changes))
 
 
 def test_the_example_is_used_as_it_is() -> None:
@@ -52,7 +53,7 @@ def test_the_example_is_used_as_it_is() -> None:
     assert policy["bridges"] == {}
     prefixes, limits = as_nobody(granted, EXAMPLE.read_bytes(), "alice", [])
     assert prefixes == ["/home/alice", "/boot", "/var/lib/vmbus/images"]
-    assert limits == (8 << 30, 16, 16)
+    assert limits == (8 << 30, 16, 16, 0)
 
 
 def test_every_commented_line_of_the_example_is_valid_too() -> None:
@@ -98,11 +99,11 @@ def test_grants_and_quotas_are_for_those_they_name() -> None:
     grant = [ {users = ["alice"], prefixes = ["/a/{user}"]}, {groups = ["vm"], prefixes = ["{home}/vm"]} ]
     [quota]
     memory = "1G"
-    for = [ {groups = ["vm"], memory = "64G", vcpus = 0}, {users = ["*"], machines = 1} ]
+    for = [ {groups = ["vm"], memory = "64G", vcpus = 0, hugepages = "2G"}, {users = ["*"], machines = 1} ]
     """
-    assert as_nobody(granted, text, "alice", []) == (["/a/alice"], (1 << 30, 8, 1))
-    assert as_nobody(granted, text, "bob", ["vm"]) == (["/home/bob/vm"], (64 << 30, 0, 8))
-    assert as_nobody(granted, text, "bob", []) == ([], (1 << 30, 8, 1))
+    assert as_nobody(granted, text, "alice", []) == (["/a/alice"], (1 << 30, 8, 1, 0))
+    assert as_nobody(granted, text, "bob", ["vm"]) == (["/home/bob/vm"], (64 << 30, 0, 8, 2 << 30))
+    assert as_nobody(granted, text, "bob", []) == ([], (1 << 30, 8, 1, 0))
 
 
 def test_a_home_directory_that_is_the_root_grants_nothing() -> None:
@@ -172,20 +173,22 @@ def test_a_home_directory_with_dots_grants_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("used", "memory", "vcpus", "argument"),
+    ("used", "memory", "vcpus", "hugepages", "argument"),
     [
-        ((0, 0, 0), 1001, 1, "memory"),
-        ((900, 0, 0), 101, 1, "memory"),
-        ((0, 3, 0), 1, 2, "vcpus"),
-        ((0, 0, 2), 1, 1, ""),
+        ((0, 0, 0, 0), 1001, 1, 0, "memory"),
+        ((900, 0, 0, 0), 101, 1, 0, "memory"),
+        ((0, 3, 0, 0), 1, 2, 0, "vcpus"),
+        ((0, 0, 2, 0), 1, 1, 0, ""),
+        ((0, 0, 0, 0), 501, 1, 501, "memory"),
+        ((400, 1, 1, 400), 101, 1, 101, "memory"),
     ],
 )
 def test_a_quota_is_for_all_machines_together(
-    used: tuple[int, int, int], memory: int, vcpus: int, argument: str
+    used: tuple[int, int, int, int], memory: int, vcpus: int, hugepages: int, argument: str
 ) -> None:
-    rights().check_quota((900, 3, 1), 100, 1)
+    rights().check_quota((900, 3, 1, 400), 100, 1, 100)
     with pytest.raises(VmbusError) as caught:
-        rights().check_quota(used, memory, vcpus)
+        rights().check_quota(used, memory, vcpus, hugepages)
     assert (caught.value.kind, caught.value.argument) == ("QuotaExceeded", argument)
 
 

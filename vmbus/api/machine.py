@@ -17,6 +17,8 @@ from vmbus.service.standard import Caller
 from vmbus.wire.dbus_form import build
 from vmbus.wire.errors import VmbusError
 
+CANNOT: Final = {"mergeable": [], "shareable": ["merge"], "huge": ["swap", "balloon", "merge"]}
+"""What the host cannot do with the memory of a machine, by its kind."""
 DAY: Final = 86_400_000_000
 """Microseconds."""
 
@@ -65,6 +67,7 @@ _PROPERTIES: Final = {
     "StatusFlags": lambda m: Variant("as", sorted(m.flags)),
     "Persistent": lambda m: Variant("b", m.persistent),
     "Generation": lambda m: Variant("t", m.generation),
+    "MemoryCannot": lambda m: Variant("as", CANNOT[m.definition.memory_kind]),
     "Definition": lambda m: Variant("a{sv}", variants(build(m.definition))),
     "WorkerPid": lambda m: Variant("u", m.pid),
 }

@@ -59,6 +59,8 @@ class ManagerApi:
         brought = set()
         if definition.nics:
             brought.add("bridge")
+        if definition.memory_kind == "huge":
+            brought.add("hugepages")
         return brought
 
     async def define_machine(self, caller: Caller, item: ManagerObject, form: dict[str, Any]) -> str:

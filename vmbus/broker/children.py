@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import fcntl
+import importlib
 import os
 import signal
 import socket
@@ -147,6 +148,19 @@ def become(uid: int, gids: list[int], capability: int = -1) -> None:
     prctl.set_dumpable(False)  # whatever fs.suid_dumpable says: nobody traces it
     prctl.set_pdeathsig(signal.SIGKILL)  # the change of uid cleared it
     os.umask(0o077)
+
+
+def nobody(module: str, what: str, *arguments: Any, capability: int = -1) -> Work:
+    """Work for a child that is nobody, with one capability at most: ``what`` of ``dropped/module.py``.
+
+    That is called with ``arguments`` and the channel. Named by strings, for it is not loaded as root.
+    """
+
+    def work(channel: Channel) -> None:
+        become(NOBODY, [NOBODY], capability)
+        getattr(importlib.import_module(f"vmbus.broker.dropped.{module}"), what)(*arguments, channel)
+
+    return work
 
 
 class Crew:

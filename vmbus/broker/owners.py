@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.broker.children import NOBODY, Channel, become
+from vmbus.broker.children import nobody
 from vmbus.broker.loop import Task
 from vmbus.broker.policy import Policy, Rights
 from vmbus.wire.errors import VmbusError
@@ -58,14 +58,7 @@ class Owners:
         asked, known = self._known.get(uid, (0.0, None))
         if known is not None and time.monotonic() - asked < KEEP:
             return known
-        text = self._policy.text
-
-        def ask(channel: Channel) -> None:
-            become(NOBODY, [NOBODY])
-            from vmbus.broker.dropped import accounts  # noqa: PLC0415
-
-            channel.report(accounts.look_up(uid, text))
-
+        ask = nobody("accounts", "report", uid, self._policy.text)
         rights = yield from self._policy.crew.run(uid, ask, Rights, [])
         if len(self._known) > 4096:
             self._known.clear()

@@ -6,12 +6,11 @@ broker keeps its text, which is replaced on SIGHUP only and only by one that can
 the ``Rights`` of a user. ``Survey`` is what a child finds out at start.
 """
 
-import functools
 from pathlib import Path
 
 import msgspec
 
-from vmbus.broker.children import NOBODY, Channel, Crew, become
+from vmbus.broker.children import Crew, nobody
 from vmbus.broker.loop import Task
 from vmbus.broker.root import Image
 from vmbus.wire.errors import VmbusError
@@ -42,15 +41,8 @@ class Policy:
         seen, text = self.config.stat(), self.config.read_bytes()
         if seen.st_uid != 0 or seen.st_mode & 0o022:
             raise VmbusError("AccessDenied", f"{self.config} can be written by others than root")
-        self.survey = yield from self.crew.run(0, functools.partial(_survey, text), Survey, [])
+        self.survey = yield from self.crew.run(0, nobody("survey", "report", text), Survey, [])
         self.text = text
-
-
-def _survey(text: bytes, channel: Channel) -> None:
-    become(NOBODY, [NOBODY])
-    from vmbus.broker.dropped import survey  # noqa: PLC0415
-
-    survey.report(text, channel)
 
 
 class Rights(msgspec.Struct, frozen=True):
@@ -64,6 +56,7 @@ class Rights(msgspec.Struct, frozen=True):
     memory: int  # bytes
     vcpus: int
     machines: int
+    hugepages: int  # bytes, of ``memory``
 
     def split_path(self, path: str) -> tuple[str, str]:
         """Split ``path`` into a granted prefix (the longest that fits) and the rest.
@@ -87,12 +80,13 @@ class Rights(msgspec.Struct, frozen=True):
             message = f"bridge '{name}' is not granted to {self.name} by [bridges] of broker.toml"
             raise VmbusError("AccessDenied", message, argument="bridge")
 
-    def check_quota(self, used: tuple[int, int, int], memory: int, vcpus: int) -> None:
-        """Raises QuotaExceeded if one more machine is too much beside ``used`` (memory, vCPUs, machines)."""
+    def check_quota(self, used: tuple[int, int, int, int], memory: int, vcpus: int, hugepages: int) -> None:
+        """Raises QuotaExceeded if one more machine is too much beside ``used`` (see Workers.used_by)."""
         for argument, what, have, more, limit in (
             ("memory", "bytes of guest memory", used[0], memory, self.memory),
             ("vcpus", "vCPUs", used[1], vcpus, self.vcpus),
             ("", "running machines", used[2], 1, self.machines),
+            ("memory", "bytes of huge pages", used[3], hugepages, self.hugepages),
         ):
             if have + more > limit:
                 message = f"{self.name} may have {limit} {what} in all; {have} in use, {more} asked for"

@@ -79,7 +79,7 @@ class Requests:
 
     def do_check(self, request: wire.Check) -> Task[Answer]:
         rights = yield from self._owners.rights(request.uid)
-        rights.check_quota((0, 0, 0), request.memory, request.vcpus)
+        rights.check_quota((0, 0, 0, 0), request.memory, request.vcpus, request.hugepages)
         for bridge in request.bridges:
             rights.check_bridge(bridge)
         for path in request.paths:
@@ -91,7 +91,8 @@ class Requests:
         _in_range("memory", request.memory, MOST_MEMORY)
         _in_range("vcpus", request.vcpus, MOST_VCPUS)
         self._workers.must_not_have(request.uuid)
-        rights.check_quota(self._workers.used_by(rights.uid), request.memory, request.vcpus)
+        used = self._workers.used_by(rights.uid)
+        rights.check_quota(used, request.memory, request.vcpus, request.hugepages)
         fds = yield from self._workers.provide(request, rights.uid)
         return wire.Reply(id=request.id), fds
 

@@ -6,7 +6,7 @@ import os
 import msgspec
 import prctl
 
-from vmbus.broker.children import NOBODY, Channel, become
+from vmbus.broker.children import NOBODY, Channel, Work, become, nobody
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -35,9 +35,6 @@ def make(wanted: Wanted, slot: str, channel: Channel) -> None:
     taps.make(wanted, slot, channel)
 
 
-def sweep(keep: list[str], prefixes: list[str], channel: Channel) -> None:
+def sweep(keep: list[str], prefixes: list[str]) -> Work:
     """A child's work: delete the taps with a mark that begins with one of ``prefixes``, but for ``keep``."""
-    become(NOBODY, [NOBODY], prctl.CAP_NET_ADMIN)
-    from vmbus.broker.dropped import taps  # noqa: PLC0415
-
-    taps.sweep(keep, prefixes, channel)
+    return nobody("taps", "sweep", keep, prefixes, capability=prctl.CAP_NET_ADMIN)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.broker import cgroup, children, kvm, memfd, policy, spawn, steps, tap, uids
+from vmbus.broker import cgroup, children, kvm, policy, spawn, steps, tap, uids
 from vmbus.broker.loop import Task, start
 from vmbus.wire.broker import Ended, Spawn, WorkerInfo
 from vmbus.wire.errors import VmbusError
@@ -39,6 +39,7 @@ class Record(msgspec.Struct, frozen=True):
 
     owner: int  # uid; -1 for a spare one
     memory: int = 0  # bytes, of the guest
+    hugepages: int = 0  # bytes of it that are huge pages
     vcpus: int = 1
     epoch: int = 0
     pid: int = 0
@@ -117,11 +118,12 @@ class Workers:
         records = [(uuid, worker.record) for uuid, worker in sorted(self._live.items())]
         return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in records]
 
-    def used_by(self, owner: int) -> tuple[int, int, int]:
-        """Memory, vCPUs and number of the machines that ``owner`` has running or starting."""
+    def used_by(self, owner: int) -> tuple[int, int, int, int]:
+        """Memory, vCPUs, number and huge pages of the machines that ``owner`` has running or starting."""
         records = [*(worker.record for worker in self._live.values()), *self._starting.values()]
         mine = [record for record in records if record.owner == owner]
-        return sum(record.memory for record in mine), sum(record.vcpus for record in mine), len(mine)
+        memory, vcpus = sum(record.memory for record in mine), sum(record.vcpus for record in mine)
+        return memory, vcpus, len(mine), sum(record.hugepages for record in mine)
 
     # A start.
 
@@ -130,8 +132,8 @@ class Workers:
 
         Counts against the owner from the first moment, so that two requests at once cannot both pass.
         """
-        uuid, memory, vcpus = request.uuid, request.memory, request.vcpus
-        self._starting[uuid] = wanted = Record(owner, memory, vcpus)
+        uuid, memory, vcpus, huge = request.uuid, request.memory, request.vcpus, request.hugepages
+        self._starting[uuid] = wanted = Record(owner, memory, huge, vcpus)
         whole = memory + self.rules.survey.overhead
         try:
             if self._spares:
@@ -147,10 +149,11 @@ class Workers:
         self._live[uuid] = worker
         try:
             self._bound(worker, whole, vcpus)
-            worker.save(owner=owner, memory=memory, vcpus=vcpus)
-            if request.memory_kind == "shareable":
+            worker.save(owner=owner, memory=memory, hugepages=huge, vcpus=vcpus)
+            if request.memory_kind != "mergeable":
+                work = children.nobody("memfd", "deliver", memory, request.page_size)
                 with worker.directory.connect(Greeting(role="inlet")) as inlet:
-                    memfd.deliver(memory, inlet)
+                    yield from self._crew.run(owner, work, str, [inlet.fileno()])
             return worker.connect_control()
         except BaseException:
             self.kill(worker)
@@ -298,7 +301,7 @@ class Workers:
         if self._live.pop(worker.name, None) is not None:
             self.ended(Ended(uuid=worker.name))
         if worker.taps:
-            start(self._crew.run(0, functools.partial(tap.sweep, [], [self.mark(worker)]), int, []))
+            start(self._crew.run(0, tap.sweep([], [self.mark(worker)]), int, []))
 
     def mark(self, worker: Worker) -> str:
         """What the taps of ``worker`` carry: of this instance, of this machine, and of this run of it."""
@@ -335,7 +338,7 @@ class Workers:
             if uid.isdigit() and int(uid) in self._uids.range and str(path) not in held:
                 steps.take_back([cgroup.WorkerCgroup(path)])  # of a start that was cut short
         keep = [self.mark(worker) for worker in self._live.values()]
-        yield from self._crew.run(0, functools.partial(tap.sweep, keep, [f"vmbus:{self.instance}:"]), int, [])
+        yield from self._crew.run(0, tap.sweep(keep, [f"vmbus:{self.instance}:"]), int, [])
         self._wanted_spares = spares
         self._replenish()
 

@@ -152,7 +152,8 @@ def _description(to: argparse.ArgumentParser) -> None:
     )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")
-    add("--memory-kind", choices=("mergeable", "shareable"), help="default mergeable")
+    add("--memory-kind", choices=("mergeable", "shareable", "huge"), help="default mergeable")
+    add("--page-size", choices=("2M", "1G"), help="of huge memory (default 2M)")
     add("--on-reset", choices=("restart", "end"), help="what a reset by the guest does (default restart)")
     add("--no-rng", action="store_true", help="no virtio random number generator")
 

@@ -275,6 +275,7 @@ def _flags(arguments: argparse.Namespace) -> description.Flags:
         cpu_model=arguments.cpu_model,
         machine_type=arguments.machine_type,
         memory_kind=arguments.memory_kind,
+        page_size=arguments.page_size,
         on_reset=arguments.on_reset,
         rng=False if arguments.no_rng else None,
         disks=arguments.disk,

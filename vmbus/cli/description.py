@@ -44,6 +44,7 @@ class Flags:
     cpu_model: str | None = None
     machine_type: str | None = None
     memory_kind: str | None = None
+    page_size: str | None = None
     on_reset: str | None = None
     rng: bool | None = None
     disks: Sequence[str] = field(default_factory=tuple)
@@ -138,6 +139,7 @@ def _apply(tree: dict[str, Any], flags: Flags) -> None:
         ("cpu-model", flags.cpu_model),
         ("machine-type", flags.machine_type),
         ("memory-kind", flags.memory_kind),
+        ("page-size", flags.page_size),
         ("on-reset", flags.on_reset),
         ("rng", flags.rng),
     ):

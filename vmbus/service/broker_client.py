@@ -14,12 +14,13 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from vmbus.service.channel import Channel
 from vmbus.wire import broker as wire
+from vmbus.wire.definition import Definition, huge_page_size
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.packet import MAX_FDS
 
@@ -119,18 +120,28 @@ class BrokerClient:
         """Forget that record."""
         await self._ask(lambda n: wire.Disown(id=n, uuid=uuid))
 
-    async def check(self, uid: int, *, memory: int, vcpus: int, bridges: list[str], paths: list[str]) -> None:
+    async def check(
+        self, uid: int, *, memory: int, hugepages: int, vcpus: int, bridges: list[str], paths: list[str]
+    ) -> None:
         """Raise QuotaExceeded or AccessDenied if broker.toml would not let ``uid`` have this."""
         await self._ask(
-            lambda n: wire.Check(id=n, uid=uid, memory=memory, vcpus=vcpus, bridges=bridges, paths=paths)
+            lambda n: wire.Check(
+                id=n, uid=uid, memory=memory, hugepages=hugepages, vcpus=vcpus, bridges=bridges, paths=paths
+            )
         )
 
-    async def spawn(
-        self, uuid: str, memory: int, vcpus: int, kind: Literal["mergeable", "shareable"]
-    ) -> list[int]:
+    async def spawn(self, uuid: str, definition: Definition) -> list[int]:
         """A worker: its control connection and the files of its figures."""
         _, fds = await self._ask(
-            lambda n: wire.Spawn(id=n, uuid=uuid, memory=memory, vcpus=vcpus, memory_kind=kind), timeout=60
+            lambda n: wire.Spawn(
+                id=n,
+                uuid=uuid,
+                memory=definition.memory,
+                vcpus=definition.vcpus,
+                memory_kind=definition.memory_kind,
+                page_size=huge_page_size(definition),
+            ),
+            timeout=60,
         )
         return fds
 

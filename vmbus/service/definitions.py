@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid as uuids
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -13,13 +14,15 @@ from vmbus.service.broker_client import BrokerClient
 from vmbus.service.machine import Machine
 from vmbus.service.registry import Registry
 from vmbus.wire import packet
-from vmbus.wire.definition import Definition, slots
+from vmbus.wire.definition import Definition, huge_page_size, slots
 from vmbus.wire.errors import VmbusError
 
 MACHINES: Final = 4096
 """Machines that one user may have."""
 SIZE: Final = packet.LIMIT - 4096
 """Bytes that a definition may take: it goes to the worker in one datagram, its paths to the broker."""
+
+HUGEPAGES: Final = Path("/sys/kernel/mm/hugepages")
 
 
 class Definitions:
@@ -41,11 +44,16 @@ class Definitions:
         if size > SIZE:
             text = f"the definition takes {size} bytes, not up to {SIZE}; shorten paths or chains"
             raise VmbusError("InvalidArgument", text, argument="definition")
+        page = huge_page_size(definition)
+        if page and not (HUGEPAGES / f"hugepages-{page >> 10}kB").is_dir():
+            text = f"this host's CPU or kernel has no pages of {definition.page_size or '2M'}"
+            raise VmbusError("NotSupported", text, argument="page-size")
         paths = {slot.path: slot.name for slot in slots(definition) if slot.path is not None}
         try:
             await self._broker.check(
                 owner,
                 memory=definition.memory,
+                hugepages=definition.memory if page else 0,
                 vcpus=definition.vcpus,
                 bridges=[nic.bridge for nic in definition.nics],
                 paths=list(paths),

@@ -126,12 +126,9 @@ class Lifecycle:
         await self._broker.own(machine.uuid, machine.owner)
 
     async def _spawn(self, machine: Machine) -> None:
-        definition = machine.definition
         machine.gone.clear()
         machine.console_told = float("-inf")  # the first output of a run is told at once
-        spawning = asyncio.ensure_future(
-            self._broker.spawn(machine.uuid, definition.memory, definition.vcpus, definition.memory_kind)
-        )
+        spawning = asyncio.ensure_future(self._broker.spawn(machine.uuid, machine.definition))
         try:
             fds = await asyncio.shield(spawning)
         except asyncio.CancelledError:

@@ -32,7 +32,7 @@ SUPPORTED: Final = [wire.VERSION]
 EVENTS: Final = 100
 """Events that are taken from a worker in a second; each is written down and sent on."""
 BUILD_DEADLINE: Final = 60.0
-"""Seconds for a machine to be built: images are opened, the kernel is loaded."""
+"""Seconds for a machine to be built: images are opened, huge pages are touched."""
 
 
 class WorkerClient:

@@ -52,6 +52,7 @@ class Check(_Request, tag="check", frozen=True, kw_only=True):
     uid: int
     memory: int = 0  # bytes, 0: not asked
     vcpus: int = 0
+    hugepages: int = 0  # bytes of memory that are huge pages
     bridges: list[str] = []
     paths: list[str] = []
 
@@ -66,7 +67,13 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     uuid: Uuid
     memory: int  # bytes of guest memory; cgroup limit = this + overhead
     vcpus: int
-    memory_kind: Literal["mergeable", "shareable"] = "mergeable"
+    memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
+    page_size: Literal[0, 0x200000, 0x40000000] = 0  # bytes; not 0 for huge memory
+
+    @property
+    def hugepages(self) -> int:
+        """Bytes of memory that are huge pages."""
+        return self.memory if self.page_size else 0
 
 
 class Open(_Request, tag="open", frozen=True, kw_only=True):

@@ -20,7 +20,14 @@ from typing import Any, Final, TypeVar
 import msgspec
 from msgspec import inspect
 
-from vmbus.wire.definition import ID_PATTERN, NAME_PATTERN, Definition, Disk, Kernel
+from vmbus.wire.definition import (
+    ID_PATTERN,
+    NAME_PATTERN,
+    Definition,
+    Disk,
+    Kernel,
+    huge_page_size,
+)
 from vmbus.wire.errors import VmbusError
 
 Form = dict[str, tuple[str, Any]]
@@ -187,6 +194,7 @@ def _show(value: object) -> str:
 
 def _check(definition: Definition) -> None:
     _check_kernel(definition.kernel)
+    _check_memory(definition)
     seen: set[str] = set()
     named = [(f"disks[{i}].id", disk.id) for i, disk in enumerate(definition.disks)]
     named += [(f"nics[{i}].id", nic.id) for i, nic in enumerate(definition.nics)]
@@ -201,6 +209,18 @@ def _check(definition: Definition) -> None:
             raise _bad(f"nics[{index}].bridge", "is missing; a nic of kind bridge names one")
         if int(nic.mac[:2], 16) & 1:
             raise _bad(f"nics[{index}].mac", f"{nic.mac} is a group address; its first byte must be even")
+
+
+def _check_memory(definition: Definition) -> None:
+    page = huge_page_size(definition)
+    if definition.page_size is not None and not page:
+        kind = definition.memory_kind
+        raise _bad(
+            "page-size", f"is for memory-kind huge; a machine's memory is one kind, and this is {kind}"
+        )
+    if page and definition.memory % page:
+        size = definition.page_size or "2M"
+        raise _bad("memory", f"{definition.memory} is not a multiple of {page}, a page of {size}")
 
 
 def _check_kernel(kernel: Kernel) -> None:

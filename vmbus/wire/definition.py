@@ -25,6 +25,7 @@ MIB = 1 << 20
 # What machine type vmbus-0 takes: up to 2 GiB below the 32-bit hole, the rest between 4 and 512 GiB.
 MEMORY_LEAST = 4 * MIB
 MEMORY_MOST = 510 * 1024 * MIB
+PAGE_SIZES = {"2M": 2 * MIB, "1G": 1024 * MIB}
 
 
 class Layer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
@@ -86,11 +87,19 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
     machine_type: Literal["vmbus-0"] = "vmbus-0"
     cpu_model: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,40}$")] = "host"
-    memory_kind: Literal["mergeable", "shareable"] = "mergeable"
+    memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
+    page_size: Literal["2M", "1G"] | None = None  # of huge memory; None: 2M
     disks: Annotated[list[Disk], Meta(max_length=16)] = []
     nics: Annotated[list[Nic], Meta(max_length=16)] = []
     rng: bool = True
     on_reset: Literal["restart", "end"] = "restart"
+
+
+def huge_page_size(definition: Definition) -> Literal[0, 0x200000, 0x40000000]:
+    """Bytes of one page of a machine's huge memory, 0 if it has none."""
+    if definition.memory_kind != "huge":
+        return 0
+    return 0x40000000 if definition.page_size == "1G" else 0x200000
 
 
 class Slot(msgspec.Struct, frozen=True):

@@ -126,15 +126,25 @@ fn runtime(allowed: &mut Allowed) -> Result<(), Error> {
         libc::SYS_exit,
         libc::SYS_exit_group,
     ]);
-    // W^X: nothing becomes executable that was not at the start; huge pages come as a sealed memfd from
-    // the broker, which counts them.
-    allowed.when(
-        libc::SYS_mmap,
-        &[
-            (2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0),
-            (3, SeccompCmpOp::MaskedEq(libc::MAP_HUGETLB as u64), 0),
-        ],
-    )?;
+    // W^X: nothing becomes executable that was not at the start. Huge pages come as a sealed memfd from
+    // the broker, which counts them: so none by a flag, and no private mapping of a file, whose copies of that
+    // memfd's pages would be further ones of the pool.
+    let kind = (libc::MAP_HUGETLB | libc::MAP_TYPE) as u64;
+    for (mask, flags) in [
+        (kind, libc::MAP_SHARED),
+        (
+            kind | libc::MAP_ANONYMOUS as u64,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        ),
+    ] {
+        allowed.when(
+            libc::SYS_mmap,
+            &[
+                (2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0),
+                (3, SeccompCmpOp::MaskedEq(mask), flags as u64),
+            ],
+        )?;
+    }
     allowed.when(
         libc::SYS_mprotect,
         &[(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)],

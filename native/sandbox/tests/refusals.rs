@@ -355,6 +355,11 @@ fn memory_never_becomes_executable_and_never_comes_from_the_huge_page_pool() {
     );
     assert_eq!(map(libc::PROT_READ | libc::PROT_EXEC, anonymous), REFUSED);
     assert_eq!(map(libc::PROT_EXEC, anonymous), REFUSED);
+    // A file: shared, never private. The kernel says EBADF to what passes.
+    assert_ne!(map(libc::PROT_READ, libc::MAP_SHARED as u64), REFUSED);
+    for file in [libc::MAP_PRIVATE, libc::MAP_SHARED_VALIDATE] {
+        assert_eq!(map(libc::PROT_READ, file as u64), REFUSED);
+    }
     for huge in [0, libc::MAP_HUGE_2MB as u64, libc::MAP_HUGE_1GB as u64] {
         let flags = anonymous | libc::MAP_HUGETLB as u64 | huge;
         assert_eq!(map(libc::PROT_READ, flags), REFUSED);

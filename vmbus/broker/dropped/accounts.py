@@ -9,9 +9,15 @@ import os
 import pwd
 import re
 
+from vmbus.broker.children import Channel
 from vmbus.broker.dropped import policy
 from vmbus.broker.policy import Rights
 from vmbus.wire.errors import VmbusError
+
+
+def report(uid: int, text: bytes, channel: Channel) -> None:
+    """A child's work: reports ``look_up``'s."""
+    channel.report(look_up(uid, text))
 
 
 def look_up(uid: int, text: bytes) -> Rights:
@@ -28,7 +34,7 @@ def look_up(uid: int, text: bytes) -> Rights:
     gids = os.getgrouplist(entry.pw_name, entry.pw_gid)
     groups = [name for name in granted.group_names() if _gid(name) in gids]
     account = policy.Account(entry.pw_name, entry.pw_dir, groups)
-    memory, vcpus, machines = granted.limits(account)
+    memory, vcpus, machines, hugepages = granted.limits(account)
     return Rights(
         uid=uid,
         name=entry.pw_name,
@@ -38,6 +44,7 @@ def look_up(uid: int, text: bytes) -> Rights:
         memory=memory,
         vcpus=vcpus,
         machines=machines,
+        hugepages=hugepages,
     )
 
 
