@@ -14,7 +14,8 @@ import pytest
 
 from tests.local.service_bed import ALICE, ROOT, Bed, Caller, form, scenario, uuid_of
 from tests.local.service_fakes import eventually
-from vmbus.bus import Variant
+from vmbus.bus import RemoteError, Variant
+from vmbus.wire import broker
 from vmbus.wire.errors import VmbusError
 
 
@@ -41,6 +42,55 @@ def restart(bed: Bed) -> None:
     """kill -9 of vmbusd, and a new one."""
     bed.system.service.kill()
     bed.system.service.start()
+
+
+@scenario
+async def test_a_record_of_the_broker_that_came_too_early_is_dropped_at_the_next_start(bed: Bed) -> None:
+    bed.broker.silent = {"own"}
+    async with bed.caller() as alice:
+        defining = asyncio.ensure_future(alice.define())
+        asked = [broker.Own(id=0, uuid="", uid=0)]
+
+        def heard() -> bool:
+            asked[:] = [request for request in bed.broker.asked if isinstance(request, broker.Own)]
+            return bool(asked)
+
+        assert await asyncio.to_thread(eventually, heard)
+        bed.system.service.kill()
+        with pytest.raises(RemoteError):
+            await defining
+    bed.broker.silent = set()
+    bed.broker.owners[asked[0].uuid] = asked[0].uid  # it was made, and nobody was left to hear of it
+
+    bed.system.service.start()
+
+    assert eventually(lambda: asked[0].uuid not in bed.broker.owners)
+    assert eventually(lambda: os.listdir(bed.system.place / "state/owned") == [])
+    async with bed.caller() as alice:
+        assert await alice(ROOT, "Manager.ListMachines") == []
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["vmbusd stays", "vmbusd is killed too"])
+@scenario
+async def test_a_record_that_could_not_be_dropped_goes_when_the_broker_is_back(
+    bed: Bed, killed: bool
+) -> None:
+    bed.broker.refuse = {"disown": ("Unavailable", "not now", "")}
+    async with bed.caller() as alice:
+        machine = str(await alice(ROOT, "Manager.CreateTransient", form(), {}, {}))
+        await alice(machine, "Machine.Kill")
+        assert await alice(ROOT, "Manager.ListMachines") == []
+    assert list(bed.broker.owners) == [uuid_of(machine)]
+    if killed:
+        bed.system.service.kill()
+    bed.broker.stop()
+    bed.broker.refuse = {}
+    bed.broker.start()
+    if killed:
+        bed.system.service.start()
+
+    assert eventually(lambda: bed.broker.owners == {})
+    assert eventually(lambda: os.listdir(bed.system.place / "state/owned") == [])
 
 
 @scenario

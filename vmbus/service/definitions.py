@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid as uuids
 from pathlib import Path
 from typing import Final
@@ -12,6 +11,7 @@ import msgspec
 
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.machine import Machine
+from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.wire import packet
 from vmbus.wire.definition import Definition, huge_page_size, slots
@@ -28,9 +28,10 @@ HUGEPAGES: Final = Path("/sys/kernel/mm/hugepages")
 class Definitions:
     """Operations of the Manager."""
 
-    def __init__(self, registry: Registry, broker: BrokerClient) -> None:
+    def __init__(self, registry: Registry, broker: BrokerClient, owned: Owned) -> None:
         self._registry = registry
         self._broker = broker
+        self._owned = owned
 
     async def create(self, owner: int, definition: Definition, *, persistent: bool) -> Machine:
         """A new machine that belongs to ``owner``, stored if persistent, in state stopped.
@@ -64,12 +65,11 @@ class Definitions:
             named = [name for path, name in paths.items() if repr(path) in error.message]
             raise VmbusError(error.kind, error.message, argument=named[0] if named else "path") from None
         uuid = str(uuids.uuid4())
-        await self._broker.own(uuid, owner)
         try:
+            await self._owned.make(uuid, owner)
             machine = self._registry.create(uuid, owner, definition, persistent=persistent)
         except BaseException:
-            with contextlib.suppress(VmbusError):
-                await self._broker.disown(uuid)
+            await self._owned.drop(uuid)
             raise
         return machine
 
@@ -78,7 +78,7 @@ class Definitions:
         machine.require("Undefine", "stopped", "crashed")
         machine.busy = "it is being undefined"
         try:
-            await self._broker.disown(machine.uuid)
+            await self._owned.remove(machine.uuid)
         finally:
             machine.busy = ""
         self._registry.remove(machine)

@@ -46,6 +46,12 @@ def read(path: Path, kind: type[T]) -> T | None:
         return None
 
 
+def touch(path: Path) -> None:
+    """An empty file (mode 0600), durably; it may be there. Raises OSError."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    _sync_directory(path.parent)
+
+
 def remove(path: Path) -> None:
     """Remove a file or a directory with all in it, durably; it need not exist."""
     if path.is_dir():

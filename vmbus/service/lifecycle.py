@@ -27,6 +27,7 @@ from vmbus.service.claims import Claims
 from vmbus.service.files import PassedFile
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import CLEAN_ENDS, Machine, Run
+from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.service.worker_client import WorkerClient
 from vmbus.wire import broker as broker_wire
@@ -47,9 +48,12 @@ RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 class Lifecycle:
     """The operations on machines. ``on_console`` and ``on_reset`` are the bus's."""
 
-    def __init__(self, registry: Registry, broker: BrokerClient, claims: Claims, jobs: Jobs) -> None:
+    def __init__(
+        self, registry: Registry, broker: BrokerClient, owned: Owned, claims: Claims, jobs: Jobs
+    ) -> None:
         self._registry = registry
         self._broker = broker
+        self._owned = owned
         self._claims = claims
         self._jobs = jobs
         self._tasks: set[asyncio.Task[None]] = set()
@@ -431,19 +435,13 @@ class Lifecycle:
             self._store_quietly(machine)
         else:
             self._registry.remove(machine)
-            self._spin(self._disown(machine))
+            self._spin(self._owned.drop(machine.uuid))
 
     def forget(self, machine: Machine) -> None:
         """Remove a transient machine that has no worker; one that has goes when its worker is gone."""
         if machine.gone.is_set() and self._registry.get(machine.uuid) is machine:
             self._registry.remove(machine)
-            self._spin(self._disown(machine))
-
-    async def _disown(self, machine: Machine) -> None:
-        try:
-            await self._broker.disown(machine.uuid)
-        except VmbusError as error:
-            log.warning("%s: its record stays with the broker: %s", machine.uuid, error)
+            self._spin(self._owned.drop(machine.uuid))
 
     # -- recovery
 
@@ -469,6 +467,7 @@ class Lifecycle:
             log.error("worker of %s is nobody's: its run record is missing. It is ended", uuid)
             with contextlib.suppress(VmbusError):
                 await self._broker.kill(uuid)
+        await self._owned.clear()
 
     async def _reach(self, machine: Machine) -> None:
         try:

@@ -34,6 +34,7 @@ from vmbus.service.exports import Exports, Subscribers
 from vmbus.service.files import Files
 from vmbus.service.jobs import Jobs
 from vmbus.service.lifecycle import Lifecycle
+from vmbus.service.owned import Owned
 from vmbus.service.parked import Parked
 from vmbus.service.polkit import Polkit
 from vmbus.service.registry import Registry
@@ -66,7 +67,8 @@ async def serve(options: argparse.Namespace) -> int:
     """Serve until a signal comes or the bus goes; the exit status."""
     interfaces = contract.load()
     machines, run = options.state_dir / "machines", options.run_dir / "service"
-    for directory in (machines, run):
+    notes = options.state_dir / "owned"
+    for directory in (machines, notes, run):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     bus = await Bus.connect(options.bus_address)
@@ -88,8 +90,9 @@ async def serve(options: argparse.Namespace) -> int:
         on_connected=recover,
         on_ended=lambda message: lifecycle.ended(message),  # noqa: PLW0108 (made below),
     )
-    lifecycle = Lifecycle(registry, broker, claims, jobs)
-    definitions = Definitions(registry, broker)
+    owned = Owned(notes, broker)
+    lifecycle = Lifecycle(registry, broker, owned, claims, jobs)
+    definitions = Definitions(registry, broker, owned)
     dispatcher = _on_the_bus(
         options.instance,
         bus,
@@ -106,6 +109,7 @@ async def serve(options: argparse.Namespace) -> int:
         broker,
     )
     registry.load()
+    owned.load({machine.uuid for machine in registry.all()})
     descriptors.begin()
 
     def on_signal(message: object) -> None:
