@@ -111,5 +111,8 @@ void mode_disk_interrupt(void);
 void mode_disk_hostile(void);
 void mode_random(void);
 void mode_net_echo(void);
+void mode_balloon(void);
+void mode_balloon_hostile(void);
+void mode_report(void);
 
 #endif

@@ -32,6 +32,9 @@ static const struct mode modes[] = {
     { "disk-hostile", mode_disk_hostile },
     { "random", mode_random },
     { "net-echo", mode_net_echo },
+    { "balloon", mode_balloon },
+    { "balloon-hostile", mode_balloon_hostile },
+    { "report", mode_report },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

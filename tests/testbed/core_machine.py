@@ -78,10 +78,10 @@ class CoreMachine:
         lib.vmbus_machine_free(self._machine)
         self._console.close()
 
-    def ask(self, operation: str) -> None:
+    def ask(self, operation: str, argument: int = 0) -> None:
         """Make a request; its answer comes among the events."""
         self._ids += 1
-        core.call(lib.vmbus_machine_request(self._machine, core.OPERATIONS[operation], self._ids))
+        core.call(lib.vmbus_machine_request(self._machine, core.OPERATIONS[operation], argument, self._ids))
 
     def until(self, text: str) -> str:
         """All that was printed, once ``text`` was."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vmbus.wire import dbus_form
-from vmbus.wire.definition import Definition, Disk, Kernel, Layer, Nic
+from vmbus.wire.definition import Definition, Disk, Kernel, Layer, Nic, memory_floor
 from vmbus.wire.errors import VmbusError
 
 LEAST: dict[str, Any] = {"name": "one", "memory": 64 << 20, "kernel": {"path": "/boot/vmlinuz"}}
@@ -48,6 +48,8 @@ def test_what_is_built_is_parsed_to_the_same() -> None:
         ],
         nics=[Nic(id="net", mac="52:54:00:00:00:01", bridge="br0")],
         rng=False,
+        balloon=False,
+        memory_minimum=1 << 29,
         on_reset="end",
     )
     assert dbus_form.parse(dbus_form.plain(definition)) == definition
@@ -61,6 +63,7 @@ def test_signatures_are_those_of_the_documentation() -> None:
     assert signatures["kernel"] == "a{sv}"
     assert signatures["disks"] == "aa{sv}"
     assert signatures["rng"] == "b"
+    assert signatures["memory-minimum"] == "t"
 
 
 @pytest.mark.parametrize("vcpus", [0, 17, 1000])
@@ -155,3 +158,15 @@ def test_a_group_mac_address_is_refused() -> None:
 def test_a_kernel_by_fd_has_no_path() -> None:
     assert refusal(kernel={"source": "fd", "path": "/k"}).argument == "kernel.source"
     assert dbus_form.parse({**LEAST, "kernel": {"source": "fd"}}).kernel.path is None
+
+
+def test_a_floor_above_the_ceiling_is_refused() -> None:
+    minimum = LEAST["memory"] + (1 << 20)
+    assert refusal(**{"memory-minimum": minimum}).argument == "memory-minimum"
+
+
+def test_a_machine_is_never_asked_for_more_than_three_quarters_of_its_memory_unless_it_says_so() -> None:
+    assert memory_floor(dbus_form.parse({**LEAST, "memory": 512 << 20})) == 128 << 20
+    assert memory_floor(dbus_form.parse({**LEAST, "memory": 8 << 20})) == 4 << 20
+    asked = {**LEAST, "memory": 512 << 20, "memory-minimum": 32 << 20}
+    assert memory_floor(dbus_form.parse(asked)) == 32 << 20

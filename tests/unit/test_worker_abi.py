@@ -41,7 +41,7 @@ def test_structs_have_the_same_layout_on_both_sides() -> None:
 
 @pytest.mark.parametrize(
     ("function", "argument", "name"),
-    [("vmbus_sandbox_seccomp", 2, "profile"), ("vmbus_sandbox_narrow", 5, "role")],
+    [("vmbus_sandbox_seccomp", 2, "profile"), ("vmbus_sandbox_narrow", 6, "role")],
 )
 def test_a_number_out_of_range_is_an_error_that_names_the_argument(
     function: str, argument: int, name: str
@@ -102,7 +102,7 @@ def test_the_core_takes_as_much_memory_as_a_definition_may_say(memory: int, argu
 def test_no_machine_is_an_error_and_not_a_crash() -> None:
     event = ffi.new("VmbusEvent *")
     for result in (
-        lib.vmbus_machine_request(ffi.NULL, 0, 1),
+        lib.vmbus_machine_request(ffi.NULL, 0, 0, 1),
         lib.vmbus_machine_event_fd(ffi.NULL),
         lib.vmbus_machine_next_event(ffi.NULL, event),
     ):

@@ -63,8 +63,9 @@ def build(file: str | None, flags: Flags) -> Definition:
         base = os.path.dirname(os.path.abspath(file))
     _make_paths_absolute(tree, base)
     _apply(tree, flags)
-    if "memory" in tree:
-        tree["memory"] = size(tree["memory"], argument="memory")
+    for key in ("memory", "memory-minimum"):
+        if key in tree:
+            tree[key] = size(tree[key], argument=key)
     for required, flag in (("name", "--name"), ("memory", "--memory"), ("kernel", "--kernel")):
         if required not in tree:
             raise VmbusError(

@@ -96,7 +96,7 @@ def _build(value: object, info: inspect.Type, name: str) -> tuple[str, Any]:
     if isinstance(value, bool):
         return "b", value
     if isinstance(value, int):
-        return ("t" if name == "memory" else "u"), value
+        return ("t" if name in ("memory", "memory_minimum") else "u"), value
     if isinstance(value, str):
         return "s", value
     assert isinstance(value, list) and isinstance(info, inspect.ListType)
@@ -202,6 +202,10 @@ def _check(definition: Definition) -> None:
         if name in seen:
             raise _bad(where, f"{name!r} is there twice; ids are unique within a machine")
         seen.add(name)
+    if definition.memory_minimum > definition.memory:
+        raise _bad(
+            "memory-minimum", f"{definition.memory_minimum} is more than the memory, {definition.memory}"
+        )
     for index, disk in enumerate(definition.disks):
         _check_disk(disk, f"disks[{index}]")
     for index, nic in enumerate(definition.nics):

@@ -94,7 +94,27 @@ class Stats(_Request, tag="stats", frozen=True, kw_only=True):
     """Result ``stats``: counters of vCPUs and devices."""
 
 
-Request = Hello | Ack | AddFile | Configure | Run | Shutdown | Stop | Reset | Pause | Resume | Console | Stats
+class MemoryTarget(_Request, tag="memory-target", frozen=True, kw_only=True):
+    """Ask the guest to get by with so much of its memory, by its balloon. Result at once."""
+
+    bytes: Annotated[int, Meta(ge=0)]
+
+
+Request = (
+    Hello
+    | Ack
+    | AddFile
+    | Configure
+    | Run
+    | Shutdown
+    | Stop
+    | Reset
+    | Pause
+    | Resume
+    | Console
+    | Stats
+    | MemoryTarget
+)
 
 
 class Result(msgspec.Struct, tag_field="op", tag="result", frozen=True, omit_defaults=True, kw_only=True):

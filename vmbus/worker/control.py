@@ -33,6 +33,7 @@ from vmbus.wire.worker import (
     Configure,
     Console,
     Hello,
+    MemoryTarget,
     Request,
     Result,
     Run,
@@ -55,7 +56,7 @@ _deliveries = msgspec.msgpack.Decoder(Delivery)
 _requests = msgspec.msgpack.Decoder(Request)
 
 # What an older or newer service, with which only the lifeline is shared, may not ask.
-_BEYOND_LIFELINE = (AddFile, Configure, Run, Stats)
+_BEYOND_LIFELINE = (AddFile, Configure, Run, Stats, MemoryTarget)
 
 
 class Desk(Protocol):

@@ -20,15 +20,24 @@ from typing import Any, Final
 import msgspec
 
 from vmbus._native import ffi, lib
-from vmbus.wire.definition import Definition, slots
+from vmbus.wire.definition import Definition, has_balloon, slots
 from vmbus.wire.errors import KINDS, VmbusError
 from vmbus.worker.files import Files
 from vmbus.worker.loop import Loop
 
-ABI: Final = 1
+ABI: Final = 2
 PROFILES: Final = {"plain": 0, "vfio": 1}
-ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4}
-OPERATIONS: Final = {"run": 0, "pause": 1, "resume": 2, "power-button": 3, "reset": 4, "stop": 5, "stats": 6}
+ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4, "memory": 5}
+OPERATIONS: Final = {
+    "run": 0,
+    "pause": 1,
+    "resume": 2,
+    "power-button": 3,
+    "reset": 4,
+    "stop": 5,
+    "stats": 6,
+    "memory-target": 7,
+}
 
 
 class CoreError(msgspec.Struct):
@@ -144,6 +153,7 @@ def configuration(uuid: str, definition: Definition, files: Files, *, kvm: int, 
             for nic in definition.nics
         ],
         "rng": definition.rng,
+        "balloon": has_balloon(definition),
         "on_reset": definition.on_reset,
     }
     if any(slot.name == "initrd" for slot in slots(definition)):
@@ -222,9 +232,9 @@ class Core:
         self._loop.watch(self._event_fd, lambda _: self._read_events())
         done(None)
 
-    def request(self, operation: str, request: int) -> None:
+    def request(self, operation: str, request: int, argument: int = 0) -> None:
         """Ask for one of OPERATIONS; an event done or failed with this id answers. Never waits."""
-        call(lib.vmbus_machine_request(self._machine, OPERATIONS[operation], request))
+        call(lib.vmbus_machine_request(self._machine, OPERATIONS[operation], argument, request))
 
     def _read_events(self) -> None:
         event = ffi.new("VmbusEvent *")

@@ -4,9 +4,9 @@
 | state | comes from | requests |
 |---|---|---|
 | ready | the start | AddFile, Configure, Console, Stop |
-| configured | Configure, once built | Run, Console, Stop, Stats |
-| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console |
-| paused | Pause | Resume, Reset, Stop, Stats, Console |
+| configured | Configure, once built | Run, Console, Stop, Stats, MemoryTarget |
+| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, MemoryTarget, Console |
+| paused | Pause | Resume, Reset, Stop, Stats, MemoryTarget, Console |
 | ended | the guest, Stop, an error, a build that failed | none |
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
@@ -25,6 +25,7 @@ from vmbus.wire.errors import VmbusError
 from vmbus.wire.worker import (
     Configure,
     Console,
+    MemoryTarget,
     Pause,
     Request,
     Reset,
@@ -55,6 +56,7 @@ _OPERATIONS: Final[dict[type, tuple[str, frozenset[str]]]] = {
     Resume: ("resume", frozenset({"paused"})),
     Stop: ("stop", frozenset({"configured", "running", "paused"})),
     Stats: ("stats", frozenset({"configured", "running", "paused"})),
+    MemoryTarget: ("memory-target", frozenset({"configured", "running", "paused"})),
 }
 
 
@@ -156,12 +158,12 @@ class Machine:
                 "InvalidState",
                 f"{operation} needs a machine that is {' or '.join(sorted(states))}, not {self.state}",
             )
-        self._ask(operation, reply)
+        self._ask(operation, reply, request.bytes if isinstance(request, MemoryTarget) else 0)
 
-    def _ask(self, operation: str, reply: Reply) -> None:
+    def _ask(self, operation: str, reply: Reply, argument: int = 0) -> None:
         self._last_request += 1
         self._replies[self._last_request] = (operation, reply)
-        self.core.request(operation, self._last_request)
+        self.core.request(operation, self._last_request, argument)
 
     # What the core says.
 

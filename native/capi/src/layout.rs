@@ -10,7 +10,7 @@ use crate::event::VmbusEvent;
 /// The version of this ABI. It grows with every change that an older caller would misread.
 #[no_mangle]
 pub extern "C" fn vmbus_abi_version() -> u32 {
-    1
+    2
 }
 
 /// `field` of `VmbusEvent` as `VmbusEvent.field offset size`.

@@ -77,8 +77,8 @@ unsafe fn handle<'a>(machine: *mut VmbusMachine) -> Result<&'a mut VmbusMachine,
     unsafe { machine.as_mut() }.ok_or_else(|| Failure::new("InvalidArgument", "no machine"))
 }
 
-/// Asks for something: 0 run, 1 pause, 2 resume, 3 power button, 4 reset, 5 stop, 6 stats. The answer is an event
-/// with the same `id`.
+/// Asks for something: 0 run, 1 pause, 2 resume, 3 power button, 4 reset, 5 stop, 6 stats,
+/// 7 memory target of `argument` bytes (the others have no argument: 0). The answer is an event with the same `id`.
 ///
 /// # Safety
 /// `machine` is a handle that is not freed and not in use by another thread.
@@ -86,6 +86,7 @@ unsafe fn handle<'a>(machine: *mut VmbusMachine) -> Result<&'a mut VmbusMachine,
 pub unsafe extern "C" fn vmbus_machine_request(
     machine: *mut VmbusMachine,
     operation: u32,
+    argument: u64,
     id: u64,
 ) -> c_int {
     guard(|| {
@@ -97,11 +98,12 @@ pub unsafe extern "C" fn vmbus_machine_request(
             4 => Request::Reset,
             5 => Request::Stop,
             6 => Request::Stats,
+            7 => Request::MemoryTarget(argument),
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
                     "operation",
-                    format!("operation {operation} is none of 0 (run) to 6 (stats)"),
+                    format!("operation {operation} is none of 0 (run) to 7 (memory target)"),
                 ))
             }
         };
@@ -277,7 +279,7 @@ mod tests {
         let none = std::ptr::null_mut();
         // SAFETY: null is looked at, not followed.
         unsafe {
-            assert_eq!(vmbus_machine_request(none, 0, 1), -1);
+            assert_eq!(vmbus_machine_request(none, 0, 0, 1), -1);
             assert_eq!(vmbus_machine_event_fd(none), -1);
             vmbus_machine_free(none);
         }

@@ -23,10 +23,11 @@ fn role(number: u32) -> Result<Role, Failure> {
         2 => Ok(Role::Vcpu),
         3 => Ok(Role::Block),
         4 => Ok(Role::Network),
+        5 => Ok(Role::Memory),
         _ => Err(Failure::about(
             "InvalidArgument",
             "role",
-            format!("role {number} is none of 0 (main) to 4 (network)"),
+            format!("role {number} is none of 0 (main) to 5 (memory)"),
         )),
     }
 }
@@ -100,7 +101,7 @@ pub extern "C" fn vmbus_sandbox_seccomp(profile: u32) -> c_int {
     })
 }
 
-/// Narrows the calling thread to a role: 0 main, 1 control, 2 vCPU, 3 block, 4 network.
+/// Narrows the calling thread to a role: 0 main, 1 control, 2 vCPU, 3 block, 4 network, 5 memory.
 #[no_mangle]
 pub extern "C" fn vmbus_sandbox_narrow(number: u32) -> c_int {
     guard(|| {

@@ -220,6 +220,7 @@ fn clone3_looks_absent() {
         Role::Vcpu,
         Role::Block,
         Role::Network,
+        Role::Memory,
     ] {
         assert_eq!(in_role(role, libc::SYS_clone3, [0; 6]), absent, "{role:?}");
     }
@@ -507,7 +508,13 @@ fn prctl_names_threads_and_little_else() {
         closed(Profile::Plain, libc::SYS_prctl, [15, name, 0, 0, 0, 0]),
         End::Value(0)
     );
-    for role in [Role::Main, Role::Vcpu, Role::Block, Role::Network] {
+    for role in [
+        Role::Main,
+        Role::Vcpu,
+        Role::Block,
+        Role::Network,
+        Role::Memory,
+    ] {
         assert_eq!(
             in_role(role, libc::SYS_prctl, [38, 1, 0, 0, 0, 0]),
             REFUSED,
@@ -536,12 +543,13 @@ type Right = (&'static str, i64, [u64; 6], &'static [Role]);
 
 #[test]
 fn each_role_has_what_it_does_and_not_what_the_others_do() {
-    const EVERY: [Role; 5] = [
+    const EVERY: [Role; 6] = [
         Role::Main,
         Role::Control,
         Role::Vcpu,
         Role::Block,
         Role::Network,
+        Role::Memory,
     ];
     let rights: &[Right] = &[
         ("accept4", libc::SYS_accept4, [BAD; 6], &[Role::Main]),
@@ -601,6 +609,7 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
             &[Role::Control, Role::Network],
         ),
         ("seccomp", libc::SYS_seccomp, [1, 0, 0, 0, 0, 0], &[]),
+        ("madvise", libc::SYS_madvise, [BAD; 6], &EVERY),
         ("write", libc::SYS_write, [BAD; 6], &EVERY),
         ("futex", libc::SYS_futex, [BAD; 6], &EVERY),
         ("sendto", libc::SYS_sendto, [BAD, 0, 0, 0, 0, 0], &EVERY),
@@ -634,6 +643,7 @@ fn no_role_makes_threads() {
         Role::Vcpu,
         Role::Block,
         Role::Network,
+        Role::Memory,
     ] {
         assert_eq!(spawns(role), End::Value(0), "{role:?}");
     }

@@ -58,6 +58,9 @@ pub struct Config {
     /// Whether there is a virtio-rng device.
     #[serde(default)]
     pub rng: bool,
+    /// Whether there is a virtio-balloon device; never with huge memory, which is the guest's for good.
+    #[serde(default)]
+    pub balloon: bool,
     /// What happens when the guest resets itself.
     #[serde(default)]
     pub on_reset: OnReset,
@@ -229,6 +232,12 @@ impl Config {
                 format!("longer than {CMDLINE_MAX} bytes, or with a NUL in it"),
             ));
         }
+        if self.balloon && self.memory_kind == MemoryKind::Huge {
+            return Err(Error::invalid(
+                "balloon",
+                "huge memory is reserved for its machine; a balloon could give nothing back",
+            ));
+        }
         match (self.memory_kind, self.memory_fd) {
             (MemoryKind::Mergeable, Some(_)) => Err(Error::invalid(
                 "memory_fd",
@@ -363,6 +372,10 @@ mod tests {
             (r#"{"machine_type": "vmbus-9"}"#, "machine_type"),
             (r#"{"memory_kind": "huge"}"#, "memory_fd"),
             (r#"{"memory_fd": 9}"#, "memory_fd"),
+            (
+                r#"{"memory_kind": "huge", "memory_fd": 9, "balloon": true}"#,
+                "balloon",
+            ),
             (
                 r#"{"kernel": {"fd": 3, "cmdline": "a\u0000b"}}"#,
                 "kernel.cmdline",

@@ -8,7 +8,7 @@
 //! | paused | – | – | running | pressed | reset, paused | ended | as running, then paused | ended |
 //! | ended | – | – | – | – | – | – | | |
 //!
-//! "–" is answered with InvalidState; Stats is answered in every state. A cause that was raised before a
+//! "–" is answered with InvalidState; Stats is answered in every state, MemoryTarget in all but the last. A cause that was raised before a
 //! reset is stale and forgotten. Besides, this thread moves the console's bytes.
 
 use std::os::fd::RawFd;
@@ -29,6 +29,7 @@ use crate::hotplug::Hotplug;
 use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request, Slot};
 use crate::platform::Platform;
 use crate::thread::{self, panic_message, Role, ThreadHook};
+use crate::virtio::balloon::Balloon;
 
 const INBOX: u64 = 0;
 const CONSOLE: u64 = 1;
@@ -92,6 +93,7 @@ pub(crate) struct Control {
     vcpus: VcpuThreads,
     devices: Vec<Arc<dyn Device>>,
     hotplug: Hotplug,
+    balloon: Option<Arc<Balloon>>,
     platform: Platform,
     on_reset: OnReset,
     state: State,
@@ -105,6 +107,7 @@ impl Control {
         gate: Arc<Gate>,
         vcpus: VcpuThreads,
         devices: (Vec<Arc<dyn Device>>, Hotplug),
+        balloon: Option<Arc<Balloon>>,
         platform: Platform,
         on_reset: OnReset,
     ) -> Control {
@@ -115,6 +118,7 @@ impl Control {
             vcpus,
             devices,
             hotplug,
+            balloon,
             platform,
             on_reset,
             state: State::Built,
@@ -174,7 +178,7 @@ impl Control {
     }
 
     fn carry_out(&mut self, request: Request) -> Result<String> {
-        use Request::{Pause, PowerButton, Reset, Resume, Run, Stats, Stop};
+        use Request::{MemoryTarget, Pause, PowerButton, Reset, Resume, Run, Stats, Stop};
         use State::{Built, Paused, Running};
         match (request, self.state) {
             (Stats, _) => return Ok(self.stats()),
@@ -195,6 +199,7 @@ impl Control {
             }
             (PowerButton, Running | Paused) => self.platform.pm.press_power_button(),
             (Reset, Running | Paused) => self.reset_or_end()?,
+            (MemoryTarget(bytes), Built | Running | Paused) => self.set_memory_target(bytes)?,
             (Stop, Built | Running | Paused) => self.end(EndReason::Stopped, String::new()),
             (request, state) => {
                 return Err(Error::new(
@@ -243,6 +248,14 @@ impl Control {
                 detail: detail.unwrap_or_default(),
             });
         }
+    }
+
+    fn set_memory_target(&self, bytes: u64) -> Result<()> {
+        let balloon = self.balloon.as_ref().ok_or_else(|| {
+            let message = "the machine has no balloon, so its memory stays as it is";
+            Error::new(Kind::NotSupported, "", message)
+        })?;
+        balloon.set_target(bytes)
     }
 
     fn enter(&mut self, state: State) {

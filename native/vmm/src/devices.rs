@@ -9,6 +9,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Image, Ring};
 
+use crate::balloon;
 use crate::block::{self, Counters, Served};
 use crate::bus::{Bus, BusDevice};
 use crate::device::Device;
@@ -21,6 +22,7 @@ use crate::pci::root::Root;
 use crate::pci::root_port::{Ejected, RootPort};
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
 use crate::thread::ThreadHook;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::net::{self as virtio_net, MAC, PAIRS_MAX};
 use crate::virtio::pci::VirtioPci;
 use crate::virtio::{blk, rng};
@@ -62,6 +64,19 @@ pub struct NicSpec {
     pub slot: Option<u8>,
 }
 
+/// What a machine has besides the board: its devices as the definition says.
+#[derive(Default)]
+pub struct Parts {
+    /// In the order of their places, at most [`DISKS_MAX`].
+    pub disks: Vec<DiskSpec>,
+    /// In the order of their places, at most [`NICS_MAX`].
+    pub nics: Vec<NicSpec>,
+    /// Whether there is a random number generator.
+    pub rng: bool,
+    /// The balloon, if there is one.
+    pub balloon: Option<Arc<Balloon>>,
+}
+
 /// What devices are built on.
 pub struct Board {
     /// KVM's part.
@@ -88,20 +103,24 @@ pub struct Devices {
     pub hotplug: Hotplug,
 }
 
-/// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, and one for
-/// all network interfaces, those to come included.
+/// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, one for
+/// all network interfaces, those to come included, and one for the balloon, if there is one.
 ///
 /// # Errors
 /// `InvalidArgument` for more disks, interfaces or queues than there may be; `Unavailable` when the kernel gives no thread,
 /// eventfd or GSI, or a ring has no room for all files.
 pub fn assemble(
     board: Board,
-    disks: Vec<DiskSpec>,
-    nics: Vec<NicSpec>,
-    with_rng: bool,
+    parts: Parts,
     rings: Vec<Ring>,
     hook: &ThreadHook,
 ) -> Result<Devices> {
+    let Parts {
+        disks,
+        nics,
+        rng: with_rng,
+        balloon,
+    } = parts;
     if disks.len() > DISKS_MAX {
         return Err(Error::invalid(
             "disks",
@@ -169,6 +188,18 @@ pub fn assemble(
     let (network, ports) = net::start(served, hook, &board.trouble)?;
     let network = Arc::new(network);
     served_by.extend(endpoints.into_iter().zip(ports));
+    let mut others: Vec<Arc<dyn Device>> = Vec::new();
+    if let Some(balloon) = balloon {
+        let (thread, ports) = balloon::start(balloon.clone(), hook, &board.trouble)?;
+        let endpoint = Endpoint {
+            id: "balloon".to_owned(),
+            seat: Seat::Bus0(Place::BALLOON),
+            model: balloon.model(),
+            counters: Some(balloon),
+        };
+        served_by.extend([endpoint].into_iter().zip(ports));
+        others.push(Arc::new(thread));
+    }
     for (endpoint, port) in served_by {
         let Seat::Bus0(place) = endpoint.seat else {
             continue;
@@ -191,6 +222,7 @@ pub fn assemble(
     list.push(Arc::new(PciDevice(root)));
     list.extend(threads.into_iter().map(|thread| thread as Arc<dyn Device>));
     list.push(network);
+    list.extend(others);
     Ok(Devices {
         config_ports,
         list,

@@ -168,7 +168,7 @@ mod tests {
 
     use super::*;
     use crate::bus::Bus;
-    use crate::devices::{assemble, Devices};
+    use crate::devices::{assemble, Devices, Parts};
     use crate::layout::ECAM_START;
     use crate::net::Tap;
     use crate::pci::testing::FakeWiring;
@@ -193,7 +193,11 @@ mod tests {
             ejected: Arc::new(move |slot| heard.lock().unwrap().push(slot)),
         };
         let hook: crate::thread::ThreadHook = Arc::new(|_| Ok(()));
-        let devices = assemble(board, Vec::new(), nics, false, Vec::new(), &hook).unwrap();
+        let parts = Parts {
+            nics,
+            ..Parts::default()
+        };
+        let devices = assemble(board, parts, Vec::new(), &hook).unwrap();
         Fixture {
             mmio,
             devices,

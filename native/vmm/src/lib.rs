@@ -15,6 +15,7 @@
 )]
 
 pub mod acpi;
+pub mod balloon;
 pub mod block;
 pub mod boot;
 pub mod bus;

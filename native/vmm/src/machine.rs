@@ -8,6 +8,8 @@
 //! | vcpu-N | one a vCPU | KVM_RUN, registers of devices (`cpu/run.rs`) |
 //! | control | 1 | requests, causes, the console's bytes (`control.rs`) |
 //! | block-N | one an I/O ring | disks (`block.rs`) |
+//! | network | one, if there are interfaces | their frames (`net.rs`) |
+//! | balloon | one, if there is a balloon | memory that the guest gives back (`balloon.rs`) |
 //!
 //! All are started within [`Machine::build`], by its caller's thread, and each narrows itself first thing by the hook.
 
@@ -27,7 +29,7 @@ use crate::cpu::gate::{self, Cause, Gate};
 use crate::cpu::model;
 use crate::cpu::reset::ResetState;
 use crate::cpu::run::Vcpu;
-use crate::devices::{self, Board};
+use crate::devices::{self, Board, Parts};
 use crate::disks;
 use crate::error::{Error, Kind, Result};
 use crate::hotplug::Arrival;
@@ -44,6 +46,7 @@ use crate::nics;
 use crate::pci::KvmWiring;
 use crate::platform::{self, Legacy, Platform};
 use crate::thread::{self, Role, ThreadHook};
+use crate::virtio::balloon::Balloon;
 use crate::vm::Vm;
 
 /// A machine, from its build to its drop, which ends it.
@@ -107,7 +110,15 @@ impl Machine {
                 Arc::new(move |slot| mailbox.inbox.push(Mail::Ejected(slot)))
             },
         };
-        let devices = devices::assemble(board, disks, nics, config.rng, rings, &hook)?;
+        let balloon = config.balloon.then(|| Balloon::new(config.memory));
+        let balloon = balloon.transpose()?;
+        let parts = Parts {
+            disks,
+            nics,
+            rng: config.rng,
+            balloon: balloon.clone(),
+        };
+        let devices = devices::assemble(board, parts, rings, &hook)?;
         let legacy = Legacy {
             serial: Arc::new(Serial::new(
                 console,
@@ -138,6 +149,7 @@ impl Machine {
             gate,
             vcpus,
             (devices.list, devices.hotplug),
+            balloon,
             platform,
             config.on_reset,
         );

@@ -31,6 +31,8 @@ pub enum Request {
     Stop,
     /// Count.
     Stats,
+    /// Ask the guest to get by with so many bytes of its memory.
+    MemoryTarget(u64),
 }
 
 /// Why a machine ended; the names are those of `vmbus/wire/worker.py`.

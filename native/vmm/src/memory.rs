@@ -97,6 +97,44 @@ fn advise(mapping: &MmapRegion, advice: libc::c_int) -> Result<()> {
     }
 }
 
+/// Bytes of a page of the host, and the least that a guest can give back.
+pub const PAGE: u64 = 4096;
+
+/// Gives the host back what lies in whole pages between `start` and `start + len`; the guest finds zeros there.
+/// What is not RAM is left out. Returns how many bytes that were.
+///
+/// # Errors
+/// The kernel's: the memory is locked, or its file does not allow it.
+pub fn discard(memory: &GuestMemoryMmap, start: u64, len: u64) -> std::io::Result<u64> {
+    let end = start.saturating_add(len);
+    let mut discarded: u64 = 0;
+    for region in memory.iter() {
+        let first = region.start_addr().raw_value();
+        let Some(from) = start.max(first).checked_next_multiple_of(PAGE) else {
+            continue;
+        };
+        let to = end.min(first.saturating_add(region.len())) & !(PAGE - 1);
+        let Some(bytes) = to.checked_sub(from).filter(|bytes| *bytes > 0) else {
+            continue;
+        };
+        // Private memory is simply dropped; of a file, dropping the mapping would leave the pages in it.
+        let advice = match region.file_offset() {
+            Some(_) => libc::MADV_REMOVE,
+            None => libc::MADV_DONTNEED,
+        };
+        let place = region
+            .as_ptr()
+            .wrapping_add(from.wrapping_sub(first) as usize);
+        // SAFETY: the range lies in a mapping of ours that holds guest memory and nothing else, which is only ever
+        // read and written as memory that changes by itself.
+        if unsafe { libc::madvise(place.cast(), bytes as usize, advice) } != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        discarded = discarded.saturating_add(bytes);
+    }
+    Ok(discarded)
+}
+
 /// Registers each region as a memory slot, from 0 up.
 ///
 /// # Errors
@@ -208,6 +246,42 @@ mod tests {
         let mut seen = [0; 2];
         other.read_exact_at(&mut seen, 0x20_0000).unwrap();
         assert_eq!(seen, [0x34, 0x12]);
+    }
+
+    #[test]
+    fn what_is_discarded_reads_zero_and_is_the_hosts_again() {
+        use vm_memory::Bytes;
+        for (kind, file) in [
+            (MemoryKind::Mergeable, None),
+            (MemoryKind::Shareable, Some(tempfile(4 << 20))),
+        ] {
+            let memory = create(kind, 4 << 20, file).unwrap();
+            let fill = |from: u64| {
+                memory
+                    .write_slice(&[7; 0x4000], GuestAddress(from))
+                    .unwrap()
+            };
+            fill(0x1000);
+            // Parts of a page stay, and so does what lies beyond the end.
+            assert_eq!(
+                discard(&memory, 0x1800, 0x2000).unwrap(),
+                0x1000,
+                "{kind:?}"
+            );
+            let byte = |at| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
+            assert_eq!(
+                [byte(0x1fff), byte(0x2000), byte(0x2fff), byte(0x3000)],
+                [7, 0, 0, 7]
+            );
+            fill((4 << 20) - 0x4000);
+            assert_eq!(
+                discard(&memory, (4 << 20) - 0x1000, u64::MAX).unwrap(),
+                0x1000
+            );
+            assert_eq!(discard(&memory, u64::MAX - 0x2000, 0x1000).unwrap(), 0);
+            assert_eq!(discard(&memory, 4 << 20, 0x1000).unwrap(), 0);
+            assert_eq!(byte((4 << 20) - 1), 0);
+        }
     }
 
     /// The flags of the mapping at an address, as /proc/self/smaps has them.

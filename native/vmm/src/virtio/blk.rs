@@ -114,6 +114,7 @@ impl Disk {
             queues,
             queue_size: queue::SIZE_MAX,
             config,
+            live: None,
         }
     }
 }

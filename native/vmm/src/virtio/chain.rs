@@ -35,6 +35,11 @@ impl Segments {
         self.0.is_empty()
     }
 
+    /// The segments in order.
+    pub fn iter(&self) -> impl Iterator<Item = &Segment> {
+        self.0.iter()
+    }
+
     /// Takes the first `N` bytes off and returns what they hold; None when there are fewer.
     ///
     /// # Errors

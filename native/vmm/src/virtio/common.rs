@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::interrupt::Interrupt;
 use super::queue::Rings;
-use super::{Model, F_VERSION_1};
+use super::{LiveConfig, Model, F_VERSION_1};
 
 /// Bytes of the structure, up to and with `queue_device`.
 pub const SIZE: u32 = 56;
@@ -57,6 +57,7 @@ pub struct Common {
     status: u8,
     queue_select: u16,
     queues: Vec<QueueRegisters>,
+    live: Option<Arc<dyn LiveConfig>>,
 }
 
 impl Common {
@@ -79,6 +80,7 @@ impl Common {
             status: 0,
             queue_select: 0,
             queues: vec![queue; usize::from(model.queues)],
+            live: model.live.clone(),
         }
     }
 
@@ -139,7 +141,9 @@ impl Common {
         put(16, u64::from(self.interrupt.config_vector()), 2);
         put(18, self.queues.len() as u64, 2);
         put(20, u64::from(self.status()), 1);
-        // Offset 21, config_generation: the configuration never changes.
+        // config_generation
+        let generation = self.live.as_ref().map_or(0, |live| live.generation());
+        put(21, u64::from(generation), 1);
         put(22, u64::from(self.queue_select), 2);
         // A queue that does not exist has size 0 (4.1.4.3.1).
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
@@ -279,6 +283,7 @@ mod tests {
             queues: 2,
             queue_size: 64,
             config: Vec::new(),
+            live: None,
         };
         let mut space = ConfigSpace::new(Identity {
             vendor: 0,

@@ -128,6 +128,7 @@ fn random_register_accesses() {
             Place::disk(0),
             Place::disk(1),
             Place::nic(0),
+            Place::BALLOON,
             Place::root_port(3),
         ];
         for _ in 0..3000 {
@@ -362,6 +363,91 @@ fn offer_frame(random: &mut Random, index: u16, driver: &mut Driver) {
         driver.descriptor(place, address, len, flags, next);
     }
     driver.offer(if random.one_in(40) {
+        random.number() as u16
+    } else {
+        0
+    });
+}
+
+#[test]
+fn random_balloons_harm_nothing() {
+    within_a_minute(random_balloons);
+}
+
+fn random_balloons() {
+    for seed in seeds(40) {
+        let rig = rig(seed);
+        let mut random = Random(seed.wrapping_mul(0xa076_1d64_78bd_642f));
+        let mut guest = Guest::probe(&rig, Place::BALLOON);
+        for _ in 0..20 {
+            let features = random.pick(&[ALL_FEATURES, 1 << 32, 1 << 32 | 1 << 28]);
+            let size = random.pick(&[1, 8, 16]);
+            let queues: Vec<_> = (0..4)
+                .filter(|_| !random.one_in(8))
+                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), size)))
+                .collect();
+            guest.start_queues(features, &queues);
+            let mut drivers: Vec<_> = queues
+                .iter()
+                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
+                .collect();
+            for _ in 0..40 {
+                if random.one_in(6) {
+                    // What the host does meanwhile; a target that cannot be is refused.
+                    let _ = rig.balloon.set_target(random.number() & !0xfff);
+                    rig.device("balloon").stats();
+                }
+                let place = random.below(drivers.len().max(1) as u64) as usize;
+                if let Some((index, driver)) = drivers.get_mut(place) {
+                    offer_pages(&mut random, *index, driver);
+                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
+                }
+            }
+            if random.one_in(4) {
+                for device in &rig.devices.list {
+                    device.pause().unwrap();
+                    device.resume();
+                }
+            }
+            let actual = random.number();
+            rig.write(guest.bar + guest.device + 4, actual, 4);
+            assert!(rig.device("balloon").stats()["ballooned"].as_u64().unwrap() <= MEMORY);
+        }
+        still_works(&rig, seed);
+    }
+}
+
+/// Page numbers, figures or free pages, but for a few things. The disk's rings and requests may be among the pages.
+fn offer_pages(random: &mut Random, index: u16, driver: &mut Driver) {
+    let count = 1 + random.below(u64::from(driver.rings.size).min(3)) as u16;
+    for place in 0..count {
+        let mut flags = u16::from(place + 1 < count) | if index == 3 { 2 } else { 0 };
+        let mut address = 0x4_0000 + random.below(64) * 0x1000;
+        let mut len = random.pick(&[4u32, 10, 64, 1000, 1024, 0x1000, 0x2000]);
+        for word in 0..8 {
+            let page = random.number() as u32;
+            driver
+                .memory
+                .write_obj(page, GuestAddress(address + 4 * word))
+                .unwrap();
+        }
+        if random.one_in(12) {
+            address = random.number();
+        }
+        if random.one_in(12) {
+            len = random.number() as u32;
+        }
+        if random.one_in(20) {
+            flags = random.below(8) as u16;
+        }
+        let next = if random.one_in(20) {
+            random.number() as u16
+        } else {
+            place + 1
+        };
+        driver.descriptor(place, address, len, flags, next);
+    }
+    driver.offer(if random.one_in(20) {
         random.number() as u16
     } else {
         0

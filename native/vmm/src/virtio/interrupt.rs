@@ -42,6 +42,12 @@ impl Interrupt {
         self.vectors.raise(self.queue_vector(index));
     }
 
+    /// The device-specific configuration has changed.
+    pub fn configured(&self) {
+        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+        self.vectors.raise(self.config_vector());
+    }
+
     /// The driver broke the rules: DEVICE_NEEDS_RESET is set and the driver told (2.1.2).
     pub fn fail(&self) {
         if !self.broken.swap(true, Ordering::AcqRel) {

@@ -7,13 +7,14 @@
 //! | [`common`] | the common configuration registers and the life of a device |
 //! | [`interrupt`] | what a device raises, from any thread |
 //! | [`pci`] | the PCI function around all that |
-//! | [`blk`], [`net`], [`rng`] | what the requests of a kind of device mean |
+//! | [`balloon`], [`blk`], [`net`], [`rng`] | what the requests of a kind of device mean |
 //!
 //! Requests are carried out on I/O threads ([`crate::io`]), never on a vCPU. A device's feature list is
 //! part of the machine type: what the host can or cannot do never shows in it.
 //!
 //! Left out: packed rings, queue reset, legacy and transitional interfaces, INTx, notification data.
 
+pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod common;
@@ -23,6 +24,7 @@ pub mod pci;
 pub mod queue;
 pub mod rng;
 
+use std::fmt::Debug;
 use std::sync::mpsc::Receiver;
 use std::sync::Arc;
 
@@ -53,8 +55,22 @@ pub struct Model {
     pub queues: u16,
     /// The largest size of each, a power of two of at most [`queue::SIZE_MAX`].
     pub queue_size: u16,
-    /// The device-specific configuration; none of it is writable.
+    /// The device-specific configuration; none of it is writable, unless it is `live`.
     pub config: Vec<u8>,
+    /// A device whose configuration changes; `config` then only says how long it is.
+    pub live: Option<Arc<dyn LiveConfig>>,
+}
+
+/// A device-specific configuration that the device changes, or the driver.
+pub trait LiveConfig: Debug + Send + Sync {
+    /// Another one after each change that is not the driver's (virtio 1.2, 2.5.1).
+    fn generation(&self) -> u8;
+
+    /// The driver reads, with any width; `data` is all zeros beforehand.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// The driver writes, with any width.
+    fn write(&self, offset: u64, data: &[u8]);
 }
 
 /// A queue that the driver has enabled.

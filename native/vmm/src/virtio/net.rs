@@ -90,6 +90,7 @@ pub fn model(mac: [u8; MAC], pairs: u16) -> Model {
         queues: pairs.saturating_mul(2).saturating_add(1),
         queue_size: queue::SIZE_MAX,
         config,
+        live: None,
     }
 }
 

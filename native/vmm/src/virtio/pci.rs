@@ -266,6 +266,10 @@ impl State {
             }
             DEVICE => {
                 data.fill(0);
+                if let Some(live) = &self.model.live {
+                    live.read(within, data);
+                    return;
+                }
                 let config = self.model.config.iter().skip(within as usize);
                 for (byte, value) in data.iter_mut().zip(config) {
                     *byte = *value;
@@ -289,6 +293,11 @@ impl State {
                     Action::None => {}
                     Action::Reset => self.reset_device(),
                     Action::Activate => self.activate(),
+                }
+            }
+            DEVICE => {
+                if let Some(live) = &self.model.live {
+                    live.write(within, data);
                 }
             }
             NOTIFY => {

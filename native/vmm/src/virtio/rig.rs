@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmbus_qcow2::{Format, Image, LayerFiles, OpenOptions, Ring};
 
+use super::balloon::Balloon;
 use super::queue::testing::{self, memory};
 use super::queue::Rings;
 use crate::bus::Bus;
 use crate::device::Device;
-use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec};
+use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts};
 use crate::layout::ECAM_START;
 use crate::net::Tap;
 use crate::pci::testing::FakeWiring;
@@ -37,13 +38,14 @@ pub struct Rig {
     pub file: File,
     /// The other ends of the tap's two queues.
     pub wire: Vec<UnixDatagram>,
+    pub balloon: Arc<Balloon>,
     /// What was heard of I/O threads that ended.
     pub trouble: Arc<Mutex<Vec<String>>>,
 }
 
 impl Rig {
     /// Two disks on one file's worth of space each (the second read-only), a network interface with two queue
-    /// pairs and a random number generator.
+    /// pairs, a random number generator and a balloon.
     pub fn new(ring: Option<Ring>) -> Rig {
         let wiring = Arc::new(FakeWiring::default());
         let file = nameless_file();
@@ -76,7 +78,14 @@ impl Rig {
             tap: Tap::sockets(theirs.into_iter().map(Into::into).collect()),
             slot: None,
         };
-        let devices = assemble(board, disks, vec![nic], true, rings, &unconfined()).unwrap();
+        let balloon = Balloon::new(testing::MEMORY).unwrap();
+        let parts = Parts {
+            disks,
+            nics: vec![nic],
+            rng: true,
+            balloon: Some(balloon.clone()),
+        };
+        let devices = assemble(board, parts, rings, &unconfined()).unwrap();
         Rig {
             mmio,
             wiring,
@@ -84,6 +93,7 @@ impl Rig {
             devices,
             file,
             wire: ours,
+            balloon,
             trouble,
         }
     }

@@ -22,6 +22,7 @@ pub fn model() -> Model {
         queues: 1,
         queue_size: 64,
         config: Vec::new(),
+        live: None,
     }
 }
 
