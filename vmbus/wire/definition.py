@@ -97,13 +97,13 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     on_reset: Literal["restart", "end"] = "restart"
 
 
-<<<<<<< HEAD
 def huge_page_size(definition: Definition) -> Literal[0, 0x200000, 0x40000000]:
     """Bytes of one page of a machine's huge memory, 0 if it has none."""
     if definition.memory_kind != "huge":
         return 0
     return 0x40000000 if definition.page_size == "1G" else 0x200000
-=======
+
+
 def has_balloon(definition: Definition) -> bool:
     """Whether the machine has a balloon: not when its memory is reserved for it."""
     return definition.balloon and definition.memory_kind in ("mergeable", "shareable")
@@ -112,7 +112,6 @@ def has_balloon(definition: Definition) -> bool:
 def memory_floor(definition: Definition) -> int:
     """The least that the machine is ever asked to get by with; a quarter of its memory if nothing is said."""
     return definition.memory_minimum or max(definition.memory // 4 // MIB * MIB, MEMORY_LEAST)
->>>>>>> 9c8192c (virtio-balloon: inflate, deflate, statistics, free page reporting; a memory target for the worker)
 
 
 class Slot(msgspec.Struct, frozen=True):
