@@ -20,7 +20,7 @@
 //!
 //! Whenever the power goes, the count on disk is at least the number of pointers on disk.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 
 use crate::buffer::Buffer;
 use crate::bytes::{put32, put64};
@@ -30,6 +30,7 @@ use crate::file::BlockFile;
 use crate::mailbox::Waiter;
 use crate::plan::{Planned, Stop};
 use crate::qcow2::header::field;
+use crate::qcow2::overlap::{Holds, Metadata};
 use crate::qcow2::{refcount, Geometry};
 use crate::state::State;
 use crate::types::{GuestCluster, HostCluster, HostOffset};
@@ -50,8 +51,8 @@ pub(crate) struct Writer {
     /// The refcount table: offsets of refcount blocks, 0 for none.
     pub(crate) reftable: Vec<u64>,
     reftable_offset: HostOffset,
-    /// Offsets of all refcount blocks, for the overlap check.
-    refblocks: HashSet<u64>,
+    /// For the overlap check.
+    pub(crate) metadata: Metadata,
     /// The next cluster behind all that were ever used.
     end: u64,
     /// The file's length, in bytes.
@@ -136,11 +137,7 @@ impl Writer {
         let mut header = Buffer::zeroed(geometry.block() as usize);
         file.read_at(header.bytes_mut(), 0)?;
         let reftable = refcount::read_table(file, &layer.header)?;
-        let refblocks = reftable
-            .iter()
-            .copied()
-            .filter(|offset| *offset != 0)
-            .collect();
+        let metadata = Metadata::read(file, &layer.header, &geometry, &reftable)?;
         let file_len = file.len()?;
         let clusters = if file.regular {
             file_len.div_ceil(geometry.cluster())
@@ -152,7 +149,7 @@ impl Writer {
             header,
             reftable,
             reftable_offset: HostOffset(layer.header.reftable_offset),
-            refblocks,
+            metadata,
             end: clusters,
             file_len,
             regular: file.regular,
@@ -194,29 +191,9 @@ impl Writer {
         Ok(())
     }
 
-    /// The overlap check: a cluster about to be handed out must not hold metadata that is in use.
-    fn check_overlap(&self, run: Run, l1: (HostOffset, u64)) -> Result<()> {
-        let bits = self.geometry.cluster_bits;
-        let clash = |offset: u64, len: u64| {
-            let (first, last) = (
-                offset >> bits,
-                offset.saturating_add(len).div_ceil(1 << bits),
-            );
-            run.first.0 < last && first < run.first.0 + run.count
-        };
-        let tables = clash(0, 1)
-            || clash(l1.0 .0, l1.1 * 8)
-            || clash(self.reftable_offset.0, self.reftable.len() as u64 * 8);
-        let blocks = (run.first.0..run.first.0 + run.count)
-            .any(|cluster| self.refblocks.contains(&(cluster << bits)));
-        if tables || blocks {
-            let message = format!(
-                "the refcounts call cluster {:#x} free, but it holds metadata: run check -r all",
-                run.first.0
-            );
-            return Err(Error::invalid(message));
-        }
-        Ok(())
+    /// Where the refcount table is, and what stands in it.
+    pub(crate) fn refcount_table(&self) -> (HostOffset, &[u64]) {
+        (self.reftable_offset, &self.reftable)
     }
 }
 
@@ -315,10 +292,10 @@ impl State {
     /// Hand out a free run whose counts are all in the cache.
     fn take(&mut self, files: &[BlockFile], run: Run) -> Planned<Run> {
         let geometry = self.geometry()?;
-        let l1 = self.l1(geometry.layer).unwrap_or((HostOffset(0), 0));
-        let writer = self.writer()?;
-        writer.check_overlap(run, l1)?;
         let end = run.first.0 + run.count;
+        self.guard_data(run.first.0..end, "a new cluster")?;
+        self.guard_counts(&geometry, run.first.0..end)?;
+        let writer = self.writer()?;
         if writer.regular {
             writer.lengthen(files, end)?;
         }
@@ -394,17 +371,12 @@ impl State {
     /// Put a refcount block for table entry `index` into the free cluster `at`, which it covers itself.
     fn new_refblock(&mut self, files: &[BlockFile], at: HostCluster, index: u64) -> Planned<()> {
         let geometry = self.geometry()?;
-        let l1 = self.l1(geometry.layer).unwrap_or((HostOffset(0), 0));
         let offset = HostOffset(at.0 << geometry.cluster_bits);
+        self.guard_data(at.0..at.0 + 1, "a new refcount block")?;
         let writer = self.writer()?;
-        writer.check_overlap(
-            Run {
-                first: at,
-                count: 1,
-                fresh: false,
-            },
-            l1,
-        )?;
+        let place = writer.reftable_offset.plus(index * 8);
+        self.guard(&geometry, place, Holds::RefcountTable)?;
+        let writer = self.writer()?;
         if writer.regular {
             writer.lengthen(files, at.0 + 1)?;
         }
@@ -412,7 +384,7 @@ impl State {
         if let Some(entry) = writer.reftable.get_mut(index as usize) {
             *entry = offset.0;
         }
-        writer.refblocks.insert(offset.0);
+        writer.metadata.add(at.0..at.0 + 1, Holds::RefcountBlock);
         self.put_zero_table(&geometry, offset);
         self.set_refcount(&geometry, at, 1);
         self.reftable_dirty(index, Class::RefcountTable)
@@ -506,9 +478,13 @@ impl State {
         for cluster in start..end {
             self.refcount(&geometry, HostCluster(cluster), waiter)?;
         }
+        self.guard_data(start..end, "a new refcount table")?;
+        self.guard_counts(&geometry, start..end)?;
         let writer = self.writer()?;
         writer.lengthen(files, end)?;
         writer.end = end;
+        let table = start..start + table_clusters;
+        writer.metadata.add(table, Holds::RefcountTable);
         let old = (writer.reftable_offset, writer.reftable.len() as u64 * 8);
         writer
             .reftable
@@ -523,7 +499,7 @@ impl State {
             if *entry == 0 && place < end {
                 let offset = HostOffset(place << geometry.cluster_bits);
                 *entry = offset.0;
-                writer.refblocks.insert(offset.0);
+                writer.metadata.add(place..place + 1, Holds::RefcountBlock);
                 self.put_zero_table(&geometry, offset);
                 place += 1;
             }
@@ -646,15 +622,39 @@ impl State {
                 continue;
             }
             let cluster = range.start;
+            if self.check_sound().is_err()
+                || self.guard_counts(&geometry, cluster..cluster + 1).is_err()
+            {
+                // Of a damaged image nothing is counted down: what was freed leaks.
+                self.writer()?.freed.waiting.clear();
+                return Ok(());
+            }
             let left = self.adjust_refcount(&geometry, HostCluster(cluster), false, waiter)?;
             let writer = self.writer()?;
             if left == 0 {
+                writer.metadata.forget(cluster);
                 writer.cursor = writer.cursor.min(cluster);
             }
             if let Some((_, range)) = writer.freed.waiting.front_mut() {
                 range.start += 1;
             }
         }
+    }
+
+    /// Before the counts of these clusters are changed.
+    pub(crate) fn guard_counts(
+        &mut self,
+        geometry: &Geometry,
+        clusters: std::ops::Range<u64>,
+    ) -> Result<()> {
+        let per_block = geometry.refblock_entries();
+        for index in clusters.start / per_block..clusters.end.div_ceil(per_block) {
+            let block = self.writer()?.reftable.get(index as usize).copied();
+            if let Some(offset) = block.filter(|offset| *offset != 0) {
+                self.guard(geometry, HostOffset(offset), Holds::RefcountBlock)?;
+            }
+        }
+        Ok(())
     }
 
     /// A cluster's count has sunk: look for free ones from there.

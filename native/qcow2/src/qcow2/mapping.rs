@@ -4,7 +4,7 @@
 //! Entries come from the image and may be anything: an offset that is not a cluster's is an error,
 //! one beyond the end of the file reads as zeros (the engine sees to that), and one that points into
 //! metadata merely shows the guest metadata; nothing is ever written through an entry without the
-//! COPIED flag, and check finds the rest.
+//! COPIED flag, nor over metadata (overlap.rs), and check finds the rest.
 
 use crate::bytes::{be64, put64};
 use crate::cache::Class;

@@ -6,6 +6,7 @@
 //! | `header`   | the header and its extensions, parsed and checked    |
 //! | `mapping`  | guest cluster to host cluster (L1 and L2 tables)     |
 //! | `refcount` | how often each host cluster is used                  |
+//! | `overlap`  | what each cluster of metadata holds: nothing else is written there |
 //! | `alloc`    | finding clusters, freeing them, growing the tables   |
 //! | `create`   | making images                                        |
 //! | `resize`   | growing and shrinking                                |
@@ -19,6 +20,7 @@ pub(crate) mod check;
 pub(crate) mod create;
 pub(crate) mod header;
 pub(crate) mod mapping;
+pub(crate) mod overlap;
 pub(crate) mod packed;
 pub(crate) mod refcount;
 pub(crate) mod repair;

@@ -15,6 +15,7 @@ use crate::image::Image;
 use crate::plan::{Planned, WriteStep, ZeroStep};
 use crate::qcow2::header::{field, l1_entries};
 use crate::qcow2::mapping::{block_of, decode_l1, decode_l2};
+use crate::qcow2::overlap::Holds;
 use crate::qcow2::zero::Zeroing;
 use crate::qcow2::{refcount, Geometry};
 use crate::state::{Layer, State};
@@ -45,6 +46,10 @@ pub fn resize(image: &Image, size: u64, shrink: bool) -> Result<()> {
             Kind::InvalidState,
             "requests of this image are under way",
         ));
+    }
+    let qcow2 = image.lock().writer.is_some();
+    if qcow2 {
+        image.lock().check_sound()?;
     }
     let geometry = match image.lock().layers.first() {
         Some(Layer::Qcow2(qcow2)) => {
@@ -252,6 +257,8 @@ fn shrink_tables(image: &Image, geometry: &Geometry, size: u64) -> Result<()> {
         run(image, |state, waiter| {
             let entry = state.table_entry(geometry, l1, index, waiter)?;
             if let Some(table) = decode_l1(geometry, entry)? {
+                state.guard(geometry, l1.plus(index * 8), Holds::L1)?;
+                state.guard_l2(geometry, table)?;
                 state.set_table_entry(geometry, l1, index, 0, Class::Mapping);
                 state.cache.forget(
                     geometry.layer,
@@ -325,6 +332,8 @@ impl State {
             qcow2.header.l1_entries = entries;
         }
         let writer = self.writer()?;
+        let clusters = refcount::clusters(&writer.geometry, offset, u64::from(entries) * 8);
+        writer.metadata.add(clusters, Holds::L1);
         put64(writer.header.bytes_mut(), field::L1_OFFSET, offset.0);
         put32(writer.header.bytes_mut(), field::L1_SIZE, entries);
         self.cache_header()

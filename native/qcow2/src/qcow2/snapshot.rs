@@ -38,6 +38,7 @@ use crate::mailbox::Waiter;
 use crate::plan::{Planned, Stop};
 use crate::qcow2::header::{field, l1_entries, Header};
 use crate::qcow2::mapping::{block_of, decode_l1, decode_l2, Mapping, COPIED};
+use crate::qcow2::overlap::Holds;
 use crate::qcow2::{refcount, Geometry};
 use crate::state::{Layer, State};
 use crate::types::{HostCluster, HostOffset};
@@ -219,6 +220,7 @@ pub fn create(image: &Image, name: &str) -> Result<Snapshot> {
     snapshots.push(snapshot.clone());
     switch_table(image, &geometry, &header, &snapshots, old_len)?;
     settle(image)?;
+    image.lock().reread_metadata(image.files())?;
     Ok(snapshot)
 }
 
@@ -230,6 +232,7 @@ pub fn delete(image: &Image, wanted: &str) -> Result<()> {
     let l1 = read_l1(image, &geometry, gone.l1_offset, gone.l1_entries)?;
     switch_table(image, &geometry, &header, &snapshots, old_len)?;
     count_tree(image, &geometry, &l1, false)?;
+    image.lock().reread_metadata(image.files())?;
     free_area(
         image,
         &geometry,
@@ -273,6 +276,7 @@ pub fn apply(image: &Image, wanted: &str) -> Result<()> {
     commit(image)?;
     image.set_size(size);
     count_tree(image, &geometry, &old, false)?;
+    image.lock().reread_metadata(image.files())?;
     free_area(
         image,
         &geometry,
@@ -297,6 +301,7 @@ fn begin(image: &Image) -> Result<(Header, Geometry)> {
             "snapshots of an image with an external data file",
         ));
     }
+    image.lock().check_sound()?;
     settle(image)?;
     parts(image)
 }
@@ -478,6 +483,7 @@ fn clear_copied(image: &Image, geometry: &Geometry, l1_offset: u64, l1: &[u64]) 
         run(image, |state, waiter| {
             let l1 = HostOffset(l1_offset);
             let entry = state.table_entry(geometry, l1, index as u64, waiter)?;
+            state.guard(geometry, l1.plus(index as u64 * 8), Holds::L1)?;
             state.set_table_entry(geometry, l1, index as u64, entry & !COPIED, Class::Mapping);
             Ok(())
         })?;
@@ -499,6 +505,7 @@ fn set_copied(image: &Image, geometry: &Geometry) -> Result<()> {
             };
             let cluster = HostCluster(table.offset.0 >> geometry.cluster_bits);
             if !table.copied && state.refcount(geometry, cluster, waiter)? == 1 {
+                state.guard(geometry, l1.plus(index * 8), Holds::L1)?;
                 state.set_table_entry(geometry, l1, index, entry | COPIED, Class::Mapping);
             }
             Ok(Some(table))
@@ -582,6 +589,7 @@ fn each_block(
             let mut entries = before.clone();
             change(state, &mut entries, waiter)?;
             if entries != before {
+                state.guard(geometry, table, Holds::L2)?;
                 if let Some(bytes) = state
                     .cache
                     .modify(geometry.layer, need.offset, Class::Mapping)
@@ -620,6 +628,7 @@ impl State {
             let order = geometry.refcount_order;
             let here =
                 (((geometry.block() * 8) >> order) - place.index).min(range.end - range.start);
+            self.guard_counts(geometry, range.start..range.start + 1)?;
             let block = self.cache.fetch(place.need, waiter)?;
             let counts = |n: u64| refcount::get(block.bytes(), order, place.index + n);
             if up && (0..here).any(|n| counts(n) >= geometry.max_refcount()) {

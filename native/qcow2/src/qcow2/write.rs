@@ -15,6 +15,7 @@ use crate::file::BlockFile;
 use crate::mailbox::Waiter;
 use crate::plan::{Allocation, Extents, Planned, Source, Stop, WriteStep};
 use crate::qcow2::mapping::{block_of, decode_l2, Mapping, COPIED};
+use crate::qcow2::overlap::Holds;
 use crate::qcow2::{refcount, Geometry};
 use crate::state::State;
 use crate::types::{GuestCluster, HostOffset};
@@ -75,12 +76,11 @@ impl State {
         waiter: &Waiter,
     ) -> Planned<WriteStep> {
         let cluster = GuestCluster(at >> geometry.cluster_bits);
+        self.check_sound()?;
         self.wait_if_busy(cluster, waiter)?;
         match self.lookup(geometry, cluster, waiter)? {
             Mapping::Data { host, copied: true } => {
-                if !geometry.external_data() {
-                    self.check_inside(geometry, host)?;
-                }
+                self.check_data(geometry, host)?;
                 self.in_place(geometry, at, len, host, waiter)
             }
             _ => self.allocating(geometry, files, at, len, waiter),
@@ -111,6 +111,28 @@ impl State {
             .is_some_and(|writer| writer.busy.contains_key(&cluster))
     }
 
+    /// Before data is written to a cluster to which a mapping points.
+    fn check_data(&mut self, geometry: &Geometry, host: HostOffset) -> Result<(), Error> {
+        if geometry.external_data() {
+            return Ok(());
+        }
+        self.check_inside(geometry, host)?;
+        let clusters = refcount::clusters(geometry, host, geometry.cluster());
+        self.guard_data(clusters, "guest data")
+    }
+
+    /// Before what a mapping points to is freed.
+    pub(crate) fn check_freed(
+        &mut self,
+        geometry: &Geometry,
+        mapping: Mapping,
+    ) -> Result<(), Error> {
+        match host_clusters(geometry, mapping) {
+            Some(clusters) => self.guard_data(clusters, "freeing guest data"),
+            None => Ok(()),
+        }
+    }
+
     fn in_place(
         &mut self,
         geometry: &Geometry,
@@ -128,12 +150,10 @@ impl State {
                 host: offset.plus(done),
                 copied: true,
             };
-            let outside = !geometry.external_data()
-                && self.check_inside(geometry, offset.plus(done)).is_err();
             // A stop here only ends the run: what is known so far can be written.
-            if outside
-                || self.busy(next)
+            if self.busy(next)
                 || !matches!(self.peek(geometry, next, waiter), Some(mapping) if mapping == follows)
+                || self.check_data(geometry, offset.plus(done)).is_err()
             {
                 break;
             }
@@ -200,8 +220,8 @@ impl State {
         let mut whole = Extents::new();
         self.resolve(0, start, end - start, waiter, &mut whole)?;
 
-        if let Some(host) = target.kept.filter(|_| !geometry.external_data()) {
-            self.check_inside(geometry, host)?;
+        if let Some(host) = target.kept {
+            self.check_data(geometry, host)?;
         }
         let (host, count, fresh) = match target.kept {
             Some(host) => (host, 1, false),
@@ -395,6 +415,9 @@ impl State {
     /// As [`State::free_mapping`], where the guest does not need the data any more: space that was the
     /// cluster's alone goes back to the host, if that is wanted.
     pub(crate) fn discard_mapping(&mut self, geometry: &Geometry, mapping: Mapping) {
+        if self.check_freed(geometry, mapping).is_err() {
+            return;
+        }
         let alone = match mapping {
             Mapping::Data { host, copied: true }
             | Mapping::Zero {
@@ -415,15 +438,11 @@ impl State {
 
     /// What a replaced mapping pointed to loses a pointer.
     pub(crate) fn free_mapping(&mut self, geometry: &Geometry, mapping: Mapping) {
-        let range = match mapping {
-            Mapping::Data { host, .. }
-            | Mapping::Zero {
-                host: Some(host), ..
-            } if !geometry.external_data() => {
-                refcount::clusters(geometry, host, geometry.cluster())
-            }
-            Mapping::Compressed { host, stored } => refcount::clusters(geometry, host, stored),
-            _ => return,
+        if self.check_freed(geometry, mapping).is_err() {
+            return;
+        }
+        let Some(range) = host_clusters(geometry, mapping) else {
+            return;
         };
         if let Some(writer) = &mut self.writer {
             writer.freed.push(range);
@@ -447,6 +466,7 @@ impl State {
         let old = self.l2_table(geometry, cluster, waiter)?;
         if let Some(table) = old.filter(|table| table.copied) {
             self.check_inside(geometry, table.offset)?;
+            self.guard(geometry, table.offset, Holds::L2)?;
             self.table_entry(geometry, table.offset, entry, waiter)?;
             return Ok(table.offset);
         }
@@ -458,8 +478,17 @@ impl State {
                     .fetch(block_of(geometry, table.offset.0 + n * block), waiter)?;
             }
         }
+        self.guard(geometry, l1.plus(index * 8), Holds::L1)?;
+        if let Some(table) = old {
+            self.guard_l2(geometry, table)?;
+        }
         let run = self.allocate(files, 1, waiter)?;
         let offset = run.offset(geometry);
+        let metadata = &mut self.writer()?.metadata;
+        metadata.add(run.first.0..run.first.0 + 1, Holds::L2);
+        if let Some(table) = old {
+            metadata.remove(table.offset.0 >> geometry.cluster_bits, Holds::L2);
+        }
         match old {
             None => self.put_zero_table(geometry, offset),
             Some(table) => {
@@ -487,6 +516,20 @@ impl State {
         // The block of the L1 table was fetched by l2_table.
         self.set_table_entry(geometry, l1, index, offset.0 | COPIED, Class::Mapping);
         Ok(offset)
+    }
+}
+
+/// The clusters of the image file that a mapping points to.
+fn host_clusters(geometry: &Geometry, mapping: Mapping) -> Option<std::ops::Range<u64>> {
+    match mapping {
+        Mapping::Data { host, .. }
+        | Mapping::Zero {
+            host: Some(host), ..
+        } if !geometry.external_data() => {
+            Some(refcount::clusters(geometry, host, geometry.cluster()))
+        }
+        Mapping::Compressed { host, stored } => Some(refcount::clusters(geometry, host, stored)),
+        _ => None,
     }
 }
 

@@ -43,6 +43,7 @@ impl State {
     ) -> Planned<ZeroStep> {
         let size = geometry.cluster();
         let first = GuestCluster(at >> geometry.cluster_bits);
+        self.check_sound()?;
         self.wait_if_busy(first, waiter)?;
         let to_next = size - at % size;
         let at_end = at + len == self.size();
@@ -116,6 +117,9 @@ impl State {
                         Err(stop) => return Err(stop),
                     };
                     let old = self.lookup(geometry, cluster, waiter)?;
+                    if free {
+                        self.check_freed(geometry, old)?;
+                    }
                     self.set_table_entry(
                         geometry,
                         table,
