@@ -61,6 +61,8 @@ CREATE = [
     "preallocation=full",
     "data_file={dir}/data,data_file_raw=on",
     "preallocation=metadata,data_file={dir}/data",
+    "extended_l2=on",
+    "extended_l2=on,cluster_size=16k,preallocation=metadata",
 ]
 
 
@@ -74,7 +76,8 @@ def test_qemu_finds_nothing_wrong_with_a_new_image(tmp_path: Path, options: str)
 
 
 @pytest.mark.parametrize(
-    "options", ["cluster_size=1k", "refcount_bits=8", "compat=0.10", "compression_type=zstd"]
+    "options",
+    ["cluster_size=1k", "refcount_bits=8", "compat=0.10", "compression_type=zstd", "extended_l2=on"],
 )
 def test_info_says_what_qemu_says(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str) -> None:
     base, path = tmp_path / "base", tmp_path / "image"
@@ -91,7 +94,9 @@ def test_info_says_what_qemu_says(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["-c"], ["-c", "-o", "compression_type=zstd"], ["-o", "cluster_size=2k"]]
+    "flags",
+    [[], ["-c"], ["-c", "-o", "compression_type=zstd"], ["-o", "cluster_size=2k"]]
+    + [["-o", "extended_l2=on"], ["-c", "-o", "extended_l2=on,cluster_size=16k"]],
 )
 def test_convert_goes_both_ways(tmp_path: Path, raw: Path, flags: list[str]) -> None:
     mine, theirs, back = tmp_path / "mine", tmp_path / "theirs", tmp_path / "back"
@@ -149,6 +154,43 @@ def test_map_is_qemus(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[s
         assert _joined(json.loads(capsys.readouterr().out)) == _joined(theirs)
 
 
+def test_a_write_copies_only_the_subclusters_that_it_cuts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, mine, theirs = tmp_path / "base", tmp_path / "mine", tmp_path / "theirs"
+    base.write_bytes(b"\x55" * MIB)
+    for path in (mine, theirs):
+        qemu("qemu-img", "create", "-f", "qcow2", "-o", "extended_l2=on", "-b", base, "-F", "raw", path)
+    words = ["-c", "write -P 1 5k 1k", "-c", "write -P 2 30k 512", "-c", "write -z 8k 6k"]
+    qemu("qemu-io", *words, theirs)
+    with image.open(str(mine), "qcow2") as disk:
+        disk.write(5 * 1024, b"\1" * 1024)
+        disk.write(30 * 1024, b"\2" * 512)
+        disk.write_zeroes(8 * 1024, 6 * 1024)
+    clean(mine)
+    qemu("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", mine, theirs)
+    ours("map", "--output=json", mine)
+    seen = json.loads(capsys.readouterr().out)
+    assert seen == json.loads(qemu("qemu-img", "map", "--output=json", theirs))
+    assert sum(one["length"] for one in seen if one["depth"] == 0 and one["data"]) == 2 * 2048
+
+
+def test_subclusters_of_a_preallocated_overlay_are_the_backing_files(tmp_path: Path) -> None:
+    base, path = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(b"\x55" * MIB)
+    words = ["-b", base, "-F", "raw", path, "2M"]
+    ours("create", "-q", "-f", "qcow2", "-o", "extended_l2=on,preallocation=falloc", *words)
+    clean(path)
+    assert path.stat().st_blocks * 512 > 2 * MIB
+    with image.open(str(path), "qcow2") as disk:
+        assert disk.read(0, 2 * MIB) == b"\x55" * MIB + bytes(MIB)
+        disk.write(1000 * 1024, b"\1" * 60000)
+    clean(path)
+    io = ["-c", "read -P 0x55 0 1000k", "-c", "read -P 1 1000k 60000", "-c", "read -P 0 1084000 1000000"]
+    assert "failed" not in qemu("qemu-io", *io, path)
+    ours("create", "-q", "-f", "qcow2", "-o", "preallocation=full", *words, code=1)
+
+
 def _joined(ranges: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compressed ranges have no offset: neighbours may be one range or several."""
     joined: list[dict[str, Any]] = []
@@ -168,7 +210,8 @@ def _joined(ranges: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "options",
-    ["cluster_size=64k", "cluster_size=512,refcount_bits=1", "cluster_size=2M", "preallocation=full"],
+    ["cluster_size=64k", "cluster_size=512,refcount_bits=1", "cluster_size=2M", "preallocation=full"]
+    + ["extended_l2=on", "extended_l2=on,cluster_size=16k"],
 )
 def test_measure_gives_qemus_numbers(
     tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str], options: str
@@ -330,7 +373,7 @@ def test_an_image_that_was_not_closed_is_repaired_before_it_is_written(tmp_path:
         (56, b"\xff" * 4, "refcount table"),
         (60, b"\xff" * 4, "snapshots"),
         (72, b"\0\0\0\0\0\0\1\0", "bit 8"),
-        (79, b"\x10", "extended L2"),
+        (72, b"\0\0\0\0\0\0\0\x20", "bit 5"),
         (96, b"\0\0\0\x07", "refcount width"),
         (100, b"\xff" * 4, "header length"),
     ],
@@ -381,5 +424,5 @@ def test_a_chain_that_loops_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_is_absent_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours("bitmap", "--add", tmp_path / "x", "b", code=1)
     assert "bitmap" in capsys.readouterr().err
-    ours("create", "-f", "qcow2", "-o", "extended_l2=on", tmp_path / "x", "1M", code=1)
-    assert "extended_l2=on" in capsys.readouterr().err
+    ours("create", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=8k", tmp_path / "x", "1M", code=1)
+    assert "16k" in capsys.readouterr().err

@@ -203,6 +203,8 @@ class Sequence:
         {"cluster_size": 4096, "refcount_bits": 8},
         {"version": 2, "cluster_size": 8192},
         {"cluster_size": 2 * MIB, "refcount_bits": 64},
+        {"extended_l2": True, "cluster_size": 16384},
+        {"extended_l2": True, "cluster_size": 2 * MIB},
     ],
     ids=str,
 )

@@ -3,7 +3,7 @@
 exit codes, so that a script works by changing the name.
 
 What it does not have is refused with a message that names it: encryption, persistent bitmaps,
-subclusters (extended_l2), and formats other than qcow2 and raw. As qemu-img does, it looks at what a file
+and formats other than qcow2 and raw. As qemu-img does, it looks at what a file
 is when no format is given; scripts that handle other people's images should give one.
 
 One boundary (``main``) turns errors into one line on stderr and an exit code. This file holds the options and
@@ -325,6 +325,8 @@ def _settings(format: Format, listed: list[str]) -> dict[str, Any]:
                 settings["version"] = 2 if value in {"0.10", "v2"} else 3
             case "lazy_refcounts" if value in {"on", "off"}:
                 settings["lazy_refcounts"] = value == "on"
+            case "extended_l2" if value in {"on", "off"}:
+                settings["extended_l2"] = value == "on"
             case "compression_type" if value in {"zlib", "zstd"}:
                 settings["compression"] = value
             case "data_file":
@@ -333,9 +335,9 @@ def _settings(format: Format, listed: list[str]) -> dict[str, Any]:
                 settings["data_raw"] = value == "on"
             case "backing_file" | "backing_fmt":
                 settings[name] = value
-            case "encryption" | "extended_l2" if value == "off":
+            case "encryption" if value == "off":
                 pass
-            case "encryption" | "extended_l2" | "encrypt.format" | "nocow" | "extent_size_hint":
+            case "encryption" | "encrypt.format" | "nocow" | "extent_size_hint":
                 raise VmbusError("NotSupported", f"option {pair}")
             case _:
                 raise VmbusError("InvalidArgument", f"Invalid parameter '{pair}' for format {format}")
@@ -493,6 +495,7 @@ def _measure(options: argparse.Namespace) -> int:
         shape = {
             "cluster_size": settings.get("cluster_size", 65536),
             "refcount_bits": settings.get("refcount_bits", 16),
+            "extended_l2": settings.get("extended_l2", False),
         }
         found["fully-allocated"] = img_measure.fully_allocated(length, **shape)
         found["required"] = img_measure.required(length, ranges, **shape)

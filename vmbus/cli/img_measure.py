@@ -13,12 +13,13 @@ def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-def fully_allocated(size: int, *, cluster_size: int, refcount_bits: int) -> int:
+def fully_allocated(size: int, *, cluster_size: int, refcount_bits: int, extended_l2: bool = False) -> int:
     """Bytes of a qcow2 file with every cluster of a disk of ``size`` bytes allocated (no snapshots)."""
     size = _up(size, cluster_size)
-    l2_entries = _up(size // cluster_size, cluster_size // 8)
-    l1_entries = _up(l2_entries * 8 // cluster_size, cluster_size // 8)
-    metadata = cluster_size + l2_entries * 8 + l1_entries * 8
+    l2_entry = 16 if extended_l2 else 8
+    l2_entries = _up(size // cluster_size, cluster_size // l2_entry)
+    l1_entries = _up(l2_entries * l2_entry // cluster_size, cluster_size // 8)
+    metadata = cluster_size + l2_entries * l2_entry + l1_entries * 8
     clusters = (metadata + size) // cluster_size
     per_block = cluster_size * 8 // refcount_bits
     blocks = table = 0
@@ -31,7 +32,12 @@ def fully_allocated(size: int, *, cluster_size: int, refcount_bits: int) -> int:
 
 
 def required(
-    size: int, ranges: Iterable[dict[str, Any]] | None, *, cluster_size: int, refcount_bits: int
+    size: int,
+    ranges: Iterable[dict[str, Any]] | None,
+    *,
+    cluster_size: int,
+    refcount_bits: int,
+    extended_l2: bool = False,
 ) -> int:
     """The same with only those clusters that hold something.
 
@@ -47,5 +53,7 @@ def required(
         if last > first:
             data += last - first
             end = last
-    whole = fully_allocated(size, cluster_size=cluster_size, refcount_bits=refcount_bits)
+    whole = fully_allocated(
+        size, cluster_size=cluster_size, refcount_bits=refcount_bits, extended_l2=extended_l2
+    )
     return whole - _up(size, cluster_size) + data

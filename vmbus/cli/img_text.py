@@ -41,7 +41,7 @@ def info(layer: Layer, found: dict[str, Any]) -> dict[str, Any]:
     data["refcount-bits"] = qcow2["refcount-bits"]
     if qcow2["version"] > 2:
         data["corrupt"] = qcow2["corrupt"]
-        data["extended-l2"] = False
+        data["extended-l2"] = qcow2["extended-l2"]
     if qcow2["data-name"] is not None:
         data["data-file"] = qcow2["data-name"]
         data["data-file-raw"] = qcow2["data-raw"]

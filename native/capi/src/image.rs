@@ -429,6 +429,7 @@ fn create(request: &Value) -> Outcome<Value> {
             .as_u64()
             .map_or(defaults.refcount_bits, |n| n as u32),
         lazy_refcounts: flag(request, "lazy_refcounts"),
+        extended_l2: flag(request, "extended_l2"),
         zstd: flag(request, "zstd"),
         backing,
         data_name: request["data_name"].as_str().map(str::to_owned),
@@ -473,6 +474,7 @@ fn describe(info: &ImageInfo) -> Value {
         value["qcow2"] = json!({
             "version": qcow2.version, "cluster-size": qcow2.cluster_size, "refcount-bits": qcow2.refcount_bits,
             "compression-type": if qcow2.zstd { "zstd" } else { "zlib" }, "lazy-refcounts": qcow2.lazy_refcounts,
+            "extended-l2": qcow2.extended_l2,
             "dirty": qcow2.dirty, "corrupt": qcow2.corrupt, "backing-name": qcow2.backing_name,
             "backing-format": qcow2.backing_format, "data-name": qcow2.data_name, "data-raw": qcow2.data_raw,
             "bitmaps": qcow2.bitmaps, "snapshots": qcow2.snapshots.iter().map(snapshot_json).collect::<Vec<_>>(),

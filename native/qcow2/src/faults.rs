@@ -57,19 +57,13 @@ struct Model {
 }
 
 /// One run; false when the workload ended before the fault came.
-fn run(directory: &Path, faults: Faults) -> bool {
+fn run(directory: &Path, options: &CreateOptions, faults: Faults) -> bool {
     let path = directory.join("image");
     let _ = std::fs::remove_file(&path);
-    let options = CreateOptions {
-        size: SIZE,
-        cluster_size: 1024,
-        backing: Some(("base".to_owned(), Format::Raw)),
-        ..CreateOptions::default()
-    };
     create_qcow2(
         &File::create_new(&path).map(|_| open(&path)).unwrap(),
         None,
-        &options,
+        options,
     )
     .unwrap();
     let image = image(directory, false);
@@ -192,14 +186,32 @@ fn verify(directory: &Path, model: &Model, closed: bool) {
 
 #[test]
 fn an_error_at_any_operation_is_reported_and_corrupts_nothing() {
-    let directory = std::env::temp_dir().join(format!("vmbus-faults-{}", std::process::id()));
+    at_every_operation("plain", 1024, false);
+}
+
+#[test]
+fn an_error_at_any_operation_leaves_subclusters_right() {
+    at_every_operation("subclusters", 16384, true);
+}
+
+fn at_every_operation(name: &str, cluster_size: u64, extended_l2: bool) {
+    let directory =
+        std::env::temp_dir().join(format!("vmbus-faults-{}-{name}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
     std::fs::write(directory.join("base"), vec![0xb5; SIZE as usize]).unwrap();
+    let options = CreateOptions {
+        size: SIZE,
+        cluster_size,
+        extended_l2,
+        backing: Some(("base".to_owned(), Format::Raw)),
+        ..CreateOptions::default()
+    };
     for (lasting, errno) in [(false, libc::EIO), (true, libc::ENOSPC)] {
         // Space that cannot be given back is nobody's error: a few runs without one are not yet the end.
         let (mut at, mut quiet) = (0, 0);
         while quiet < 20 {
-            quiet = if run(&directory, Faults { at, lasting, errno }) {
+            let faults = Faults { at, lasting, errno };
+            quiet = if run(&directory, &options, faults) {
                 0
             } else {
                 quiet + 1

@@ -36,6 +36,8 @@ pub struct Qcow2Info {
     pub zstd: bool,
     /// The compatible feature bit.
     pub lazy_refcounts: bool,
+    /// L2 entries with subclusters.
+    pub extended_l2: bool,
     /// The image was not closed.
     pub dirty: bool,
     /// The image is known to be wrong.
@@ -87,6 +89,7 @@ fn describe(file: &BlockFile, format: Format) -> Result<ImageInfo> {
         refcount_bits: 1 << header.refcount_order,
         zstd: header.codec == Codec::Zstd,
         lazy_refcounts: has(header.compatible, LAZY_REFCOUNTS),
+        extended_l2: header.extended_l2(),
         dirty: has(header.incompatible, incompatible::DIRTY),
         corrupt: has(header.incompatible, incompatible::CORRUPT),
         backing_name: header.backing_name.clone(),

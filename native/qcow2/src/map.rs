@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::image::Image;
 use crate::mailbox::Waiter;
 use crate::plan::Planned;
-use crate::qcow2::mapping::Mapping;
+use crate::qcow2::entry::{Mapping, Part};
 use crate::state::{Layer, State};
 use crate::types::GuestCluster;
 
@@ -120,23 +120,18 @@ impl State {
                 None => break,
             };
             let size = geometry.cluster();
-            len = len.min(size - at % size);
+            let mapping =
+                self.lookup(&geometry, GuestCluster(at >> geometry.cluster_bits), waiter)?;
+            let (part, run) = mapping.run(&geometry, at % size);
+            len = len.min(run);
             range.len = len;
-            match self.lookup(&geometry, GuestCluster(at >> geometry.cluster_bits), waiter)? {
-                Mapping::Unallocated => continue,
-                Mapping::Zero { host, .. } => {
-                    range.present = true;
-                    range.offset = host.map(|host| host.0 + at % size);
-                }
-                Mapping::Data { host, .. } => {
-                    (range.present, range.zero, range.data) = (true, false, true);
-                    range.offset = Some(host.0 + at % size);
-                }
-                Mapping::Compressed { .. } => {
-                    (range.present, range.zero, range.data, range.compressed) =
-                        (true, false, true, true);
-                }
+            if part == Part::Below {
+                continue;
             }
+            (range.present, range.zero, range.data) =
+                (true, part == Part::Zero, part == Part::Data);
+            range.compressed = matches!(mapping, Mapping::Compressed { .. });
+            range.offset = mapping.host().map(|(host, _)| host.0 + at % size);
             return Ok(range);
         }
         range.len = len;

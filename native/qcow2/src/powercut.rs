@@ -490,6 +490,10 @@ fn apply(file: &mut Vec<u8>, event: &Event, keep: &mut dyn FnMut(usize) -> bool)
 }
 
 fn workload(name: &str, cluster_size: u64, refcount_bits: u32, backing: bool) {
+    cut(name, &Bed::new(name, cluster_size, refcount_bits, backing));
+}
+
+fn cut(name: &str, bed: &Bed) {
     let clock = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap()
@@ -504,7 +508,6 @@ fn workload(name: &str, cluster_size: u64, refcount_bits: u32, backing: bool) {
         .unwrap_or(300);
     eprintln!("power cuts, {name}: VMBUS_SEED={seed} VMBUS_CUTS={cuts}");
     let mut random = Random(seed | 1);
-    let bed = Bed::new(name, cluster_size, refcount_bits, backing);
     let (start, events) = bed.record(&mut random);
     assert_eq!(bed.replay(&start, &events, cuts, &mut random), cuts);
 }
@@ -522,6 +525,22 @@ fn small_clusters_over_a_backing_file_survive_power_cuts() {
 #[test]
 fn usual_clusters_over_a_backing_file_survive_power_cuts() {
     workload("usual-backing", 65536, 16, true);
+}
+
+#[test]
+fn subclusters_survive_power_cuts() {
+    subclusters("subclusters", 16384, false);
+}
+
+#[test]
+fn subclusters_over_a_backing_file_survive_power_cuts() {
+    subclusters("subclusters-backing", 65536, true);
+}
+
+fn subclusters(name: &str, cluster_size: u64, backing: bool) {
+    let mut bed = Bed::new(name, cluster_size, 16, backing);
+    bed.options.extended_l2 = true;
+    cut(name, &bed);
 }
 
 #[test]

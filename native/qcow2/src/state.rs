@@ -16,8 +16,8 @@ use crate::plan::{
 };
 use crate::qcow2::alloc::Writer;
 use crate::qcow2::check;
+use crate::qcow2::entry::{Mapping, Part};
 use crate::qcow2::header::{autoclear, field, incompatible};
-use crate::qcow2::mapping::Mapping;
 use crate::qcow2::zero::Zeroing;
 use crate::qcow2::{snapshot, Geometry, Qcow2};
 use crate::types::{Format, GuestCluster, HostOffset};
@@ -176,9 +176,9 @@ impl State {
                 "the image file was opened read-only",
             ));
         }
-        if file.alignment as u64 > qcow2.geometry.block() {
+        if file.alignment as u64 > qcow2.geometry.block().min(qcow2.geometry.subcluster()) {
             return Err(Error::unsupported(
-                "clusters smaller than what direct I/O on this file system can write",
+                "clusters or subclusters smaller than what direct I/O on this file system can write",
             ));
         }
         let mut writer = Writer::open(qcow2.geometry, file, qcow2)?;
@@ -315,9 +315,10 @@ impl State {
         while at < end {
             let cluster = GuestCluster(at >> geometry.cluster_bits);
             let skip = at % size;
-            let len = (size - skip).min(end - at);
             let mapping = self.lookup(geometry, cluster, waiter)?;
-            if mapping == Mapping::Unallocated {
+            let (part, run) = mapping.run(geometry, skip);
+            let len = run.min(end - at);
+            if part == Part::Below {
                 below.get_or_insert(at);
                 at += len;
                 continue;
@@ -325,13 +326,8 @@ impl State {
             if let Some(from) = below.take() {
                 self.resolve(geometry.layer + 1, from, at - from, waiter, extents)?;
             }
-            let source = match mapping {
-                Mapping::Unallocated | Mapping::Zero { .. } => Source::Zero,
-                Mapping::Data { host, .. } => Source::File {
-                    file: geometry.data,
-                    offset: host.plus(skip),
-                },
-                Mapping::Compressed { host, stored } => Source::Compressed {
+            let source = match (part, mapping, mapping.host()) {
+                (Part::Data, Mapping::Compressed { host, stored }, _) => Source::Compressed {
                     file: geometry.file,
                     offset: host,
                     stored,
@@ -339,6 +335,11 @@ impl State {
                     cluster_size: size,
                     skip,
                 },
+                (Part::Data, _, Some((host, _))) => Source::File {
+                    file: geometry.data,
+                    offset: host.plus(skip),
+                },
+                _ => Source::Zero,
             };
             push_extent(extents, Extent { len, source });
             at += len;

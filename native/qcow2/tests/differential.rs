@@ -105,6 +105,42 @@ const CASES: &[Case] = &[
         backing: None,
         data_file: true,
     },
+    Case {
+        name: "subclusters",
+        options: "extended_l2=on,cluster_size=16384",
+        backing: None,
+        data_file: false,
+    },
+    Case {
+        name: "subclusters-on-raw",
+        options: "extended_l2=on",
+        backing: Some(Format::Raw),
+        data_file: false,
+    },
+    Case {
+        name: "subclusters-on-qcow2",
+        options: "extended_l2=on,cluster_size=32768",
+        backing: Some(Format::Qcow2),
+        data_file: false,
+    },
+    Case {
+        name: "subclusters-2m",
+        options: "extended_l2=on,cluster_size=2097152",
+        backing: Some(Format::Raw),
+        data_file: false,
+    },
+    Case {
+        name: "subclusters-data-file",
+        options: "extended_l2=on,data_file=data",
+        backing: None,
+        data_file: true,
+    },
+    Case {
+        name: "subclusters-preallocated",
+        options: "extended_l2=on,preallocation=metadata",
+        backing: Some(Format::Raw),
+        data_file: false,
+    },
 ];
 
 /// What the disk must hold, and which sectors were discarded since that was last asked.

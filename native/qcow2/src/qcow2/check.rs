@@ -16,8 +16,9 @@ use crate::bytes::{be16, be32, be64};
 use crate::error::{Error, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
+use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
 use crate::qcow2::header::{extension, Header};
-use crate::qcow2::mapping::{decode_l1, decode_l2, Mapping, COPIED};
+use crate::qcow2::mapping::decode_l1;
 use crate::qcow2::{refcount, snapshot, Geometry};
 
 /// Clusters counted in one pass: 2 bytes each.
@@ -166,6 +167,7 @@ impl<'a> Checker<'a> {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
             codec: header.codec,
+            extended_l2: header.extended_l2(),
         };
         let reftable = read_reftable(file, &header)?;
         Ok(Checker {
@@ -399,13 +401,13 @@ impl<'a> Checker<'a> {
         }
         let mut bytes = vec![0u8; self.geometry.cluster() as usize];
         self.file.read_at(&mut bytes, table.offset.0)?;
-        for (n, entry) in bytes.chunks_exact(8).enumerate() {
-            let entry = be64(entry, 0).unwrap_or(0);
-            if entry != 0 {
+        let geometry = self.geometry;
+        for (n, entry) in L2Entry::all(&geometry, &bytes).enumerate() {
+            if entry != L2Entry::default() {
                 self.walk_l2_entry(
                     window,
                     report,
-                    (index * self.geometry.l2_entries() + n as u64, entry),
+                    (index * geometry.l2_entries() + n as u64, entry),
                     active,
                     next_data,
                 )?;
@@ -418,33 +420,29 @@ impl<'a> Checker<'a> {
         &mut self,
         window: &mut Window,
         report: &mut CheckReport,
-        (cluster, entry): (u64, u64),
+        (cluster, entry): (u64, L2Entry),
         active: bool,
         next_data: &mut u64,
     ) -> Result<()> {
         let size = self.geometry.cluster();
-        let mapping = match decode_l2(&self.geometry, entry) {
+        let mapping = match entry.decode(&self.geometry) {
             Ok(mapping) => mapping,
             Err(error) => {
                 self.once(report, || format!("guest cluster {cluster:#x}: {error}"));
                 return Ok(());
             }
         };
-        let (host, len, copied) = match mapping {
-            Mapping::Unallocated | Mapping::Zero { host: None, .. } => return Ok(()),
-            Mapping::Compressed { host, stored } => {
-                if entry & COPIED != 0 && active {
+        let (host, len, copied) = match (mapping, mapping.host()) {
+            (Mapping::Compressed { host, stored }, _) => {
+                if entry.word & COPIED != 0 && active {
                     self.once(report, || {
                         format!("guest cluster {cluster:#x}: compressed and marked as copied")
                     });
                 }
                 (host.0, stored, None)
             }
-            Mapping::Data { host, copied }
-            | Mapping::Zero {
-                host: Some(host),
-                copied,
-            } => (host.0, size, Some(copied)),
+            (_, Some((host, copied))) => (host.0, size, Some(copied)),
+            (_, None) => return Ok(()),
         };
         if active && self.first_pass {
             report.allocated_clusters += 1;
@@ -518,12 +516,17 @@ impl<'a> Checker<'a> {
             },
         )?;
         for (offset, own) in tables {
-            self.table(offset, geometry.l2_entries(), |_, entry| {
-                if let Ok(Mapping::Data { host, copied: true }) = decode_l2(&geometry, entry) {
+            let mut bytes = vec![0u8; geometry.cluster() as usize];
+            self.file.read_at(&mut bytes, offset)?;
+            for entry in L2Entry::all(&geometry, &bytes) {
+                let host = entry
+                    .decode(&geometry)
+                    .ok()
+                    .and_then(|mapping| mapping.host());
+                if let Some((host, true)) = host {
                     dangerous += u64::from(own && shared(host.0));
                 }
-                Ok(())
-            })?;
+            }
         }
         report.stale_flags = report.stale_flags.saturating_sub(dangerous);
         Ok(())

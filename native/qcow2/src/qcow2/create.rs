@@ -8,13 +8,15 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::image::{Image, LayerFiles, OpenOptions};
-use crate::plan::{Codec, WriteStep};
+use crate::plan::{Codec, Stop, WriteStep};
+use crate::qcow2::entry::{L2Entry, Subclusters};
 use crate::qcow2::header::{
     autoclear, extension, feature_names, incompatible, l1_entries, Extension, Header,
-    LAZY_REFCOUNTS,
+    LAZY_REFCOUNTS, MIN_EXTENDED_BITS,
 };
 use crate::qcow2::refcount;
-use crate::types::Format;
+use crate::state::Layer;
+use crate::types::{Format, GuestCluster};
 
 /// How much is allocated when an image is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,6 +44,8 @@ pub struct CreateOptions {
     pub cluster_size: u64,
     /// 1 to 64, a power of two; version 2 has 16.
     pub refcount_bits: u32,
+    /// L2 entries with subclusters (version 3, clusters of at least 16 KiB).
+    pub extended_l2: bool,
     /// The compatible feature bit (version 3).
     pub lazy_refcounts: bool,
     /// Compress with zstd instead of zlib (version 3).
@@ -63,6 +67,7 @@ impl Default for CreateOptions {
             version: 3,
             cluster_size: 65536,
             refcount_bits: 16,
+            extended_l2: false,
             lazy_refcounts: false,
             zstd: false,
             backing: None,
@@ -85,18 +90,22 @@ impl CreateOptions {
         }
         let v3_only = self.refcount_bits != 16
             || self.lazy_refcounts
+            || self.extended_l2
             || self.zstd
             || self.data_name.is_some();
         match self.version {
             3 => {}
             2 if v3_only => {
                 return refuse(
-                    "refcount_bits, lazy_refcounts, compression_type and data_file need compat 1.1"
+                    "refcount_bits, lazy_refcounts, extended_l2, compression_type and data_file need compat 1.1"
                         .into(),
                 )
             }
             2 => {}
             n => return refuse(format!("version {n} is neither 2 nor 3")),
+        }
+        if self.extended_l2 && self.cluster_size < 1 << MIN_EXTENDED_BITS {
+            return refuse("extended_l2 needs a cluster_size of at least 16k".into());
         }
         if self.data_raw && self.data_name.is_none() {
             return refuse("data_file_raw needs data_file".into());
@@ -111,8 +120,8 @@ impl CreateOptions {
         {
             return refuse("the backing file's name must have 1 to 1023 bytes".into());
         }
-        if self.backing.is_some() && self.preallocation != Preallocation::Off {
-            return refuse("a backing file and preallocation exclude each other".into());
+        if self.backing.is_some() && self.preallocation != Preallocation::Off && !self.extended_l2 {
+            return refuse("a backing file and preallocation need extended_l2".into());
         }
         let mut extensions = Vec::new();
         if let Some((_, format)) = &self.backing {
@@ -143,7 +152,8 @@ impl CreateOptions {
             snapshots: 0,
             snapshots_offset: 0,
             incompatible: bit(self.zstd, incompatible::COMPRESSION)
-                | bit(self.data_name.is_some(), incompatible::DATA_FILE),
+                | bit(self.data_name.is_some(), incompatible::DATA_FILE)
+                | bit(self.extended_l2, incompatible::EXTENDED_L2),
             compatible: bit(self.lazy_refcounts, LAZY_REFCOUNTS),
             autoclear: bit(self.data_raw, autoclear::DATA_FILE_RAW),
             refcount_order: self.refcount_bits.trailing_zeros(),
@@ -174,7 +184,7 @@ pub fn create_qcow2(file: &File, data_file: Option<&File>, options: &CreateOptio
             "the disk would be larger than 2^63 bytes",
         )
     })?;
-    if l1_entries(size, header.cluster_bits) * 8 > 32 << 20 {
+    if l1_entries(size, header.cluster_bits, header.extended_l2()) * 8 > 32 << 20 {
         return Err(Error::new(
             Kind::InvalidArgument,
             "the disk is too large for its clusters: choose a larger cluster_size",
@@ -196,7 +206,11 @@ pub fn create_qcow2(file: &File, data_file: Option<&File>, options: &CreateOptio
     let image = Arc::new(Image::open_chain(vec![layer], OpenOptions::default())?);
     image.activate()?;
     let prepared = crate::qcow2::resize::resize(&image, size, false)
-        .and_then(|()| preallocate(&image, options.preallocation));
+        .and_then(|()| preallocate(&image, options.preallocation))
+        .and_then(|()| match &options.backing {
+            Some(_) if options.preallocation != Preallocation::Off => show_backing(&image),
+            _ => Ok(()),
+        });
     let closed = image.inactivate();
     prepared?;
     closed?;
@@ -261,6 +275,35 @@ fn preallocate(image: &Arc<Image>, how: Preallocation) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Let every subcluster be the backing file's, in the clusters that they have now.
+fn show_backing(image: &Arc<Image>) -> Result<()> {
+    let geometry = match image.lock().layers.first() {
+        Some(Layer::Qcow2(qcow2)) => qcow2.geometry,
+        _ => return Ok(()),
+    };
+    let clusters = image.size().div_ceil(geometry.cluster());
+    for first in (0..clusters).step_by(geometry.l2_per_block() as usize) {
+        crate::blocking::run(image, |state, waiter| {
+            if state.cache.crowded() {
+                return Err(Stop::Commit);
+            }
+            for cluster in first..clusters.min(first + geometry.l2_per_block()) {
+                let Some(table) = state.l2_table(&geometry, GuestCluster(cluster), waiter)? else {
+                    return Ok(());
+                };
+                let index = cluster % geometry.l2_entries();
+                let mapping = state
+                    .l2_entry(&geometry, table.offset, index, waiter)?
+                    .decode(&geometry)?;
+                let entry = L2Entry::parts(&geometry, mapping.host(), Subclusters::NONE);
+                state.set_l2_entry(&geometry, table.offset, index, entry);
+            }
+            Ok(())
+        })?;
+    }
+    crate::blocking::settle(image)
 }
 
 fn write_zeros_into_holes(file: &BlockFile, len: u64) -> Result<()> {

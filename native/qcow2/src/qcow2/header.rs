@@ -18,6 +18,8 @@ const MAX_L1: u64 = 32 << 20;
 /// The most snapshots, and the longest backing file name.
 const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_NAME: u32 = 1023;
+/// The smallest clusters that have subclusters: 16 KiB.
+pub(crate) const MIN_EXTENDED_BITS: u32 = 14;
 
 /// Where fields stand that are changed in place.
 pub(crate) mod field {
@@ -40,7 +42,7 @@ pub(crate) mod incompatible {
     pub(crate) const DATA_FILE: u64 = 1 << 2;
     pub(crate) const COMPRESSION: u64 = 1 << 3;
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
-    pub(crate) const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION;
+    pub(crate) const KNOWN: u64 = DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2;
 }
 
 /// Compatible features.
@@ -184,6 +186,12 @@ impl Header {
                 self.cluster_bits
             ));
         }
+        if self.extended_l2() && self.cluster_bits < MIN_EXTENDED_BITS {
+            return invalid(
+                "extended L2 entries need clusters of at least 16 KiB: a subcluster is a sector or more"
+                    .into(),
+            );
+        }
         if self.refcount_order > 6 {
             return invalid(format!(
                 "refcount width 2^{} is more than 64 bits",
@@ -225,7 +233,8 @@ impl Header {
             ));
         }
         if self.size > i64::MAX as u64
-            || u64::from(self.l1_entries) < l1_entries(self.size, self.cluster_bits)
+            || u64::from(self.l1_entries)
+                < l1_entries(self.size, self.cluster_bits, self.extended_l2())
         {
             return invalid(format!(
                 "an L1 table of {} entries cannot map {} bytes",
@@ -246,6 +255,10 @@ impl Header {
 
     pub(crate) fn has_data_file(&self) -> bool {
         self.incompatible & incompatible::DATA_FILE != 0
+    }
+
+    pub(crate) fn extended_l2(&self) -> bool {
+        self.incompatible & incompatible::EXTENDED_L2 != 0
     }
 
     pub(crate) fn extension(&self, kind: u32) -> Option<&[u8]> {
@@ -328,8 +341,8 @@ impl Header {
 }
 
 /// L1 entries that a disk of `size` bytes needs.
-pub(crate) fn l1_entries(size: u64, cluster_bits: u32) -> u64 {
-    size.div_ceil(1u64 << (2 * cluster_bits - 3))
+pub(crate) fn l1_entries(size: u64, cluster_bits: u32, extended_l2: bool) -> u64 {
+    size.div_ceil(1u64 << (2 * cluster_bits - if extended_l2 { 4 } else { 3 }))
 }
 
 fn parse_extensions(cluster: &[u8], start: usize, backing_offset: u64) -> Result<Vec<Extension>> {
@@ -383,11 +396,6 @@ fn parse_name(cluster: &[u8], offset: u64, len: u32) -> Result<Option<String>> {
 }
 
 fn refuse_unknown(bits: u64, extensions: &[Extension]) -> Result<()> {
-    if bits & incompatible::EXTENDED_L2 != 0 {
-        return Err(Error::unsupported(
-            "images with extended L2 entries (subclusters)",
-        ));
-    }
     let unknown = bits & !incompatible::KNOWN;
     if unknown == 0 {
         return Ok(());

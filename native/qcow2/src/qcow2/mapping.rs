@@ -11,34 +11,10 @@ use crate::cache::Class;
 use crate::error::Error;
 use crate::mailbox::Waiter;
 use crate::plan::{Need, Planned};
+use crate::qcow2::entry::{L2Entry, Mapping, COPIED, OFFSET};
 use crate::qcow2::Geometry;
 use crate::state::State;
 use crate::types::{GuestCluster, HostOffset};
-
-/// The cluster's refcount is exactly one: it may be written in place.
-pub(crate) const COPIED: u64 = 1 << 63;
-/// The cluster is compressed.
-pub(crate) const COMPRESSED: u64 = 1 << 62;
-/// The cluster reads as zeros (version 3).
-pub(crate) const ZERO: u64 = 1;
-/// The offset in an L1 or standard L2 entry.
-pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-
-/// A guest cluster's mapping.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mapping {
-    /// The backing file's, or zeros without one.
-    Unallocated,
-    /// Zeros; `host` is a cluster that is kept for it.
-    Zero {
-        host: Option<HostOffset>,
-        copied: bool,
-    },
-    /// A cluster of the data file.
-    Data { host: HostOffset, copied: bool },
-    /// Compressed, `stored` bytes at most.
-    Compressed { host: HostOffset, stored: u64 },
-}
 
 /// What an L1 entry says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,45 +38,6 @@ pub(crate) fn decode_l1(geometry: &Geometry, entry: u64) -> Result<Option<L2Tabl
         offset: HostOffset(offset),
         copied: entry & COPIED != 0,
     }))
-}
-
-/// Read an L2 entry.
-pub(crate) fn decode_l2(geometry: &Geometry, entry: u64) -> Result<Mapping, Error> {
-    if entry & COMPRESSED != 0 {
-        if geometry.external_data() {
-            return Err(Error::invalid(
-                "a compressed cluster in an image with an external data file",
-            ));
-        }
-        let shift = 62 - (geometry.cluster_bits - 8);
-        let host = entry & ((1 << shift) - 1);
-        let sectors = (entry >> shift) & ((1 << (geometry.cluster_bits - 8)) - 1);
-        return Ok(Mapping::Compressed {
-            host: HostOffset(host),
-            stored: (sectors + 1) * 512 - (host & 511),
-        });
-    }
-    let offset = entry & OFFSET;
-    let copied = entry & COPIED != 0;
-    if offset % geometry.cluster() != 0 {
-        return Err(Error::invalid(format!(
-            "data cluster offset {offset:#x} is not a cluster's"
-        )));
-    }
-    // In an external data file offset 0 is a cluster like any other, told by the COPIED flag.
-    let present = offset != 0 || (geometry.external_data() && copied);
-    let host = present.then_some(HostOffset(offset));
-    if entry & ZERO != 0 && geometry.version >= 3 {
-        return Ok(Mapping::Zero { host, copied });
-    }
-    Ok(host.map_or(Mapping::Unallocated, |host| Mapping::Data { host, copied }))
-}
-
-/// The L2 entry of a compressed cluster.
-pub(crate) fn encode_compressed(geometry: &Geometry, host: HostOffset, len: u64) -> u64 {
-    let shift = 62 - (geometry.cluster_bits - 8);
-    let sectors = (host.0 % 512 + len).div_ceil(512) - 1;
-    COMPRESSED | sectors << shift | host.0
 }
 
 impl State {
@@ -134,6 +71,51 @@ impl State {
         }
     }
 
+    /// Entry number `index` of the L2 table at `table`.
+    pub(crate) fn l2_entry(
+        &mut self,
+        geometry: &Geometry,
+        table: HostOffset,
+        index: u64,
+        waiter: &Waiter,
+    ) -> Planned<L2Entry> {
+        let (need, at) = l2_place(geometry, table, index);
+        let block = self.cache.fetch(need, waiter)?;
+        Ok(L2Entry::at(geometry, block.bytes(), at).unwrap_or_default())
+    }
+
+    /// The same, if it is in the cache.
+    pub(crate) fn cached_l2_entry(
+        &self,
+        geometry: &Geometry,
+        table: HostOffset,
+        index: u64,
+    ) -> Option<L2Entry> {
+        let (need, at) = l2_place(geometry, table, index);
+        let block = self.cache.peek(need.layer, need.offset)?;
+        L2Entry::at(geometry, block.bytes(), at)
+    }
+
+    /// Change an L2 entry whose block has been fetched under the same lock.
+    pub(crate) fn set_l2_entry(
+        &mut self,
+        geometry: &Geometry,
+        table: HostOffset,
+        index: u64,
+        entry: L2Entry,
+    ) {
+        let (need, at) = l2_place(geometry, table, index);
+        if let Some(bytes) = self
+            .cache
+            .modify(geometry.layer, need.offset, Class::Mapping)
+        {
+            put64(bytes, at, entry.word);
+            if geometry.extended_l2 {
+                put64(bytes, at + 8, entry.bitmap);
+            }
+        }
+    }
+
     /// The L2 table for a guest cluster.
     pub(crate) fn l2_table(
         &mut self,
@@ -163,9 +145,18 @@ impl State {
             return Ok(Mapping::Unallocated);
         };
         let index = cluster.0 % geometry.l2_entries();
-        let entry = self.table_entry(geometry, table.offset, index, waiter)?;
-        Ok(decode_l2(geometry, entry)?)
+        let entry = self.l2_entry(geometry, table.offset, index, waiter)?;
+        Ok(entry.decode(geometry)?)
     }
+}
+
+/// The cached block with an L2 entry, and where it begins in that block. (An entry's size divides the block's.)
+pub(crate) fn l2_place(geometry: &Geometry, table: HostOffset, index: u64) -> (Need, usize) {
+    let at = table
+        .0
+        .saturating_add(index.saturating_mul(geometry.l2_entry_size()));
+    let need = block_of(geometry, at);
+    (need, (at - need.offset.0) as usize)
 }
 
 /// The cached block around a byte of the image file.

@@ -5,6 +5,7 @@
 //! |------------|------------------------------------------------------|
 //! | `header`   | the header and its extensions, parsed and checked    |
 //! | `mapping`  | guest cluster to host cluster (L1 and L2 tables)     |
+//! | `entry`    | L2 entries, with and without subclusters             |
 //! | `refcount` | how often each host cluster is used                  |
 //! | `overlap`  | what each cluster of metadata holds: nothing else is written there |
 //! | `alloc`    | finding clusters, freeing them, growing the tables   |
@@ -18,6 +19,7 @@
 pub(crate) mod alloc;
 pub(crate) mod check;
 pub(crate) mod create;
+pub(crate) mod entry;
 pub(crate) mod header;
 pub(crate) mod mapping;
 pub(crate) mod overlap;
@@ -50,6 +52,8 @@ pub(crate) struct Geometry {
     pub(crate) cluster_bits: u32,
     pub(crate) refcount_order: u32,
     pub(crate) codec: Codec,
+    /// L2 entries of two words (entry.rs).
+    pub(crate) extended_l2: bool,
 }
 
 impl Geometry {
@@ -59,7 +63,30 @@ impl Geometry {
 
     /// Entries of an L2 table.
     pub(crate) fn l2_entries(&self) -> u64 {
-        1 << (self.cluster_bits - 3)
+        self.cluster() / self.l2_entry_size()
+    }
+
+    /// Bytes of an L2 entry.
+    pub(crate) fn l2_entry_size(&self) -> u64 {
+        if self.extended_l2 {
+            16
+        } else {
+            8
+        }
+    }
+
+    /// L2 entries that stand in one cached block.
+    pub(crate) fn l2_per_block(&self) -> u64 {
+        self.block() / self.l2_entry_size()
+    }
+
+    /// What is mapped as one: a subcluster, or a cluster where there are none.
+    pub(crate) fn subcluster(&self) -> u64 {
+        if self.extended_l2 {
+            self.cluster() / u64::from(entry::SUBCLUSTERS)
+        } else {
+            self.cluster()
+        }
     }
 
     /// Bytes of a cached metadata block.
@@ -131,6 +158,7 @@ impl Qcow2 {
             cluster_bits: header.cluster_bits,
             refcount_order: header.refcount_order,
             codec: header.codec,
+            extended_l2: header.extended_l2(),
         };
         Ok(Qcow2 { geometry, header })
     }
@@ -155,6 +183,7 @@ impl Qcow2 {
         self.geometry.cluster_bits = header.cluster_bits;
         self.geometry.refcount_order = header.refcount_order;
         self.geometry.codec = header.codec;
+        self.geometry.extended_l2 = header.extended_l2();
         self.header = header;
         Ok(())
     }

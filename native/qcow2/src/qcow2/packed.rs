@@ -9,7 +9,7 @@ use crate::error::{Error, Kind};
 use crate::file::BlockFile;
 use crate::mailbox::Waiter;
 use crate::plan::{Planned, Stop};
-use crate::qcow2::mapping::encode_compressed;
+use crate::qcow2::entry::L2Entry;
 use crate::qcow2::write::Ticket;
 use crate::qcow2::Geometry;
 use crate::state::{Layer, State};
@@ -58,7 +58,7 @@ impl State {
         self.wait_if_busy(cluster, waiter)?;
         let table = self.writable_l2(&geometry, files, cluster, waiter)?;
         let offset = self.packed_room(&geometry, files, len, waiter)?;
-        let entry = encode_compressed(&geometry, offset, len);
+        let entry = L2Entry::compressed(&geometry, offset, len);
         let ticket = self.issue(
             &geometry,
             Ticket::packed(cluster, table, offset, len, entry),

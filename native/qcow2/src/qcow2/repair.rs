@@ -11,8 +11,9 @@ use crate::bytes::{be64, put32, put64};
 use crate::error::{Error, Result};
 use crate::file::BlockFile;
 use crate::qcow2::check::{CheckReport, Checker, Repair, Window};
+use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
 use crate::qcow2::header::{field, incompatible, Header};
-use crate::qcow2::mapping::{decode_l1, decode_l2, Mapping, COPIED};
+use crate::qcow2::mapping::decode_l1;
 use crate::qcow2::refcount;
 
 /// Repair as asked; the report then counts what was fixed, and what is left.
@@ -162,19 +163,16 @@ fn fix_copied(file: &BlockFile, checker: &Checker, window: &Window) -> Result<()
         let mut l2 = vec![0u8; geometry.cluster() as usize];
         file.read_at(&mut l2, table.offset.0)?;
         let before = l2.clone();
-        for n in 0..geometry.l2_entries() as usize {
-            let entry = be64(&l2, n * 8).unwrap_or(0);
-            let right = match decode_l2(&geometry, entry) {
-                Ok(
-                    Mapping::Data { host, .. }
-                    | Mapping::Zero {
-                        host: Some(host), ..
-                    },
-                ) if !geometry.external_data() => flag(entry, once(host.0)),
-                Ok(Mapping::Compressed { .. }) => flag(entry, false),
-                _ => entry,
+        for (n, entry) in L2Entry::all(&geometry, &before).enumerate() {
+            let right = match entry.decode(&geometry) {
+                Ok(Mapping::Compressed { .. }) => flag(entry.word, false),
+                Ok(mapping) => match mapping.host() {
+                    Some((host, _)) if !geometry.external_data() => flag(entry.word, once(host.0)),
+                    _ => entry.word,
+                },
+                Err(_) => entry.word,
             };
-            put64(&mut l2, n * 8, right);
+            put64(&mut l2, n * geometry.l2_entry_size() as usize, right);
         }
         if l2 != before {
             file.write_at(&l2, table.offset.0)?;

@@ -13,8 +13,9 @@ use crate::cache::Class;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::plan::{Planned, WriteStep, ZeroStep};
+use crate::qcow2::entry::L2Entry;
 use crate::qcow2::header::{field, l1_entries};
-use crate::qcow2::mapping::{block_of, decode_l1, decode_l2};
+use crate::qcow2::mapping::{block_of, decode_l1};
 use crate::qcow2::overlap::Holds;
 use crate::qcow2::zero::Zeroing;
 use crate::qcow2::{refcount, Geometry};
@@ -120,7 +121,7 @@ fn resize_raw(image: &Image, size: u64) -> Result<()> {
 }
 
 fn grow(image: &Image, geometry: &Geometry, old: u64, size: u64) -> Result<()> {
-    let needed = l1_entries(size, geometry.cluster_bits);
+    let needed = l1_entries(size, geometry.cluster_bits, geometry.extended_l2);
     if needed * 8 > 32 << 20 {
         return Err(Error::new(
             Kind::InvalidArgument,
@@ -293,11 +294,11 @@ fn unlink(
     let Some(table) = state.l2_table(geometry, cluster, waiter)? else {
         return Ok(false);
     };
-    let old = state.table_entry(geometry, table.offset, entry, waiter)?;
-    if old != 0 {
+    let old = state.l2_entry(geometry, table.offset, entry, waiter)?;
+    if old != L2Entry::default() {
         let table = state.writable_l2(geometry, image.files(), cluster, waiter)?;
-        let mapping = decode_l2(geometry, old)?;
-        state.set_table_entry(geometry, table, entry, 0, Class::Mapping);
+        let mapping = old.decode(geometry)?;
+        state.set_l2_entry(geometry, table, entry, L2Entry::default());
         state.discard_mapping(geometry, mapping);
     }
     Ok(true)

@@ -36,8 +36,9 @@ use crate::file::BlockFile;
 use crate::image::Image;
 use crate::mailbox::Waiter;
 use crate::plan::{Planned, Stop};
+use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
 use crate::qcow2::header::{field, l1_entries, Header};
-use crate::qcow2::mapping::{block_of, decode_l1, decode_l2, Mapping, COPIED};
+use crate::qcow2::mapping::{block_of, decode_l1};
 use crate::qcow2::overlap::Holds;
 use crate::qcow2::{refcount, Geometry};
 use crate::state::{Layer, State};
@@ -253,7 +254,7 @@ pub fn apply(image: &Image, wanted: &str) -> Result<()> {
         .disk_size
         .filter(|size| *size > 0)
         .unwrap_or(header.size);
-    let needed = l1_entries(size, geometry.cluster_bits);
+    let needed = l1_entries(size, geometry.cluster_bits, geometry.extended_l2);
     if needed > 4 << 20 || size > i64::MAX as u64 {
         return Err(Error::invalid("the snapshot's disk size is impossible"));
     }
@@ -442,14 +443,13 @@ fn count_some(
             table.offset,
             geometry.cluster(),
         )];
-        for entry in bytes.chunks_exact(8) {
-            let range = match decode_l2(geometry, be64(entry, 0).unwrap_or(0))? {
-                Mapping::Data { host, .. }
-                | Mapping::Zero {
-                    host: Some(host), ..
-                } => refcount::clusters(geometry, host, geometry.cluster()),
+        for entry in L2Entry::all(geometry, &bytes) {
+            let range = match entry.decode(geometry)? {
                 Mapping::Compressed { host, stored } => refcount::clusters(geometry, host, stored),
-                _ => continue,
+                mapping => match mapping.host() {
+                    Some((host, _)) => refcount::clusters(geometry, host, geometry.cluster()),
+                    None => continue,
+                },
             };
             match runs.last_mut() {
                 Some(last) if last.end == range.start => last.end = range.end,
@@ -477,7 +477,7 @@ fn clear_copied(image: &Image, geometry: &Geometry, l1_offset: u64, l1: &[u64]) 
             continue;
         };
         each_block(image, geometry, table.offset, |_, entries, _| {
-            entries.iter_mut().for_each(|entry| *entry &= !COPIED);
+            entries.iter_mut().for_each(|entry| entry.word &= !COPIED);
             Ok(())
         })?;
         run(image, |state, waiter| {
@@ -514,19 +514,11 @@ fn set_copied(image: &Image, geometry: &Geometry) -> Result<()> {
         each_block(image, geometry, table.offset, |state, entries, waiter| {
             let mut counts = Counts::default();
             for entry in entries.iter_mut() {
-                let host = match decode_l2(geometry, *entry)? {
-                    Mapping::Data {
-                        host,
-                        copied: false,
-                    }
-                    | Mapping::Zero {
-                        host: Some(host),
-                        copied: false,
-                    } => host,
-                    _ => continue,
+                let Some((host, false)) = entry.decode(geometry)?.host() else {
+                    continue;
                 };
                 if counts.get(state, geometry, host.0 >> geometry.cluster_bits, waiter)? == 1 {
-                    *entry |= COPIED;
+                    entry.word |= COPIED;
                 }
             }
             Ok(())
@@ -575,7 +567,7 @@ fn each_block(
     image: &Image,
     geometry: &Geometry,
     table: HostOffset,
-    mut change: impl FnMut(&mut State, &mut [u64], &Waiter) -> Planned<()>,
+    mut change: impl FnMut(&mut State, &mut [L2Entry], &Waiter) -> Planned<()>,
 ) -> Result<()> {
     let block = geometry.block();
     for at in (0..geometry.cluster()).step_by(block as usize) {
@@ -584,8 +576,8 @@ fn each_block(
                 return Err(Stop::Commit);
             }
             let need = block_of(geometry, table.0 + at);
-            let words = state.cache.fetch(need, waiter)?.bytes().chunks_exact(8);
-            let before: Vec<u64> = words.map(|word| be64(word, 0).unwrap_or(0)).collect();
+            let bytes = state.cache.fetch(need, waiter)?.bytes();
+            let before: Vec<L2Entry> = L2Entry::all(geometry, bytes).collect();
             let mut entries = before.clone();
             change(state, &mut entries, waiter)?;
             if entries != before {
@@ -594,10 +586,11 @@ fn each_block(
                     .cache
                     .modify(geometry.layer, need.offset, Class::Mapping)
                 {
-                    entries
-                        .iter()
-                        .enumerate()
-                        .for_each(|(n, entry)| put64(bytes, n * 8, *entry));
+                    let size = geometry.l2_entry_size() as usize;
+                    // Only flags are changed here, which are in the first word.
+                    for (n, entry) in entries.iter().enumerate() {
+                        put64(bytes, n * size, entry.word);
+                    }
                 }
             }
             Ok(())

@@ -5,6 +5,9 @@
 //! same guest clusters waiting; reads go on with the old mapping. What of a cluster the guest does
 //! not write is copied around the data (head and tail), from wherever the guest sees it now.
 //!
+//! With subclusters only those are copied which the guest writes a part of. The others stay what they are, as
+//! bits of the new entry; only what was data in a cluster that is not ours alone must move with it.
+//!
 //! One case is mapped at once, so that small writes into a new cluster need not wait for each other:
 //! a fresh cluster (alloc.rs) for a range that reads as zeros now. Before the data is written, and
 //! after a power cut that loses it, the cluster's zeros are what the guest saw before.
@@ -14,7 +17,8 @@ use crate::error::Error;
 use crate::file::BlockFile;
 use crate::mailbox::Waiter;
 use crate::plan::{Allocation, Extents, Planned, Source, Stop, WriteStep};
-use crate::qcow2::mapping::{block_of, decode_l2, Mapping, COPIED};
+use crate::qcow2::entry::{L2Entry, Mapping, Part, COPIED, SUBCLUSTERS};
+use crate::qcow2::mapping::{block_of, l2_place};
 use crate::qcow2::overlap::Holds;
 use crate::qcow2::{refcount, Geometry};
 use crate::state::State;
@@ -29,11 +33,13 @@ pub(crate) struct Ticket {
     count: u64,
     table: HostOffset,
     host: HostOffset,
+    /// What of the clusters becomes data.
+    parts: Written,
     /// The clusters were those of a zero cluster before, or lie in an external data file: they
     /// need no counting down when the write fails.
     kept: bool,
     /// A packed cluster: its L2 entry, and its bytes on the host.
-    packed: Option<(u64, u64)>,
+    packed: Option<(L2Entry, u64)>,
     waiters: Vec<Waiter>,
 }
 
@@ -44,13 +50,14 @@ impl Ticket {
         table: HostOffset,
         host: HostOffset,
         len: u64,
-        entry: u64,
+        entry: L2Entry,
     ) -> Ticket {
         Ticket {
             first,
             count: 1,
             table,
             host,
+            parts: Written::ALL,
             kept: false,
             packed: Some((entry, len)),
             waiters: Vec::new(),
@@ -58,12 +65,39 @@ impl Ticket {
     }
 }
 
+/// Which subclusters of a run of clusters are written: from `from` of the first to `until` of the last.
+#[derive(Debug, Clone, Copy)]
+struct Written {
+    from: u32,
+    until: u32,
+}
+
+impl Written {
+    const ALL: Written = Written {
+        from: 0,
+        until: SUBCLUSTERS,
+    };
+
+    /// Those of the `n`th of `count` clusters.
+    fn of(&self, n: u64, count: u64) -> std::ops::Range<u32> {
+        let from = if n == 0 { self.from } else { 0 };
+        let until = if n + 1 == count {
+            self.until
+        } else {
+            SUBCLUSTERS
+        };
+        from..until
+    }
+}
+
 /// A run of guest clusters that need new host clusters.
 struct Target {
     first: GuestCluster,
     count: u64,
-    /// A zero cluster's own host cluster, to be used again.
+    /// The cluster's own host cluster, to be used again.
     kept: Option<HostOffset>,
+    /// What the first and the last of them are now.
+    ends: [Mapping; 2],
 }
 
 impl State {
@@ -78,10 +112,12 @@ impl State {
         let cluster = GuestCluster(at >> geometry.cluster_bits);
         self.check_sound()?;
         self.wait_if_busy(cluster, waiter)?;
-        match self.lookup(geometry, cluster, waiter)? {
-            Mapping::Data { host, copied: true } => {
+        let mapping = self.lookup(geometry, cluster, waiter)?;
+        let (part, run) = mapping.run(geometry, at % geometry.cluster());
+        match (part, mapping.host()) {
+            (Part::Data, Some((host, true))) => {
                 self.check_data(geometry, host)?;
-                self.in_place(geometry, at, len, host, waiter)
+                self.in_place(geometry, at, len, (host, run), waiter)
             }
             _ => self.allocating(geometry, files, at, len, waiter),
         }
@@ -138,13 +174,13 @@ impl State {
         geometry: &Geometry,
         at: u64,
         len: u64,
-        host: HostOffset,
+        (host, run): (HostOffset, u64),
         waiter: &Waiter,
     ) -> Planned<WriteStep> {
         let size = geometry.cluster();
         let offset = host.plus(at % size);
-        let mut done = (size - at % size).min(len);
-        while done < len {
+        let mut done = run.min(len);
+        while done < len && (at + done) % size == 0 {
             let next = GuestCluster((at + done) >> geometry.cluster_bits);
             let follows = Mapping::Data {
                 host: offset.plus(done),
@@ -180,8 +216,9 @@ impl State {
         }
         let entry = self.cached_entry(geometry, l1, index)?;
         let table = crate::qcow2::mapping::decode_l1(geometry, entry).ok()??;
-        let entry = self.cached_entry(geometry, table.offset, cluster.0 % geometry.l2_entries())?;
-        decode_l2(geometry, entry).ok()
+        let index = cluster.0 % geometry.l2_entries();
+        let entry = self.cached_l2_entry(geometry, table.offset, index)?;
+        entry.decode(geometry).ok()
     }
 
     fn cached_entry(&self, geometry: &Geometry, table: HostOffset, index: u64) -> Option<u64> {
@@ -213,10 +250,17 @@ impl State {
         let start = target.first.0 << geometry.cluster_bits;
         let end = (target.first.0 + target.count) << geometry.cluster_bits;
         let len = len.min(end - at);
+        let mut parts = target.written(geometry, at, len);
+        let unit = geometry.cluster() / u64::from(SUBCLUSTERS);
+        let from = start + u64::from(parts.from) * unit;
+        let until = match target.ends_in_own_data(geometry, at + len) {
+            true => at + len,
+            false => end - u64::from(SUBCLUSTERS - parts.until) * unit,
+        };
         let mut head = Extents::new();
-        self.resolve(0, start, at - start, waiter, &mut head)?;
+        self.resolve(0, from, at - from, waiter, &mut head)?;
         let mut tail = Extents::new();
-        self.resolve(0, at + len, end - at - len, waiter, &mut tail)?;
+        self.resolve(0, at + len, until - at - len, waiter, &mut tail)?;
         let mut whole = Extents::new();
         self.resolve(0, start, end - start, waiter, &mut whole)?;
 
@@ -236,10 +280,15 @@ impl State {
         let len = len.min(end - at);
         if count < target.count {
             tail.clear();
+            parts.until = SUBCLUSTERS;
         }
         // The tables were looked at before; allocating may have changed the cache, not the tables.
         if fresh && zeros(&whole) {
-            self.link(geometry, table, target.first, count, host, true);
+            for n in 0..count {
+                let entry = L2Entry::data(geometry, host.plus(n * geometry.cluster()));
+                let index = (target.first.0 + n) % geometry.l2_entries();
+                self.replace(geometry, table, index, entry, true);
+            }
             return Ok(WriteStep::InPlace {
                 file: geometry.data,
                 offset: host.plus(at - start),
@@ -249,7 +298,7 @@ impl State {
         if fresh && zeros(&tail) {
             tail.clear();
         }
-        let mut offset = host;
+        let mut offset = host.plus(from - start);
         if fresh && zeros(&head) {
             head.clear();
             offset = host.plus(at - start);
@@ -262,6 +311,7 @@ impl State {
                 count,
                 table,
                 host,
+                parts,
                 kept,
                 packed: None,
                 waiters: Vec::new(),
@@ -286,43 +336,45 @@ impl State {
         waiter: &Waiter,
     ) -> Planned<Target> {
         let first = GuestCluster(at >> geometry.cluster_bits);
-        let zero_cluster = |mapping| match mapping {
-            Mapping::Zero { host, copied: true } => host,
-            _ => None,
+        let own = |mapping: Mapping| {
+            let host = mapping.host();
+            host.and_then(|(host, copied)| copied.then_some(host))
         };
-        if let Some(host) = zero_cluster(self.lookup(geometry, first, waiter)?) {
+        let mapping = self.lookup(geometry, first, waiter)?;
+        if let Some(host) = own(mapping) {
             return Ok(Target {
                 first,
                 count: 1,
                 kept: Some(host),
+                ends: [mapping; 2],
             });
         }
-        let per_block = geometry.block() / 8;
+        let per_block = geometry.l2_per_block();
         let last = ((at + len - 1) >> geometry.cluster_bits)
             .min(first.0 / per_block * per_block + per_block - 1)
             .min(first.0 + (RUN_BYTES >> geometry.cluster_bits).max(1) - 1);
         let mut count = 1;
+        let mut ends = [mapping; 2];
         while first.0 + count <= last {
             let next = GuestCluster(first.0 + count);
             let mapping = self.lookup(geometry, next, waiter)?;
-            let ours = matches!(mapping, Mapping::Data { copied: true, .. });
-            if self.busy(next) || ours || zero_cluster(mapping).is_some() {
+            if self.busy(next) || own(mapping).is_some() {
                 break;
             }
+            ends = [ends[0], mapping];
             count += 1;
         }
         Ok(Target {
             first,
             count,
             kept: None,
+            ends,
         })
     }
 
     pub(crate) fn issue(&mut self, geometry: &Geometry, ticket: Ticket) -> Result<u64, Error> {
-        let block = block_of(
-            geometry,
-            ticket.table.0 + ticket.first.0 % geometry.l2_entries() * 8,
-        );
+        let index = ticket.first.0 % geometry.l2_entries();
+        let (block, _) = l2_place(geometry, ticket.table, index);
         self.cache.pin(geometry.layer, block.offset);
         let writer = self.writer()?;
         let number = writer.next_ticket;
@@ -354,14 +406,7 @@ impl State {
                 let index = ticket.first.0 % geometry.l2_entries();
                 self.replace(&geometry, ticket.table, index, entry, true);
             }
-            (true, None) => self.link(
-                &geometry,
-                ticket.table,
-                ticket.first,
-                ticket.count,
-                ticket.host,
-                !ticket.kept,
-            ),
+            (true, None) => self.link(&geometry, &ticket),
             (false, _) if !ticket.kept => {
                 writer
                     .freed
@@ -369,28 +414,22 @@ impl State {
             }
             (false, _) => {}
         }
-        let block = block_of(
-            &geometry,
-            ticket.table.0 + ticket.first.0 % geometry.l2_entries() * 8,
-        );
+        let index = ticket.first.0 % geometry.l2_entries();
+        let (block, _) = l2_place(&geometry, ticket.table, index);
         self.cache.unpin(geometry.layer, block.offset);
         ticket.waiters.into_iter().for_each(Waiter::wake);
     }
 
-    /// Map `count` clusters; what they were mapped to before is freed, unless it is the same cluster.
-    fn link(
-        &mut self,
-        geometry: &Geometry,
-        table: HostOffset,
-        first: GuestCluster,
-        count: u64,
-        host: HostOffset,
-        free_old: bool,
-    ) {
-        for n in 0..count {
-            let index = (first.0 + n) % geometry.l2_entries();
-            let entry = host.plus(n * geometry.cluster()).0 | COPIED;
-            self.replace(geometry, table, index, entry, free_old);
+    /// Map the clusters of a ticket; what they were mapped to before is freed, unless it is the same cluster.
+    fn link(&mut self, geometry: &Geometry, ticket: &Ticket) {
+        for n in 0..ticket.count {
+            let index = (ticket.first.0 + n) % geometry.l2_entries();
+            let host = ticket.host.plus(n * geometry.cluster());
+            let old = self.mapped(geometry, ticket.table, index).parts();
+            let stays = if ticket.kept { old } else { old.without_data() };
+            let parts = stays.with(ticket.parts.of(n, ticket.count), Part::Data);
+            let entry = L2Entry::parts(geometry, Some((host, true)), parts);
+            self.replace(geometry, ticket.table, index, entry, !ticket.kept);
         }
     }
 
@@ -399,17 +438,21 @@ impl State {
         geometry: &Geometry,
         table: HostOffset,
         index: u64,
-        entry: u64,
+        entry: L2Entry,
         free_old: bool,
     ) {
-        let old = self.cached_entry(geometry, table, index).unwrap_or(0);
-        self.set_table_entry(geometry, table, index, entry, Class::Mapping);
+        let old = self.mapped(geometry, table, index);
+        self.set_l2_entry(geometry, table, index, entry);
         if free_old {
-            self.free_mapping(
-                geometry,
-                decode_l2(geometry, old).unwrap_or(Mapping::Unallocated),
-            );
+            self.free_mapping(geometry, old);
         }
+    }
+
+    /// What an entry in the cache says.
+    fn mapped(&self, geometry: &Geometry, table: HostOffset, index: u64) -> Mapping {
+        self.cached_l2_entry(geometry, table, index)
+            .and_then(|entry| entry.decode(geometry).ok())
+            .unwrap_or(Mapping::Unallocated)
     }
 
     /// As [`State::free_mapping`], where the guest does not need the data any more: space that was the
@@ -418,13 +461,8 @@ impl State {
         if self.check_freed(geometry, mapping).is_err() {
             return;
         }
-        let alone = match mapping {
-            Mapping::Data { host, copied: true }
-            | Mapping::Zero {
-                host: Some(host),
-                copied: true,
-            } => host,
-            _ => return self.free_mapping(geometry, mapping),
+        let Some((alone, true)) = mapping.host() else {
+            return self.free_mapping(geometry, mapping);
         };
         match &mut self.writer {
             Some(writer) if self.discard && !geometry.external_data() => {
@@ -467,7 +505,7 @@ impl State {
         if let Some(table) = old.filter(|table| table.copied) {
             self.check_inside(geometry, table.offset)?;
             self.guard(geometry, table.offset, Holds::L2)?;
-            self.table_entry(geometry, table.offset, entry, waiter)?;
+            self.l2_entry(geometry, table.offset, entry, waiter)?;
             return Ok(table.offset);
         }
         let block = geometry.block();
@@ -521,15 +559,42 @@ impl State {
 
 /// The clusters of the image file that a mapping points to.
 fn host_clusters(geometry: &Geometry, mapping: Mapping) -> Option<std::ops::Range<u64>> {
-    match mapping {
-        Mapping::Data { host, .. }
-        | Mapping::Zero {
-            host: Some(host), ..
-        } if !geometry.external_data() => {
+    match (mapping, mapping.host()) {
+        (Mapping::Compressed { host, stored }, _) => {
+            Some(refcount::clusters(geometry, host, stored))
+        }
+        (_, Some((host, _))) if !geometry.external_data() => {
             Some(refcount::clusters(geometry, host, geometry.cluster()))
         }
-        Mapping::Compressed { host, stored } => Some(refcount::clusters(geometry, host, stored)),
         _ => None,
+    }
+}
+
+impl Target {
+    /// What becomes data when `len` bytes from `at` are written. Subclusters that the guest writes a part of
+    /// are made whole; with a new place, data on both sides moves there, and what lies between.
+    fn written(&self, geometry: &Geometry, at: u64, len: u64) -> Written {
+        if !geometry.extended_l2 {
+            return Written::ALL;
+        }
+        let (size, unit) = (geometry.cluster(), geometry.subcluster());
+        let mut from = (at % size / unit) as u32;
+        let mut until = ((at + len - 1) % size / unit) as u32 + 1;
+        if self.kept.is_some() || geometry.external_data() {
+            return Written { from, until };
+        }
+        let [first, last] = self.ends.map(|mapping| mapping.parts());
+        from = from.min(first.data_span().map_or(from, |span| span.start));
+        until = until.max(last.data_span().map_or(until, |span| span.end));
+        Written { from, until }
+    }
+
+    /// Whether byte `end` lies within a subcluster of data that is ours alone: others may be writing behind it
+    /// in place, so what is there is not touched.
+    fn ends_in_own_data(&self, geometry: &Geometry, end: u64) -> bool {
+        let [_, last] = self.ends;
+        let (part, _) = last.run(geometry, (end - 1) % geometry.cluster());
+        self.kept.is_some() && part == Part::Data
     }
 }
 

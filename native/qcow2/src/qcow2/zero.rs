@@ -4,12 +4,14 @@
 //! A cluster's mapping becomes "zero" (or "unallocated" where nothing lies below); the host cluster
 //! is freed, or kept with the mapping when the guest does not allow unmapping. A discard may be
 //! left undone, so it never writes data and never makes tables.
+//!
+//! With subclusters the unit of zeroes is one of these: their bits are set, and the host cluster, ours alone or
+//! not, keeps what the others have in it. The unit of discards stays the cluster, as QEMU has it.
 
-use crate::cache::Class;
 use crate::file::BlockFile;
 use crate::mailbox::Waiter;
 use crate::plan::{Extents, Planned, Stop, ZeroStep};
-use crate::qcow2::mapping::{Mapping, COPIED, ZERO};
+use crate::qcow2::entry::{L2Entry, Mapping, Part};
 use crate::qcow2::write::zeros;
 use crate::qcow2::Geometry;
 use crate::state::State;
@@ -27,7 +29,7 @@ pub(crate) struct Zeroing {
 /// What is to happen to one cluster.
 enum Change {
     None,
-    Entry { entry: u64, free: bool },
+    Entry { entry: L2Entry, free: bool },
     Write,
 }
 
@@ -48,25 +50,85 @@ impl State {
         let to_next = size - at % size;
         let at_end = at + len == self.size();
         let partial = at % size != 0 || (len < size && !at_end);
+        if partial && geometry.extended_l2 && how.required && !geometry.external_data() {
+            let step = to_next.min(len);
+            return self.zero_subclusters(geometry, files, at, step, waiter);
+        }
         if partial || geometry.external_data() {
             let step = if partial {
                 to_next.min(len)
             } else {
                 len.min(size)
             };
-            let mut content = Extents::new();
-            self.resolve(0, at, step, waiter, &mut content)?;
-            let write = how.required && !zeros(&content);
-            return Ok(if write {
-                ZeroStep::Write { len: step }
-            } else {
-                ZeroStep::Done { len: step }
-            });
+            return self.zero_by_writing(at, step, how, waiter);
         }
         if self.cache.crowded() || self.too_much_freed() {
             return Err(Stop::Commit);
         }
         self.zero_clusters(geometry, files, at, len, how, waiter)
+    }
+
+    /// Zeros are written where there are not zeros already.
+    fn zero_by_writing(
+        &mut self,
+        at: u64,
+        len: u64,
+        how: Zeroing,
+        waiter: &Waiter,
+    ) -> Planned<ZeroStep> {
+        let mut content = Extents::new();
+        self.resolve(0, at, len, waiter, &mut content)?;
+        let write = how.required && !zeros(&content);
+        Ok(if write {
+            ZeroStep::Write { len }
+        } else {
+            ZeroStep::Done { len }
+        })
+    }
+
+    /// `len` bytes within one cluster: whole subclusters by their bits.
+    fn zero_subclusters(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        at: u64,
+        len: u64,
+        waiter: &Waiter,
+    ) -> Planned<ZeroStep> {
+        let required = Zeroing {
+            required: true,
+            unmap: false,
+        };
+        let (unit, skip) = (geometry.subcluster(), at % geometry.cluster());
+        if skip % unit != 0 || (len < unit && at + len != self.size()) {
+            let step = (unit - skip % unit).min(len);
+            return self.zero_by_writing(at, step, required, waiter);
+        }
+        // To the last whole subcluster; the disk's last one may be cut short.
+        let whole = if at + len == self.size() {
+            len
+        } else {
+            len / unit * unit
+        };
+        let mut content = Extents::new();
+        self.resolve(0, at, whole, waiter, &mut content)?;
+        if zeros(&content) {
+            return Ok(ZeroStep::Done { len: whole });
+        }
+        if self.cache.crowded() || self.too_much_freed() {
+            return Err(Stop::Commit);
+        }
+        let cluster = GuestCluster(at >> geometry.cluster_bits);
+        let mapping = self.lookup(geometry, cluster, waiter)?;
+        if matches!(mapping, Mapping::Compressed { .. }) {
+            return Ok(ZeroStep::Write { len: whole });
+        }
+        let table = self.writable_l2(geometry, files, cluster, waiter)?;
+        let range = (skip / unit) as u32..(skip + whole).div_ceil(unit) as u32;
+        let parts = mapping.parts().with(range, Part::Zero);
+        let entry = L2Entry::parts(geometry, mapping.host(), parts);
+        self.set_l2_entry(geometry, table, cluster.0 % geometry.l2_entries(), entry);
+        Ok(ZeroStep::Done { len: whole })
     }
 
     /// Whole clusters, within one cached block of the L2 table.
@@ -81,7 +143,7 @@ impl State {
     ) -> Planned<ZeroStep> {
         let size = geometry.cluster();
         let first = at >> geometry.cluster_bits;
-        let per_block = geometry.block() / 8;
+        let per_block = geometry.l2_per_block();
         let until = first / per_block * per_block + per_block;
         let mut done = 0;
         for cluster in (first..until).map(GuestCluster) {
@@ -120,13 +182,7 @@ impl State {
                     if free {
                         self.check_freed(geometry, old)?;
                     }
-                    self.set_table_entry(
-                        geometry,
-                        table,
-                        cluster.0 % geometry.l2_entries(),
-                        entry,
-                        Class::Mapping,
-                    );
+                    self.set_l2_entry(geometry, table, cluster.0 % geometry.l2_entries(), entry);
                     if free {
                         self.discard_mapping(geometry, old);
                     }
@@ -147,6 +203,8 @@ impl State {
         let mapping = self.lookup(geometry, cluster, waiter)?;
         let below = self.layers.len() > geometry.layer + 1;
         let has_zero = geometry.version >= 3;
+        let nothing = L2Entry::default();
+        let zeroed = L2Entry::zeros(geometry, None);
         Ok(match mapping {
             Mapping::Unallocated if !how.required || !below => Change::None,
             Mapping::Unallocated => {
@@ -162,34 +220,41 @@ impl State {
                 match (zeros(&content), has_zero) {
                     (true, _) => Change::None,
                     (false, true) => Change::Entry {
-                        entry: ZERO,
+                        entry: zeroed,
                         free: false,
                     },
                     (false, false) => Change::Write,
                 }
             }
             Mapping::Zero { host: Some(_), .. } if how.unmap => Change::Entry {
-                entry: ZERO,
+                entry: zeroed,
                 free: true,
             },
             Mapping::Zero { .. } => Change::None,
-            Mapping::Data { host, copied: true } if has_zero && !how.unmap => Change::Entry {
-                entry: host.0 | COPIED | ZERO,
+            Mapping::Data { host, copied: true }
+            | Mapping::Split {
+                host: Some(host),
+                copied: true,
+                ..
+            } if has_zero && !how.unmap => Change::Entry {
+                entry: L2Entry::zeros(geometry, Some(host)),
                 free: false,
             },
             Mapping::Data { .. } if !how.unmap && !has_zero => Change::Write,
-            Mapping::Data { .. } | Mapping::Compressed { .. } => match (below, has_zero) {
-                (false, _) => Change::Entry {
-                    entry: 0,
-                    free: true,
-                },
-                (true, true) => Change::Entry {
-                    entry: ZERO,
-                    free: true,
-                },
-                (true, false) if how.required => Change::Write,
-                (true, false) => Change::None,
-            },
+            Mapping::Data { .. } | Mapping::Compressed { .. } | Mapping::Split { .. } => {
+                match (below, has_zero) {
+                    (false, _) => Change::Entry {
+                        entry: nothing,
+                        free: true,
+                    },
+                    (true, true) => Change::Entry {
+                        entry: zeroed,
+                        free: true,
+                    },
+                    (true, false) if how.required => Change::Write,
+                    (true, false) => Change::None,
+                }
+            }
         })
     }
 }
