@@ -66,7 +66,8 @@ impl Packer {
 
     /// Compress a whole cluster; None when that does not make it smaller.
     pub(crate) fn pack(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
-        let mut packed = vec![0u8; cluster.len().saturating_sub(1)];
+        // Room for what grows, too: a deflater that is left with output pending must not be used again.
+        let mut packed = vec![0u8; cluster.len() + cluster.len() / 256 + 64];
         let len = match self {
             Packer::Zlib(deflater) => {
                 deflater.reset();
@@ -82,7 +83,7 @@ impl Packer {
             Packer::Zstd(packer) => packer.compress_to_buffer(cluster, &mut packed).ok()?,
         };
         packed.truncate(len);
-        Some(packed)
+        (len < cluster.len()).then_some(packed)
     }
 }
 
@@ -104,6 +105,27 @@ mod tests {
                 .expect("a packer")
                 .expect("it shrinks");
             packed.resize(packed.len() + 300, 0xaa);
+            assert_eq!(expand(codec, &packed, 65536).expect("it expands"), sample());
+        }
+    }
+
+    #[test]
+    fn a_packer_works_on_after_noise_that_does_not_shrink() {
+        for codec in [Codec::Zlib, Codec::Zstd] {
+            let mut packer = Packer::new(codec).expect("a packer");
+            let mut state = 1u64;
+            for _ in 0..200 {
+                let noise: Vec<u8> = std::iter::repeat_with(|| {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1);
+                    (state >> 56) as u8
+                })
+                .take(16384)
+                .collect();
+                assert!(packer.pack(&noise).is_none());
+            }
+            let packed = packer.pack(&sample()).expect("it shrinks");
             assert_eq!(expand(codec, &packed, 65536).expect("it expands"), sample());
         }
     }
