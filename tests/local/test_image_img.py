@@ -95,8 +95,14 @@ def test_info_says_what_qemu_says(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["-c"], ["-c", "-o", "compression_type=zstd"], ["-o", "cluster_size=2k"]]
-    + [["-o", "extended_l2=on"], ["-c", "-o", "extended_l2=on,cluster_size=16k"]],
+    [
+        [],
+        ["-c"],
+        ["-c", "-o", "compression_type=zstd"],
+        ["-o", "cluster_size=2k"],
+        ["-o", "extended_l2=on"],
+        ["-c", "-o", "extended_l2=on,cluster_size=16k"],
+    ],
 )
 def test_convert_goes_both_ways(tmp_path: Path, raw: Path, flags: list[str]) -> None:
     mine, theirs, back = tmp_path / "mine", tmp_path / "theirs", tmp_path / "back"
@@ -178,7 +184,7 @@ def test_a_write_copies_only_the_subclusters_that_it_cuts(
 def test_subclusters_of_a_preallocated_overlay_are_the_backing_files(tmp_path: Path) -> None:
     base, path = tmp_path / "base", tmp_path / "top"
     base.write_bytes(b"\x55" * MIB)
-    words = ["-b", base, "-F", "raw", path, "2M"]
+    words: list[str | Path] = ["-b", base, "-F", "raw", path, "2M"]
     ours("create", "-q", "-f", "qcow2", "-o", "extended_l2=on,preallocation=falloc", *words)
     clean(path)
     assert path.stat().st_blocks * 512 > 2 * MIB
@@ -210,8 +216,14 @@ def _joined(ranges: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "options",
-    ["cluster_size=64k", "cluster_size=512,refcount_bits=1", "cluster_size=2M", "preallocation=full"]
-    + ["extended_l2=on", "extended_l2=on,cluster_size=16k"],
+    [
+        "cluster_size=64k",
+        "cluster_size=512,refcount_bits=1",
+        "cluster_size=2M",
+        "preallocation=full",
+        "extended_l2=on",
+        "extended_l2=on,cluster_size=16k",
+    ],
 )
 def test_measure_gives_qemus_numbers(
     tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str], options: str
