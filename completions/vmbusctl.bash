@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine memory set-memory host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -80,6 +80,14 @@ _vmbusctl() {
             ;;
         undefine)
             options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        memory)
+            options="-h --help --watch --interval --count --plot --for --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        set-memory)
+            options="-h --help --wait --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         host)
@@ -180,6 +188,17 @@ _vmbusctl() {
             return
             ;;
         "undefine --bus-address" | "undefine --bus-name")
+            return
+            ;;
+        "memory --plot")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "memory --interval" | "memory --count" | "memory --for" | "memory --bus-address" | "memory --bus-name")
+            return
+            ;;
+        "set-memory --wait" | "set-memory --bus-address" | "set-memory --bus-name")
             return
             ;;
         "host --bus-address" | "host --bus-name")

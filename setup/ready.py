@@ -37,7 +37,7 @@ CACHE: Final = Path(os.environ.get("VMBUS_CACHE") or CHECKOUT / ".cache").absolu
 VENV: Final = CHECKOUT / ".venv"
 PYTHON: Final = "/usr/bin/python3"
 CARGO_MINIMUM: Final = (1, 85)
-EXTRAS: Final = ("fast", "test")
+EXTRAS: Final = ("fast", "plot", "test")
 
 SERVICE_USER: Final = "vmbus"
 TEST_USERS: Final = ("vmbus-alice", "vmbus-bob")

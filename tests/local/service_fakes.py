@@ -37,9 +37,13 @@ class FakeWorker:
         self.files: dict[str, int] = {}
         self.asked: list[str] = []
         self.history = b"login: "
+        self.balloon: dict[str, Any] | None = None
+        self.heeds = True
+        """Whether the guest gives back what it is asked for."""
         self.console: socket.socket | None = None
         self.reason = ""
         self.events: list[wire.Event] = []
+        self.memory = 0
         self._seq = 0
         self._ended = ended
         self._sock: socket.socket | None = None
@@ -153,12 +157,16 @@ class FakeWorker:
         if isinstance(request, wire.Console):
             self.console = socket.socket(fileno=fds[0])
             self.console.send(self.history)
-        stats = {"vcpus": {"exits": 7}, "odd": None} if isinstance(request, wire.Stats) else {}
+        stats: dict[str, Any] = {}
+        if isinstance(request, wire.Stats):
+            stats = {"vcpus": {"exits": 7}, "odd": None, "devices": {"balloon": self.balloon}}
         self.say(wire.Result(id=request.id, stats=stats))
         self._act(request)
 
     def _act(self, request: wire.Request) -> None:
         if isinstance(request, wire.Configure):
+            self.memory = request.definition.memory
+            self.balloon = {"target": self.memory, "ballooned": 0, "reported": 0}
             self.enter("configured")
         elif isinstance(request, wire.Run | wire.Resume):
             self.enter("running")
@@ -166,6 +174,10 @@ class FakeWorker:
             self.enter("paused")
         elif isinstance(request, wire.Reset):
             self.event("reset")
+        elif isinstance(request, wire.MemoryTarget) and self.balloon is not None:
+            self.balloon["target"] = request.bytes
+            if self.heeds:
+                self.balloon["ballooned"] = self.memory - request.bytes
         elif isinstance(request, wire.Stop):
             self.end("stopped")
         elif isinstance(request, wire.Shutdown) and self.obeys:
@@ -281,8 +293,9 @@ class FakeBroker:
                 if worker is None:
                     fields = {"error": "InvalidState", "message": "no worker"}
                 else:
-                    figures = open("/proc/self/smaps_rollup", "rb")  # noqa: SIM115 (closed below)
-                    opened = [worker.connect(), figures]
+                    names = ("smaps_rollup", "smaps", "ksm_stat")
+                    figures = [open(f"/proc/self/{name}", "rb") for name in names]  # noqa: SIM115 (closed below)
+                    opened = [worker.connect(), *figures]
                     fds = [file.fileno() for file in opened]
             case broker.Open():
                 if os.path.exists(request.path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from vmbus.bus import variants
+from vmbus.service import host_memory
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.host import capabilities
 from vmbus.service.polkit import Polkit
@@ -29,7 +30,7 @@ class HostObject:
 
 
 class HostApi:
-    """Its method."""
+    """Its methods."""
 
     def __init__(self, broker: BrokerClient, polkit: Polkit) -> None:
         self._broker = broker
@@ -41,3 +42,7 @@ class HostApi:
         return variants(
             capabilities(broker=self._broker.connected, polkit=installed, notes=self._broker.notes)
         )
+
+    def get_memory(self, caller: Caller, item: HostObject) -> dict[str, Any]:
+        """GetMemory."""
+        return variants(host_memory.figures())

@@ -12,6 +12,7 @@ from vmbus.service.dispatcher import Reply
 from vmbus.service.files import PassedFile
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
+from vmbus.service.memory import Memory
 from vmbus.service.parked import Parked
 from vmbus.service.standard import Caller
 from vmbus.wire.dbus_form import build
@@ -69,6 +70,8 @@ _PROPERTIES: Final = {
     "Generation": lambda m: Variant("t", m.generation),
     "MemoryCannot": lambda m: Variant("as", CANNOT[m.definition.memory_kind]),
     "Definition": lambda m: Variant("a{sv}", variants(build(m.definition))),
+    "MemoryTarget": lambda m: Variant("t", m.memory_target),
+    "MemoryActual": lambda m: Variant("t", m.memory_actual),
     "WorkerPid": lambda m: Variant("u", m.pid),
 }
 
@@ -76,10 +79,13 @@ _PROPERTIES: Final = {
 class MachineApi:
     """Its methods."""
 
-    def __init__(self, lifecycle: Lifecycle, definitions: Definitions, parked: Parked) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, definitions: Definitions, parked: Parked, memory: Memory
+    ) -> None:
         self._lifecycle = lifecycle
         self._definitions = definitions
         self._parked = parked
+        self._memory = memory
 
     async def start(
         self, caller: Caller, item: MachineObject, options: dict[str, Any], files: dict[str, PassedFile]
@@ -135,6 +141,14 @@ class MachineApi:
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""
         return _figures(await self._lifecycle.stats(item.machine))
+
+    async def set_memory_target(self, caller: Caller, item: MachineObject, target: int) -> None:
+        """SetMemoryTarget."""
+        await self._memory.set_target(item.machine, target)
+
+    async def get_memory(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
+        """GetMemory."""
+        return _figures(await self._memory.figures(item.machine))
 
     async def undefine(self, caller: Caller, item: MachineObject) -> None:
         """Undefine."""

@@ -177,11 +177,11 @@ def _become_worker(plan: Plan, fds: list[int], doomed: int, proc: int, group: in
 
 
 def open_figures(pid: int, started: int) -> list[int]:
-    """smaps_rollup and, where the kernel has it, ksm_stat of a worker that has executed; the caller's.
+    """smaps_rollup, smaps and, where the kernel has it, ksm_stat of a worker that has executed; the caller's.
 
     ``started`` is its start time: another process of that number is not looked at. Raises OSError.
     """
-    names = [f"/proc/{pid}/{name}" for name in ("smaps_rollup", "ksm_stat")]
+    names = [f"/proc/{pid}/{name}" for name in ("smaps_rollup", "smaps", "ksm_stat")]
     fds = [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in names if os.path.exists(name)]
     if start_time(pid) != started:
         for fd in fds:

@@ -228,6 +228,38 @@ def _wait(to: argparse.ArgumentParser) -> None:
     to.add_argument("--timeout", metavar="SECONDS", type=float, help="give up after so long (default: never)")
 
 
+def _memory(to: argparse.ArgumentParser) -> None:
+    action = to.add_argument(
+        "machines",
+        metavar="MACHINE",
+        nargs="*",
+        help="names of yours, or UUIDs (default: all that you may see)",
+    )
+    _completed(action, "machine")
+    to.add_argument("--watch", action="store_true", help="again and again, until interrupted")
+    to.add_argument(
+        "--interval", metavar="SECONDS", type=float, default=2.0, help="between two looks (default 2)"
+    )
+    to.add_argument("--count", metavar="N", type=int, help="so many looks")
+    _completed(
+        to.add_argument("--plot", metavar="FILE", help="record, then draw it into this SVG file"), "file"
+    )
+    to.add_argument(
+        "--for",
+        metavar="SECONDS",
+        dest="duration",
+        type=float,
+        default=60.0,
+        help="how long to record for --plot (default 60)",
+    )
+
+
+def _set_memory(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("size", metavar="SIZE", help="bytes, or with K, M, G, T: 512M")
+    to.add_argument("--wait", metavar="SECONDS", type=float, help="wait so long for the guest to get there")
+
+
 def _nothing(_to: argparse.ArgumentParser) -> None:
     pass
 
@@ -346,6 +378,31 @@ COMMANDS: Final[Sequence[Command]] = (
         "",
         (("vmbusctl undefine web", "forget it"),),
         _machines,
+    ),
+    Command(
+        "memory",
+        "show what machines' memory is made of, and the host's",
+        "Of the guest's memory: size; target (what it should get by with); resident on the host; pss "
+        "(each page divided by\nhow many share it); huge (in huge pages); merged (by KSM); saved (by "
+        "sharing); ballooned (given back); swapped.\noverhead is what the VMM itself needs. Without a "
+        "terminal there is no heading; with --json each look is a line.",
+        (
+            ("vmbusctl memory", "one look at all machines"),
+            ("vmbusctl memory web --watch --interval 1", "every second"),
+            ("vmbusctl memory --plot memory.svg --for 300", "five minutes, drawn (needs matplotlib)"),
+        ),
+        _memory,
+    ),
+    Command(
+        "set-memory",
+        "ask a guest to get by with less of its memory, or let it have it back",
+        "Between the machine's memory-minimum and its memory. The guest's balloon driver gives back "
+        "what it can spare;\na guest in need takes memory back by itself.",
+        (
+            ("vmbusctl set-memory web 256M", "ask and return"),
+            ("vmbusctl set-memory web 256M --wait 10", "and wait until it has done so"),
+        ),
+        _set_memory,
     ),
     Command("host", "show what this host can do", "", (("vmbusctl host", "KVM, CPUs, memory"),), _nothing),
 )

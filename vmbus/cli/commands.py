@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
-from vmbus.cli import chain, console, description, files, output
+from vmbus.cli import chain, console, description, files, memory, output
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
 from vmbus.wire import dbus_form
 from vmbus.wire.definition import Definition
@@ -237,6 +237,8 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "console": open_console,
     "wait": wait,
     "undefine": simple("Undefine", "undefined"),
+    "memory": memory.memory,
+    "set-memory": memory.set_memory,
     "host": host,
 }
 

@@ -151,6 +151,20 @@ class Remote:
         found: Mapping[str, Any] = await self._call(HOST, "Host.GetCapabilities")
         return {**found, "version": (await self._connection.get_all(ROOT, "Manager"))["Version"]}
 
+    async def memory(self, path: str) -> Mapping[str, Any]:
+        """Machine.GetMemory."""
+        found: Mapping[str, Any] = await self._call(path, "Machine.GetMemory")
+        return found
+
+    async def set_memory_target(self, path: str, target: int) -> None:
+        """Machine.SetMemoryTarget; returns when the guest has been asked."""
+        await self._call(path, "Machine.SetMemoryTarget", target)
+
+    async def host_memory(self) -> Mapping[str, Any]:
+        """Host.GetMemory."""
+        found: Mapping[str, Any] = await self._call(HOST, "Host.GetMemory")
+        return found
+
     async def finish(self, job: str) -> None:
         """Return when a job is done; raises VmbusError as it failed, Cancelled, or Disconnected."""
         ended = asyncio.Event()

@@ -57,6 +57,8 @@ class Lifecycle:
         self._claims = claims
         self._jobs = jobs
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_found: Callable[[Machine], Awaitable[None]] = _nothing_more
+        """Called when a machine that was running before is reached again."""
         self.on_console: Callable[[Machine], None] = lambda machine: None
         self.on_reset: Callable[[Machine], None] = lambda machine: None
 
@@ -170,6 +172,7 @@ class Lifecycle:
                 raise _about(error, f"nic/{nic.id}") from None
 
     async def _let_go(self, machine: Machine, *, paused: bool) -> None:
+        machine.set_memory(machine.definition.memory, machine.definition.memory)
         if paused:
             machine.guest = "paused"
             machine.set_state("paused")
@@ -306,7 +309,7 @@ class Lifecycle:
         """What the machine counts, and its worker's memory."""
         machine.require("GetStats", "running", "paused", "stopping")
         worker = machine.connection()
-        return {**await worker.stats(), **worker.memory()}
+        return {**await worker.stats(), **worker.figures.totals()}
 
     # -- the worker's side
 
@@ -410,6 +413,7 @@ class Lifecycle:
             machine.worker.close()
             machine.worker = None
         machine.set_pid(0)
+        machine.set_memory(0, 0)
         machine.set_flag("stuck", on=False)
         machine.set_flag("disconnected", on=False)
         machine.gone.set()
@@ -495,6 +499,8 @@ class Lifecycle:
             return
         if not worker.told_state:
             machine.guest = "running" if said.state == "running" else "paused"
+        if said.state in ("running", "paused"):
+            self._spin(self.on_found(machine))
         if said.state != "ended" and (machine.state != "stopping" or machine.reason == "recovery"):
             machine.set_state(machine.guest)
 
@@ -515,6 +521,10 @@ class Lifecycle:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("what was done on the side failed", exc_info=error)
+
+
+async def _nothing_more(machine: Machine) -> None:
+    """For whoever wants to hear nothing."""
 
 
 def _run(machine: Machine) -> Run:

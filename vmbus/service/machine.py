@@ -106,6 +106,10 @@ class Machine:
         self.since = last.since if last and last.since else now()
         self.flags: frozenset[str] = frozenset()
         self.pid = 0
+        self.memory_target = 0
+        """Bytes that the guest was asked to get by with; 0 while there is no guest."""
+        self.memory_actual = 0
+        """Bytes that it has, by what it said last."""
         self.guest: Guest = "running"
         self.worker: WorkerClient | None = None
         self.job: Job | None = None
@@ -153,6 +157,17 @@ class Machine:
         if pid != self.pid:
             self.pid = pid
             self.on_change(self, self.state, ("WorkerPid",))
+
+    def set_memory(self, target: int, actual: int) -> None:
+        """What the guest should get by with, and what it has, in bytes."""
+        names = []
+        if target != self.memory_target:
+            names.append("MemoryTarget")
+        if actual != self.memory_actual:
+            names.append("MemoryActual")
+        self.memory_target, self.memory_actual = target, actual
+        if names:
+            self.on_change(self, self.state, tuple(names))
 
     async def reaches(self, *states: str, within: float) -> bool:
         """Wait until it is in one of ``states``; False after ``within`` seconds."""

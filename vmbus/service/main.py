@@ -34,6 +34,7 @@ from vmbus.service.exports import Exports, Subscribers
 from vmbus.service.files import Files
 from vmbus.service.jobs import Jobs
 from vmbus.service.lifecycle import Lifecycle
+from vmbus.service.memory import Memory
 from vmbus.service.owned import Owned
 from vmbus.service.parked import Parked
 from vmbus.service.polkit import Polkit
@@ -93,6 +94,8 @@ async def serve(options: argparse.Namespace) -> int:
     owned = Owned(notes, broker)
     lifecycle = Lifecycle(registry, broker, owned, claims, jobs)
     definitions = Definitions(registry, broker, owned)
+    memory = Memory()
+    lifecycle.on_found = memory.found
     dispatcher = _on_the_bus(
         options.instance,
         bus,
@@ -106,6 +109,7 @@ async def serve(options: argparse.Namespace) -> int:
         definitions,
         jobs,
         parked,
+        memory,
         broker,
     )
     registry.load()
@@ -149,6 +153,7 @@ def _on_the_bus(
     definitions: Definitions,
     jobs: Jobs,
     parked: Parked,
+    memory: Memory,
     broker: BrokerClient,
 ) -> Dispatcher:
     # The one place below which api is imported: api depends on service, never the other way.
@@ -161,7 +166,7 @@ def _on_the_bus(
     manager = ManagerApi(registry, definitions, lifecycle, subscribers)
     handlers = {
         "org.vmbus1.Manager": manager,
-        "org.vmbus1.Machine": MachineApi(lifecycle, definitions, parked),
+        "org.vmbus1.Machine": MachineApi(lifecycle, definitions, parked, memory),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
     }

@@ -10,8 +10,6 @@ second is read more slowly.
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -19,8 +17,8 @@ from typing import Any, Final
 
 import msgspec
 
-from vmbus.service import descriptors
 from vmbus.service.channel import Channel
+from vmbus.service.figures import Figures
 from vmbus.wire import worker as wire
 from vmbus.wire.definition import Definition
 from vmbus.wire.errors import VmbusError
@@ -36,7 +34,7 @@ BUILD_DEADLINE: Final = 60.0
 
 
 class WorkerClient:
-    """A control connection. ``fds``: the connection, smaps_rollup and perhaps ksm_stat; all are taken
+    """A control connection. ``fds``: the connection, smaps_rollup, smaps and perhaps ksm_stat; all are taken
     over."""
 
     def __init__(
@@ -49,7 +47,8 @@ class WorkerClient:
     ) -> None:
         if not fds:
             raise VmbusError("Internal", "the broker gave no connection to the worker")
-        self._figures = fds[1:]
+        self.figures = Figures(fds[1:])
+        """The worker's memory, from /proc."""
         self._seq = last_seq
         self._on_event = on_event
         self.restricted = False
@@ -138,28 +137,15 @@ class WorkerClient:
         self._unrestricted()
         return (await self._ask(lambda n: wire.Stats(id=n))).stats
 
-    def memory(self) -> dict[str, int]:
-        """The worker's memory in bytes, from the files that the broker opened: memory-pss, memory-rss,
-        memory-swap, ksm-merged."""
-        found: dict[str, int] = {}
-        for fd in self._figures:
-            try:
-                text = os.pread(fd, 8192, 0).decode("ascii", "replace")
-            except OSError:
-                continue
-            for key, name in (("memory-pss", "Pss"), ("memory-rss", "Rss"), ("memory-swap", "Swap")):
-                if match := re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE):
-                    found[key] = int(match[1]) * 1024
-            if match := re.search(r"^ksm_merging_pages\s+(\d+)", text, re.MULTILINE):
-                found["ksm-merged"] = int(match[1]) * os.sysconf("SC_PAGESIZE")
-        return found
+    async def set_memory_target(self, target: int) -> None:
+        """Ask the guest to get by with so many bytes."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.MemoryTarget(id=n, bytes=target))
 
     def close(self) -> None:
         """Close the connection and the files."""
         self._channel.close()
-        for fd in self._figures:
-            descriptors.close(fd)
-        self._figures = []
+        self.figures.close()
 
     def _unrestricted(self) -> None:
         if self.restricted:

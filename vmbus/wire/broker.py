@@ -60,7 +60,7 @@ class Check(_Request, tag="check", frozen=True, kw_only=True):
 class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     """Start a worker for ``uuid`` (a spare one when there is one of the right profile).
 
-    Reply fds: [control connection, /proc/PID/smaps_rollup, /proc/PID/ksm_stat if the kernel has it].
+    Reply fds: the control connection; of /proc/PID smaps_rollup, smaps, and ksm_stat if the kernel has it.
     The worker already holds /dev/kvm.
     """
 

@@ -39,6 +39,20 @@ class FakeBus:
         self.then: dict[str, Callable[[], object]] = {}
         self.job = {"State": "running", "Error": "", "Message": ""}
         self.console_end = -1
+        self.memory: dict[str, Any] = {
+            "kind": "mergeable",
+            "size": 64 << 20,
+            "target": 64 << 20,
+            "resident": 48 << 20,
+            "pss": 32 << 20,
+            "huge": 0,
+            "merged": 20 << 20,
+            "saved": 16 << 20,
+            "ballooned": 0,
+            "swapped": 0,
+            "overhead": 7 << 20,
+        }
+        self.host_memory: dict[str, Any] = {"total": 8 << 30, "available": 6 << 30, "pressure-some": 1.5}
         self._handlers: list[tuple[str, Handler]] = []
         self._gone = asyncio.Event()
 
@@ -64,6 +78,7 @@ class FakeBus:
             "OpenConsole": self.console_end,
             "GetCapabilities": {"kvm": True, "memory": 8 << 30, "machine-types": ["vmbus-0"]},
             "GetStats": {"memory-pss": 7 << 20},
+            "GetMemory": self.host_memory if path.endswith("/host") else self.memory,
         }
         return answers.get(member)
 
