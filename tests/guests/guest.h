@@ -114,5 +114,8 @@ void mode_net_echo(void);
 void mode_balloon(void);
 void mode_balloon_hostile(void);
 void mode_report(void);
+void mode_panic(void);
+void mode_shadow(void);
+void mode_fw_cfg(void);
 
 #endif

@@ -35,6 +35,9 @@ static const struct mode modes[] = {
     { "balloon", mode_balloon },
     { "balloon-hostile", mode_balloon_hostile },
     { "report", mode_report },
+    { "panic", mode_panic },
+    { "shadow", mode_shadow },
+    { "fw-cfg", mode_fw_cfg },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

@@ -139,6 +139,7 @@ EndReason = Literal[
     "guest-poweroff",
     "guest-reset",
     "stopped",
+    "guest-panic",
     "triple-fault",
     "kvm-internal-error",
     "guest-misbehaved",

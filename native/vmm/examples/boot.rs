@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Runs one machine with its console on stdin and stdout, for tests, benchmarks and curiosity.
 //!
-//!     boot --kernel K [--initrd I] [--cmdline C] [--disk FILE:FORMAT]… [--memory MiB] [--vcpus N] [--cpu MODEL]
-//!          [--on-reset restart|end] [--button-on TEXT] [--time-limit S]
+//!     boot --kernel K [--initrd I] [--cmdline C] | --firmware CODE [--menu yes]
+//!          [--disk FILE:FORMAT]… [--memory MiB] [--vcpus N] [--cpu MODEL] [--on-reset restart|end] [--button-on TEXT]
+//!          [--time-limit S]
 //!
 //! Nothing is confined here. `--button-on` presses the power button once the guest has printed TEXT; SIGINT and
 //! SIGTERM stop the machine in order. Events go to stderr. Exit code: 0 when the guest powered off or was stopped, 3 for any
@@ -61,7 +62,7 @@ fn parse(console_fd: RawFd) -> Result<Arguments, String> {
     let mut config = json!({
         "machine_type": "vmbus-0", "uuid": "00000000-0000-4000-8000-000000000000", "vcpus": 1,
         "memory": 256u64 << 20, "cpu_model": "host", "console_fd": console_fd, "rng": true,
-        "kvm_fd": open("/dev/kvm", true)?, "kernel": {}, "disks": [],
+        "kvm_fd": open("/dev/kvm", true)?, "disks": [],
     });
     let (mut button_on, mut time_limit) = (None, None);
     let mut words = std::env::args().skip(1);
@@ -76,6 +77,8 @@ fn parse(console_fd: RawFd) -> Result<Arguments, String> {
             "--kernel" => config["kernel"]["fd"] = open(&value, false)?.into(),
             "--initrd" => config["kernel"]["initrd_fd"] = open(&value, false)?.into(),
             "--cmdline" => config["kernel"]["cmdline"] = value.into(),
+            "--firmware" => config["firmware"]["code_fd"] = open(&value, false)?.into(),
+            "--menu" => config["firmware"]["menu"] = (value == "yes").into(),
             "--memory" => config["memory"] = (number()? << 20).into(),
             "--vcpus" => config["vcpus"] = number()?.into(),
             "--cpu" => config["cpu_model"] = value.into(),
@@ -89,8 +92,12 @@ fn parse(console_fd: RawFd) -> Result<Arguments, String> {
             _ => return Err(format!("{name} is not an option")),
         }
     }
-    if config["kernel"]["fd"].is_null() {
-        return Err("--kernel is missing".to_owned());
+    if config.get("kernel").is_none() {
+        let disks = config["disks"].as_array().into_iter().flatten();
+        let boot: Vec<_> = disks
+            .filter_map(|disk| Some(format!("disk/{}", disk["id"].as_str()?)))
+            .collect();
+        config["firmware"]["boot"] = boot.into();
     }
     Ok(Arguments {
         config,

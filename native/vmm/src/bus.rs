@@ -3,8 +3,9 @@
 //!
 //! A range belongs to one device; a device may have several ranges. Ranges come and go while vCPUs run
 //! (a guest moves a BAR), so a look-up takes the device out of the table before it calls it: a device may
-//! insert and remove ranges, its own too, from within an access. An access that no range holds whole
-//! reads all ones and writes nothing, as on a real machine.
+//! insert and remove ranges, its own too, from within an access. What meets no range goes to the fallback,
+//! if there is one. An access that no range holds whole, and the rest, reads all ones and writes nothing, as on a real
+//! machine.
 
 use std::sync::{Arc, RwLock};
 
@@ -32,6 +33,7 @@ struct Range {
 #[derive(Default)]
 pub struct Bus {
     ranges: RwLock<Vec<Range>>,
+    fallback: RwLock<Option<Arc<dyn BusDevice>>>,
 }
 
 impl Bus {
@@ -62,6 +64,11 @@ impl Bus {
         }
         ranges.insert(place, Range { base, last, device });
         Ok(())
+    }
+
+    /// Gives `device` all addresses that are nobody else's, with 0 as the base. The bus holds it for good.
+    pub fn set_fallback(&self, device: Arc<dyn BusDevice>) {
+        *self.fallback.write().unwrap_or_else(|e| e.into_inner()) = Some(device);
     }
 
     /// Takes away the range that begins at `base`; false if there is none.
@@ -101,9 +108,14 @@ impl Bus {
         let end = address.checked_add((len as u64).checked_sub(1)?)?;
         let ranges = self.ranges.read().unwrap_or_else(|e| e.into_inner());
         let place = ranges.partition_point(|range| range.last < address);
-        let range = ranges.get(place)?;
-        (range.base <= address && end <= range.last)
-            .then(|| (range.base, Arc::clone(&range.device)))
+        match ranges.get(place) {
+            Some(range) if range.base <= end => (range.base <= address && end <= range.last)
+                .then(|| (range.base, Arc::clone(&range.device))),
+            _ => {
+                let fallback = self.fallback.read().unwrap_or_else(|e| e.into_inner());
+                fallback.as_ref().map(|device| (0, Arc::clone(device)))
+            }
+        }
     }
 }
 
@@ -149,6 +161,21 @@ mod tests {
             assert_eq!(data, [0xff, 0xff], "{address:#x}");
             assert!(!bus.write(address, &[1, 2]), "{address:#x}");
         }
+    }
+
+    #[test]
+    fn the_fallback_has_what_meets_no_range() {
+        let bus = Bus::new();
+        let (device, fallback) = (Arc::new(Recorder::default()), Arc::new(Recorder::default()));
+        bus.insert(0x20, 0x10, device.clone()).unwrap();
+        bus.set_fallback(fallback.clone());
+        assert!(bus.write(0x1000, &[1, 2]));
+        assert!(bus.write(0x20, &[3]));
+        // Half in a range is nobody's.
+        assert!(!bus.write(0x1f, &[4, 5]));
+        assert!(!bus.write(0x2f, &[6, 7]));
+        assert_eq!(*fallback.0.lock().unwrap(), [(0, 0x1000, vec![1, 2])]);
+        assert_eq!(*device.0.lock().unwrap(), [(0x20, 0, vec![3])]);
     }
 
     #[test]

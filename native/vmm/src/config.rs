@@ -47,8 +47,12 @@ pub struct Config {
     pub kvm_fd: RawFd,
     /// One end of a non-blocking SOCK_STREAM socketpair.
     pub console_fd: RawFd,
-    /// What is booted.
-    pub kernel: Kernel,
+    /// A kernel that is booted directly.
+    #[serde(default)]
+    pub kernel: Option<Kernel>,
+    /// Else the firmware that boots.
+    #[serde(default)]
+    pub firmware: Option<Firmware>,
     /// virtio-blk disks, in the order of their PCI devices.
     #[serde(default)]
     pub disks: Vec<Disk>,
@@ -102,6 +106,20 @@ pub struct Kernel {
     /// At most 2047 bytes, without NUL.
     #[serde(default)]
     pub cmdline: String,
+}
+
+/// Boot by firmware.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Firmware {
+    /// Its code: 128 KiB to 8 MiB, read once.
+    pub code_fd: RawFd,
+    /// `disk/ID` and `nic/ID`: what is booted, in this order, and nothing else.
+    #[serde(default)]
+    pub boot: Vec<String>,
+    /// Whether SeaBIOS offers its boot menu.
+    #[serde(default)]
+    pub menu: bool,
 }
 
 /// A disk: its whole chain, active layer first.
@@ -172,7 +190,9 @@ pub struct Files {
     /// The memory's file.
     pub memory: Option<OwnedFd>,
     /// The kernel.
-    pub kernel: OwnedFd,
+    pub kernel: Option<OwnedFd>,
+    /// The firmware's code.
+    pub firmware: Option<OwnedFd>,
     /// The initrd.
     pub initrd: Option<OwnedFd>,
     /// For each disk, for each layer: the image and its data file.
@@ -192,8 +212,9 @@ impl Config {
             kvm: own(self.kvm_fd),
             console: own(self.console_fd),
             memory: self.memory_fd.map(own),
-            kernel: own(self.kernel.fd),
-            initrd: self.kernel.initrd_fd.map(own),
+            kernel: self.kernel.as_ref().map(|kernel| own(kernel.fd)),
+            firmware: self.firmware.as_ref().map(|code| own(code.code_fd)),
+            initrd: self.kernel.as_ref().and_then(|k| k.initrd_fd).map(own),
             disks: self.disks.iter().map(Disk::own_files).collect(),
             nics: self.nics.iter().map(Nic::own_files).collect(),
         })
@@ -226,11 +247,23 @@ impl Config {
                 ),
             ));
         }
-        if self.kernel.cmdline.len() > CMDLINE_MAX || self.kernel.cmdline.contains('\0') {
-            return Err(Error::invalid(
-                "kernel.cmdline",
-                format!("longer than {CMDLINE_MAX} bytes, or with a NUL in it"),
-            ));
+        self.uuid_bytes()?;
+        match (&self.kernel, &self.firmware) {
+            (Some(kernel), None) => {
+                if kernel.cmdline.len() > CMDLINE_MAX || kernel.cmdline.contains('\0') {
+                    return Err(Error::invalid(
+                        "kernel.cmdline",
+                        format!("longer than {CMDLINE_MAX} bytes, or with a NUL in it"),
+                    ));
+                }
+            }
+            (None, Some(_)) => {}
+            _ => {
+                return Err(Error::invalid(
+                    "kernel",
+                    "a machine boots either a kernel or firmware",
+                ))
+            }
         }
         if self.balloon && self.memory_kind == MemoryKind::Huge {
             return Err(Error::invalid(
@@ -251,18 +284,39 @@ impl Config {
         }
     }
 
+    /// The UUID, in the order of its text.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when it is none.
+    pub fn uuid_bytes(&self) -> Result<[u8; 16]> {
+        let wrong = || {
+            let message = format!("{:?} is no UUID: 32 hex digits as 8-4-4-4-12", self.uuid);
+            Error::invalid("uuid", message)
+        };
+        let groups: Vec<&str> = self.uuid.split('-').collect();
+        let digits = groups.concat();
+        let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
+        if lengths != [8, 4, 4, 4, 12] || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(wrong());
+        }
+        let number = u128::from_str_radix(&digits, 16).map_err(|_| wrong())?;
+        Ok(number.to_be_bytes())
+    }
+
     fn fds(&self) -> Vec<(String, RawFd)> {
         let mut fds = vec![
             ("kvm_fd".to_owned(), self.kvm_fd),
             ("console_fd".to_owned(), self.console_fd),
-            ("kernel.fd".to_owned(), self.kernel.fd),
         ];
         fds.extend(self.memory_fd.map(|fd| ("memory_fd".to_owned(), fd)));
-        fds.extend(
-            self.kernel
-                .initrd_fd
-                .map(|fd| ("kernel.initrd_fd".to_owned(), fd)),
-        );
+        if let Some(kernel) = &self.kernel {
+            fds.push(("kernel.fd".to_owned(), kernel.fd));
+            let initrd = kernel.initrd_fd;
+            fds.extend(initrd.map(|fd| ("kernel.initrd_fd".to_owned(), fd)));
+        }
+        if let Some(firmware) = &self.firmware {
+            fds.push(("firmware.code_fd".to_owned(), firmware.code_fd));
+        }
         for (index, disk) in self.disks.iter().enumerate() {
             fds.extend(disk.fds(&format!("disks[{index}].")));
         }
@@ -345,7 +399,7 @@ mod tests {
 
     fn config(json: &str) -> Config {
         let mut all: serde_json::Value = serde_json::from_str(
-            r#"{"machine_type": "vmbus-0", "uuid": "u", "vcpus": 1, "memory": 16777216, "cpu_model": "host",
+            r#"{"machine_type": "vmbus-0", "uuid": "01234567-89ab-4cde-8f01-23456789abcd", "vcpus": 1, "memory": 16777216, "cpu_model": "host",
                 "kvm_fd": 900, "console_fd": 901, "kernel": {"fd": 902}}"#,
         )
         .unwrap();
@@ -380,6 +434,16 @@ mod tests {
                 r#"{"kernel": {"fd": 3, "cmdline": "a\u0000b"}}"#,
                 "kernel.cmdline",
             ),
+            (r#"{"kernel": null}"#, "kernel"),
+            (r#"{"firmware": {"code_fd": 5}}"#, "kernel"),
+            (
+                r#"{"uuid": "01234567-89ab-4cde-8f0-123456789abcd"}"#,
+                "uuid",
+            ),
+            (
+                r#"{"uuid": "01234567-89ab-4cde-8f01-23456789abc+"}"#,
+                "uuid",
+            ),
         ] {
             assert_eq!(
                 config(json).check().unwrap_err().argument,
@@ -387,6 +451,17 @@ mod tests {
                 "{json}"
             );
         }
+    }
+
+    #[test]
+    fn the_uuid_is_as_it_is_written() {
+        let config =
+            config(r#"{"kernel": null, "firmware": {"code_fd": 5, "boot": ["disk/root"]}}"#);
+        config.check().unwrap();
+        assert_eq!(
+            config.uuid_bytes().unwrap()[..5],
+            [1, 0x23, 0x45, 0x67, 0x89]
+        );
     }
 
     #[test]

@@ -279,6 +279,7 @@ impl Control {
                 let _ = self.reset_or_end();
             }
             Cause::Reset(means) => self.end(EndReason::GuestReset, format!("through the {means}")),
+            Cause::GuestPanic => self.end(EndReason::GuestPanic, String::new()),
             Cause::TripleFault => self.end(EndReason::TripleFault, String::new()),
             Cause::KvmInternalError(detail) => self.end(EndReason::KvmInternalError, detail),
             Cause::GuestMisbehaved(detail) => self.end(EndReason::GuestMisbehaved, detail),

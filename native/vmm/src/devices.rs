@@ -4,6 +4,7 @@
 //! The order of the result is the order in which the control thread stops them: disks let go of their images
 //! before their threads end.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vm_memory::GuestMemoryMmap;
@@ -17,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::hotplug::{Arrival, Hotplug};
 use crate::io::{Count, IoDevice, Port, Trouble};
 use crate::net::{self, Tap};
+use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::{Ejected, RootPort};
@@ -85,6 +87,8 @@ pub struct Board {
     pub memory: Arc<GuestMemoryMmap>,
     /// Where memory BARs and the ECAM go.
     pub mmio: Arc<Bus>,
+    /// The host bridge.
+    pub host: Arc<HostBridge>,
     /// How many vCPUs there are.
     pub vcpus: u8,
     /// Hears of an I/O thread that ended although nobody told it to.
@@ -101,6 +105,10 @@ pub struct Devices {
     pub list: Vec<Arc<dyn Device>>,
     /// What comes and goes.
     pub hotplug: Hotplug,
+    /// The bus they are on.
+    pub root: Arc<Root>,
+    /// Where each is that was there at the start, by its id, such as `disk/root`.
+    pub seats: BTreeMap<String, Seat>,
 }
 
 /// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, one for
@@ -200,7 +208,9 @@ pub fn assemble(
         served_by.extend([endpoint].into_iter().zip(ports));
         others.push(Arc::new(thread));
     }
+    let mut seats = BTreeMap::new();
     for (endpoint, port) in served_by {
+        seats.insert(endpoint.id.clone(), endpoint.seat);
         let Seat::Bus0(place) = endpoint.seat else {
             continue;
         };
@@ -213,13 +223,15 @@ pub fn assemble(
             RootPort::new(board.wiring.clone(), index, board.ejected.clone()).map(Arc::new)
         })
         .collect::<Result<Vec<_>>>()?;
-    let root = Root::new(functions, ports.clone(), &board.mmio)?;
+    let root = Root::new(board.host.clone(), functions, ports.clone(), &board.mmio)?;
     let config_ports = root.config_ports();
     let mut hotplug = Hotplug::new(board, root.clone(), ports, threads.clone(), network.clone());
     for (slot, arrival) in arrivals {
-        list.push(hotplug.attach(slot, arrival)?);
+        let device = hotplug.attach(slot, arrival)?;
+        seats.insert(device.id(), Seat::Slot(slot.wrapping_sub(1)));
+        list.push(device);
     }
-    list.push(Arc::new(PciDevice(root)));
+    list.push(Arc::new(PciDevice(root.clone())));
     list.extend(threads.into_iter().map(|thread| thread as Arc<dyn Device>));
     list.push(network);
     list.extend(others);
@@ -227,6 +239,8 @@ pub fn assemble(
         config_ports,
         list,
         hotplug,
+        root,
+        seats,
     })
 }
 

@@ -171,7 +171,7 @@ mod tests {
     use crate::devices::{assemble, Devices, Parts};
     use crate::layout::ECAM_START;
     use crate::net::Tap;
-    use crate::pci::testing::FakeWiring;
+    use crate::pci::testing::{host_bridge, FakeWiring};
     use crate::pci::{Place, PORT_PREFETCHABLE};
 
     struct Fixture {
@@ -188,6 +188,7 @@ mod tests {
             wiring: Arc::new(FakeWiring::default()),
             memory: Arc::new(memory),
             mmio: mmio.clone(),
+            host: host_bridge(),
             vcpus: 1,
             trouble: Arc::new(|detail| panic!("{detail}")),
             ejected: Arc::new(move |slot| heard.lock().unwrap().push(slot)),

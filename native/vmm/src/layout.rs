@@ -9,13 +9,18 @@
 //! | 0 | 0xa0000 | RAM |
 //! | 0xa0000 | 0x100000 | RAM, reserved in the memory map: the ACPI tables lie here |
 //! | 0x100000 | 0x8000_0000 | low RAM |
-//! | 0xb000_0000 | 0xc000_0000 | PCIe ECAM, buses 0 to 255 |
-//! | 0xc000_0000 | 0xfc00_0000 | 32-bit MMIO window |
+//! | 0x8000_0000 | 0xfec0_0000 | PCI: BARs and the ECAM, which firmware may move |
+//! | 0xb000_0000 | 0xc000_0000 | of that, the PCIe ECAM after power-on, buses 0 to 255 |
+//! | 0xc000_0000 | 0xfec0_0000 | of that, the window that BARs lie in when there is no firmware |
 //! | 0xfec0_0000 | | I/O APIC |
 //! | 0xfee0_0000 | | local APIC |
 //! | 0xfeff_c000 | 0xff00_0000 | KVM's identity map page and TSS (VMX without unrestricted guest) |
+//! | 0xff80_0000 | 4 GiB | firmware: variables, then code, which ends with the address space of 32 bits |
 //! | 4 GiB | 512 GiB | high RAM |
 //! | 512 GiB | 768 GiB | 64-bit MMIO window |
+//!
+//! 0xc0000 to 0xfffff is RAM or the last of the firmware: the shadow area (`firmware/shadow.rs`). A PCI BAR decodes wherever
+//! nothing else is: firmware places BARs by its own rules.
 //!
 //! The last is below AMD's HyperTransport hole at 1012 GiB and within 40 physical address bits, which
 //! all CPU models here have.
@@ -24,6 +29,8 @@
 pub const LOW_RAM_MAX: u64 = 0x8000_0000;
 /// The first byte that is not conventional memory: the end of the low 640 KiB.
 pub const CONVENTIONAL_END: u64 = 0xa_0000;
+/// Where the memory that firmware may shadow begins.
+pub const SHADOW_START: u64 = 0xc_0000;
 /// Where extended memory begins.
 pub const EXTENDED_START: u64 = 0x10_0000;
 /// RAM that lies above the 32-bit hole.
@@ -38,8 +45,8 @@ pub const ECAM_SIZE: u64 = 0x1000_0000;
 
 /// BARs of 32 bits and the non-prefetchable windows of root ports.
 pub const MMIO32_START: u64 = 0xc000_0000;
-/// Size of that window.
-pub const MMIO32_SIZE: u64 = 0x3c00_0000;
+/// Size of that window: up to the I/O APIC.
+pub const MMIO32_SIZE: u64 = 0x3ec0_0000;
 /// BARs of 64 bits and the prefetchable windows of root ports.
 pub const MMIO64_START: u64 = 0x80_0000_0000;
 /// Size of that window.
@@ -48,6 +55,13 @@ pub const MMIO64_SIZE: u64 = 0x40_0000_0000;
 pub const PIO_WINDOW_START: u64 = 0xc000;
 /// Size of that window, in ports.
 pub const PIO_WINDOW_SIZE: u64 = 0x4000;
+
+/// Addresses of 32 bits that are PCI's, wherever RAM ends.
+pub const PCI32_START: u64 = LOW_RAM_MAX;
+/// The end of these.
+pub const PCI32_END: u64 = IOAPIC_START;
+/// The firmware ends here.
+pub const FIRMWARE_END: u64 = 1 << 32;
 
 /// The I/O APIC's registers.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
@@ -75,6 +89,14 @@ pub const CMOS: u64 = 0x70;
 pub const I8042_DATA: u64 = 0x60;
 /// The keyboard controller's command and status port.
 pub const I8042_COMMAND: u64 = 0x64;
+/// The A20 gate and the fast reset.
+pub const PORT_92: u64 = 0x92;
+/// What the panicking guest tells.
+pub const PVPANIC: u64 = 0x505;
+/// The firmware configuration device: selector, data, and the address of a transfer.
+pub const FW_CFG: u64 = 0x510;
+/// Its ports.
+pub const FW_CFG_SIZE: u64 = 12;
 /// The reset control register, inside [`PCI_CONFIG`]'s range.
 pub const RESET_CONTROL: u64 = 0xcf9;
 /// PCI configuration mechanism #1: address at 0xcf8, data at 0xcfc.

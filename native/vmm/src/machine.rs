@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::mmap::MmapRegion;
 use vmbus_qcow2::Ring;
 
 use crate::acpi;
@@ -29,22 +30,30 @@ use crate::cpu::gate::{self, Cause, Gate};
 use crate::cpu::model;
 use crate::cpu::reset::ResetState;
 use crate::cpu::run::Vcpu;
-use crate::devices::{self, Board, Parts};
+use crate::devices::{self, Board, Devices, Parts};
 use crate::disks;
 use crate::error::{Error, Kind, Result};
+use crate::firmware::shadow::{self, Shadow};
+use crate::firmware::{self, rom, smbios, BootDevice, Facts};
 use crate::hotplug::Arrival;
 use crate::irq::Line;
 use crate::layout;
 use crate::legacy::cmos::Cmos;
+use crate::legacy::fw_cfg::FwCfg;
 use crate::legacy::i8042::I8042;
 use crate::legacy::pm::PowerManagement;
+use crate::legacy::port92::Port92;
+use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
 use crate::mailbox::{Event, Mail, Mailbox, Request, Slot};
 use crate::memory;
 use crate::nics;
-use crate::pci::KvmWiring;
-use crate::platform::{self, Legacy, Platform};
+use crate::pci::host::HostBridge;
+use crate::pci::root::Root;
+use crate::pci::{Function, KvmWiring};
+use crate::platform::{self, Legacy, Platform, Start};
+use crate::slots::{self, Source, View};
 use crate::thread::{self, Role, ThreadHook};
 use crate::virtio::balloon::Balloon;
 use crate::vm::Vm;
@@ -68,12 +77,16 @@ impl Machine {
             console,
             memory: memory_file,
             kernel,
+            firmware,
             initrd,
             disks,
             nics,
         } = files;
-        let kernel = BootFile::new(kernel, "kernel")?;
+        let kernel = kernel.map(|fd| BootFile::new(fd, "kernel")).transpose()?;
         let initrd = initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?;
+        let code = firmware
+            .map(|fd| rom::firmware(&BootFile::new(fd, "firmware")?))
+            .transpose()?;
         let disks = disks::open(&config.disks, disks)?;
         let nics = nics::open(&config.nics, nics)?;
         gate::install_kick_handler()?;
@@ -81,9 +94,12 @@ impl Machine {
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let fd = create_vm(&kvm)?;
         let ram = memory::create(config.memory_kind, config.memory, memory_file)?;
-        memory::register(&fd, &ram)?;
         platform::create_irqchip(&fd)?;
         let vm = Vm::new(fd, ram)?;
+        memory::register(&vm.slots, &vm.memory, config.memory)?;
+        if let Some(code) = &code {
+            show_firmware(&vm, code)?;
+        }
 
         let mailbox = Arc::new(Mailbox::new()?);
         let sink = Arc::clone(&mailbox);
@@ -100,6 +116,7 @@ impl Machine {
             wiring: Arc::new(KvmWiring::new(&vm)),
             memory: Arc::clone(&vm.memory),
             mmio: Arc::clone(&vm.mmio),
+            host: Arc::new(host_bridge(&vm, code, &gate)),
             vcpus: config.vcpus,
             trouble: {
                 let gate = Arc::clone(&gate);
@@ -118,7 +135,12 @@ impl Machine {
             rng: config.rng,
             balloon: balloon.clone(),
         };
+        let host = Arc::clone(&board.host);
         let devices = devices::assemble(board, parts, rings, &hook)?;
+        // Firmware begins with PAM as after power-on, a kernel as firmware leaves it.
+        host.reset();
+        let facts = facts(&config, &devices)?;
+        let files = firmware::files(&facts, Arc::clone(&devices.root));
         let legacy = Legacy {
             serial: Arc::new(Serial::new(
                 console,
@@ -131,16 +153,28 @@ impl Machine {
             cmos: Arc::new(Cmos::new(config.memory, config.vcpus)),
             i8042: Arc::new(I8042::new(Arc::clone(&gate))),
             reset_control: Arc::new(ResetControl::new(Arc::clone(&gate), devices.config_ports)),
+            fw_cfg: Arc::new(FwCfg::new(files, Arc::clone(&vm.memory))),
+            port92: Arc::new(Port92::new(Arc::clone(&gate))),
+            pvpanic: Arc::new(PvPanic::new(Arc::clone(&gate))),
         };
         legacy.insert(&vm)?;
-        let boot = Boot {
-            kernel,
-            initrd,
-            cmdline: config.kernel.cmdline.clone(),
-            memory: config.memory,
-            rsdp: acpi::RSDP,
+        let start = match kernel {
+            None => Start::Firmware,
+            Some(kernel) => Start::Kernel {
+                boot: Boot {
+                    kernel,
+                    initrd,
+                    cmdline: config
+                        .kernel
+                        .map(|kernel| kernel.cmdline)
+                        .unwrap_or_default(),
+                    memory: config.memory,
+                    rsdp: acpi::RSDP,
+                },
+                tables: tables(&facts, &devices.root)?,
+            },
         };
-        let platform = Platform::new(vm, legacy, boot, acpi::tables(config.vcpus)?, entry)?;
+        let platform = Platform::new(vm, legacy, start, entry)?;
         platform.reset()?;
         let vcpus = VcpuThreads::start(Arc::clone(&gate), vcpus, &hook)?;
         gate.reset()?;
@@ -229,6 +263,95 @@ impl Drop for Machine {
 
 fn named_slot(slot: Option<u8>) -> Result<u8> {
     slot.ok_or_else(|| Error::invalid("slot", "a device that is attached needs a slot, 1 to 8"))
+}
+
+/// The code lies below 4 GiB, ending there.
+fn show_firmware(vm: &Vm, code: &Arc<MmapRegion>) -> Result<()> {
+    let size = code.size() as u64;
+    let view = View {
+        base: rom::firmware_base(size),
+        size,
+        source: Source::Mapping(Arc::clone(code), 0),
+        read_only: true,
+    };
+    vm.slots.set(slots::FIRMWARE, Some(view))
+}
+
+/// The host bridge, whose PAM registers move what is seen below 1 MiB.
+fn host_bridge(vm: &Vm, code: Option<Arc<MmapRegion>>, gate: &Arc<Gate>) -> HostBridge {
+    let pam = match code {
+        Some(_) => shadow::ALL_FIRMWARE,
+        None => shadow::ALL_RAM,
+    };
+    let area = Shadow::new(Arc::clone(&vm.slots), Arc::clone(&vm.memory), code);
+    let gate = Arc::clone(gate);
+    let on_pam = Box::new(move |pam| {
+        if let Err(error) = area.apply(pam) {
+            gate.raise(Cause::Error(format!("PAM: {error}")));
+        }
+    });
+    HostBridge::new(layout::ECAM_START, pam, on_pam)
+}
+
+/// What firmware is told.
+fn facts(config: &Config, devices: &Devices) -> Result<Facts> {
+    let boot = config.firmware.iter().flat_map(|firmware| &firmware.boot);
+    let boot = boot.map(|id| {
+        let seat = devices.seats.get(id).copied();
+        match (seat, id.split_once('/')) {
+            (Some(seat), Some(("disk", _))) => Ok(BootDevice::Disk(seat)),
+            (Some(seat), Some(("nic", _))) => Ok(BootDevice::Network(seat)),
+            _ => Err(Error::invalid(
+                "firmware.boot",
+                format!("{id:?} is no disk or interface of the machine"),
+            )),
+        }
+    });
+    Ok(Facts {
+        machine_type: config.machine_type.clone(),
+        uuid: config.uuid_bytes()?,
+        vcpus: config.vcpus,
+        memory: config.memory,
+        boot: boot.collect::<Result<_>>()?,
+        menu: config
+            .firmware
+            .as_ref()
+            .is_some_and(|firmware| firmware.menu),
+        generation: random()?,
+    })
+}
+
+/// A generation ID that no machine had.
+fn random() -> Result<[u8; 16]> {
+    let mut id = [0; 16];
+    // SAFETY: the pointer and the length are those of `id`, which the kernel fills.
+    let got = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
+    // So few bytes are never given in part.
+    match usize::try_from(got) {
+        Ok(len) if len == id.len() => Ok(id),
+        _ => Err(Error::kernel("getrandom", std::io::Error::last_os_error())),
+    }
+}
+
+/// What firmware would leave in memory for a kernel.
+fn tables(facts: &Facts, root: &Root) -> Result<Vec<(u64, Vec<u8>)>> {
+    let view = acpi::View {
+        vcpus: facts.vcpus,
+        pci: root.taken(),
+    };
+    let mut tables = acpi::tables(&view).placed()?;
+    let page = firmware::generation_page(facts.generation);
+    tables.push((acpi::GENERATION_PAGE, page));
+    let (entry, structures) = smbios::tables(
+        &facts.machine_type,
+        facts.uuid,
+        facts.vcpus,
+        facts.memory,
+        smbios::STRUCTURES,
+    );
+    tables.push((smbios::ENTRY, entry));
+    tables.push((smbios::STRUCTURES, structures));
+    Ok(tables)
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd> {

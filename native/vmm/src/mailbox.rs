@@ -44,6 +44,8 @@ pub enum EndReason {
     GuestReset,
     /// It was told to stop.
     Stopped,
+    /// The guest's kernel panicked and said so.
+    GuestPanic,
     /// The guest's processor shut down.
     TripleFault,
     /// KVM could not go on.
@@ -63,6 +65,7 @@ impl EndReason {
             EndReason::GuestPoweroff => "guest-poweroff",
             EndReason::GuestReset => "guest-reset",
             EndReason::Stopped => "stopped",
+            EndReason::GuestPanic => "guest-panic",
             EndReason::TripleFault => "triple-fault",
             EndReason::KvmInternalError => "kvm-internal-error",
             EndReason::GuestMisbehaved => "guest-misbehaved",

@@ -6,9 +6,8 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -18,6 +17,7 @@ use vm_memory::{
 use crate::config::MemoryKind;
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::slots::{self, Slots, Source, View};
 
 /// How much of `memory` lies below the 32-bit hole, and how much above.
 pub fn split(memory: u64) -> (u64, u64) {
@@ -135,26 +135,28 @@ pub fn discard(memory: &GuestMemoryMmap, start: u64, len: u64) -> std::io::Resul
     Ok(discarded)
 }
 
-/// Registers each region as a memory slot, from 0 up.
+/// Shows the guest its RAM, but for the shadow area, which is [`crate::firmware::shadow`]'s.
 ///
 /// # Errors
 /// `Unavailable` when KVM refuses.
-pub fn register(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<()> {
-    for (slot, region) in (0u32..).zip(memory.iter()) {
-        let host = memory
-            .get_host_address(region.start_addr())
-            .map_err(|e| Error::internal(format!("a memory region without an address: {e}")))?;
-        let slot = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: host as u64,
-        };
-        // SAFETY: the mapping lives as long as the VM: `Vm` holds both, and KVM's VM holds a
-        // reference to this process's memory, not to the mapping's contents.
-        unsafe { vm.set_user_memory_region(slot) }
-            .map_err(|e| Error::kernel("KVM_SET_USER_MEMORY_REGION", e))?;
+pub fn register(slots: &Slots, memory: &Arc<GuestMemoryMmap>, bytes: u64) -> Result<()> {
+    let (low, high) = split(bytes);
+    for (slot, base, end) in [
+        (slots::RAM_BASE, 0, layout::SHADOW_START),
+        (slots::RAM_LOW, layout::EXTENDED_START, low),
+        (
+            slots::RAM_HIGH,
+            layout::HIGH_RAM_START,
+            layout::HIGH_RAM_START.saturating_add(high),
+        ),
+    ] {
+        let view = (end > base).then(|| View {
+            base,
+            size: end.saturating_sub(base),
+            source: Source::Ram(memory.clone(), base),
+            read_only: false,
+        });
+        slots.set(slot, view)?;
     }
     Ok(())
 }

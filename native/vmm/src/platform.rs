@@ -11,16 +11,24 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use crate::acpi;
 use crate::boot::Boot;
 use crate::cpu::entry::Entry;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::firmware::loader;
 use crate::layout;
 use crate::legacy::cmos::Cmos;
+use crate::legacy::fw_cfg::FwCfg;
 use crate::legacy::i8042::I8042;
 use crate::legacy::pm::PowerManagement;
+use crate::legacy::port92::Port92;
+use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
 use crate::vm::Vm;
+
+/// The general purpose event that says that the generation ID is new; the DSDT's `_E05`.
+const GENERATION_EVENT: u8 = 5;
 
 /// Makes KVM's irqchip and PIT. Before any vCPU, so that each gets its local APIC.
 ///
@@ -93,6 +101,12 @@ pub struct Legacy {
     pub i8042: Arc<I8042>,
     /// Port 0xcf9.
     pub reset_control: Arc<ResetControl>,
+    /// The firmware configuration device.
+    pub fw_cfg: Arc<FwCfg>,
+    /// The A20 gate and the fast reset.
+    pub port92: Arc<Port92>,
+    /// The port of a panicking kernel.
+    pub pvpanic: Arc<PvPanic>,
 }
 
 impl Legacy {
@@ -107,8 +121,28 @@ impl Legacy {
         pio.insert(layout::CMOS, 2, Arc::clone(&self.cmos) as _)?;
         pio.insert(layout::I8042_DATA, 1, Arc::clone(&self.i8042) as _)?;
         pio.insert(layout::I8042_COMMAND, 1, Arc::clone(&self.i8042) as _)?;
+        pio.insert(layout::PORT_92, 1, Arc::clone(&self.port92) as _)?;
+        pio.insert(layout::PVPANIC, 1, Arc::clone(&self.pvpanic) as _)?;
+        pio.insert(
+            layout::FW_CFG,
+            layout::FW_CFG_SIZE,
+            Arc::clone(&self.fw_cfg) as _,
+        )?;
         pio.insert(layout::PCI_CONFIG, 8, Arc::clone(&self.reset_control) as _)
     }
+}
+
+/// How a machine begins.
+pub enum Start {
+    /// At the reset vector, where firmware is.
+    Firmware,
+    /// With a kernel in memory.
+    Kernel {
+        /// The kernel.
+        boot: Boot,
+        /// What firmware would leave in memory, each piece with its address.
+        tables: Vec<(u64, Vec<u8>)>,
+    },
 }
 
 /// The board of one machine.
@@ -122,13 +156,37 @@ pub struct Platform {
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
     reset_control: Arc<ResetControl>,
-    boot: Boot,
-    /// The ACPI tables, as they lie in memory from their address on.
-    tables: Vec<(u64, Vec<u8>)>,
+    fw_cfg: Arc<FwCfg>,
+    start: Start,
     entry: Arc<Mutex<Option<Entry>>>,
 }
 
 impl Platform {
+    /// Gives the machine a new generation ID and tells the guest. Whoever makes the guest's past another's calls this:
+    /// a restore, a revert, a clone; before the vCPUs go on.
+    ///
+    /// # Errors
+    /// `InvalidState` when firmware has not yet said where the ID lies: then no system has read the old one.
+    pub fn renew_generation(&self, id: [u8; 16]) -> Result<()> {
+        let address = match &self.start {
+            Start::Kernel { .. } => acpi::GENERATION_PAGE.saturating_add(acpi::GENERATION_OFFSET),
+            Start::Firmware => {
+                let written = self.fw_cfg.written(loader::GENERATION_ADDRESS);
+                let address = written.and_then(|bytes| bytes.try_into().ok());
+                address
+                    .map(u64::from_le_bytes)
+                    .filter(|address| *address != 0)
+                    .ok_or_else(|| {
+                        let message = "the firmware has not placed the generation ID yet";
+                        Error::new(Kind::InvalidState, "", message)
+                    })?
+            }
+        };
+        crate::boot::write(&self.vm.memory, address, &id)?;
+        self.pm.raise_event(GENERATION_EVENT);
+        Ok(())
+    }
+
     /// Takes everything together. Memory is not yet written: the first [`Platform::reset`] does that.
     ///
     /// # Errors
@@ -136,8 +194,7 @@ impl Platform {
     pub fn new(
         vm: Vm,
         legacy: Legacy,
-        boot: Boot,
-        tables: Vec<(u64, Vec<u8>)>,
+        start: Start,
         entry: Arc<Mutex<Option<Entry>>>,
     ) -> Result<Platform> {
         Ok(Platform {
@@ -148,8 +205,8 @@ impl Platform {
             cmos: legacy.cmos,
             i8042: legacy.i8042,
             reset_control: legacy.reset_control,
-            boot,
-            tables,
+            fw_cfg: legacy.fw_cfg,
+            start,
             entry,
         })
     }
@@ -164,11 +221,17 @@ impl Platform {
         self.cmos.reset();
         self.i8042.reset();
         self.reset_control.reset();
+        self.fw_cfg.reset();
         self.chips.restore(&self.vm.fd)?;
-        for (address, table) in &self.tables {
-            crate::boot::write(&self.vm.memory, *address, table)?;
-        }
-        let entry = self.boot.load(&self.vm.memory)?;
+        let entry = match &self.start {
+            Start::Firmware => Entry::Reset,
+            Start::Kernel { boot, tables } => {
+                for (address, table) in tables {
+                    crate::boot::write(&self.vm.memory, *address, table)?;
+                }
+                boot.load(&self.vm.memory)?
+            }
+        };
         *self.entry.lock().unwrap_or_else(|e| e.into_inner()) = Some(entry);
         Ok(())
     }

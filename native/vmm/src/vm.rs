@@ -12,6 +12,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::bus::Bus;
 use crate::error::Result;
 use crate::irq::Routing;
+use crate::slots::Slots;
 
 /// A VM and its address spaces.
 #[derive(Clone)]
@@ -26,10 +27,12 @@ pub struct Vm {
     pub mmio: Arc<Bus>,
     /// Interrupt routes.
     pub irq: Arc<Routing>,
+    /// Where the guest finds RAM and ROM.
+    pub slots: Arc<Slots>,
 }
 
 impl Vm {
-    /// Wraps a VM whose irqchip exists and whose memory is registered.
+    /// Wraps a VM whose irqchip exists. The guest has no memory yet.
     ///
     /// # Errors
     /// `Unavailable` when KVM refuses the interrupt routes.
@@ -40,6 +43,7 @@ impl Vm {
             pio: Arc::new(Bus::new()),
             mmio: Arc::new(Bus::new()),
             irq: Arc::new(Routing::new(Arc::clone(&fd))?),
+            slots: Arc::new(Slots::new(Arc::clone(&fd))),
             fd,
         })
     }

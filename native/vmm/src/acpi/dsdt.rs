@@ -2,20 +2,22 @@
 //! The DSDT: what cannot be found by looking, in AML.
 //!
 //! The host bridge with its windows, its interrupt pins and its root ports (for their slot numbers); the serial
-//! port and the clock on the LPC bridge; the ranges that are nobody else's; the processors; S5. The power
-//! button is fixed hardware and needs no object.
+//! port and the clock on the LPC bridge; the ranges that are nobody else's; the processors; S5; the devices that only
+//! virtual machines have: pvpanic, fw_cfg (by the names that QEMU gave them, which drivers look for) and the generation
+//! ID, whose change GPE 5 announces. The power button is fixed hardware and needs no object.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else, Equal,
-    If, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, Or, Package, PackageBuilder, Path,
-    ResourceTemplate, Return, Scope, Store, Uuid, IO, ZERO,
+    If, Index, Interrupt, Local, Memory32Fixed, Method, Name, NotEqual, Notify, Or, Package,
+    PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, IO, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::Aml;
 
-use super::{OEM, OEM_TABLE, REVISION};
+use super::{View, GENERATION_OFFSET, OEM, OEM_TABLE, REVISION};
 use crate::layout;
 use crate::legacy::pm::SLP_TYP_S5;
+use crate::pci::root::Taken;
 use crate::pci::{Place, ROOT_PORTS};
 
 /// \_OSC for PCI host bridges (PCI Firmware Specification 3.3, 4.5.1).
@@ -29,12 +31,32 @@ const OSC_MASKED: u32 = 1 << 4;
 /// The first of eight lines that PCI pins share.
 const PCI_LINES: u32 = 16;
 
-/// The table for a machine of `vcpus` vCPUs.
-pub(super) fn table(vcpus: u8) -> Vec<u8> {
+/// The name of the generation ID's address, and what stands before its four bytes: NameOp, the name, DWordPrefix.
+const GENERATION_NAME: &[u8; 6] = b"\x08VGIA\x0c";
+
+/// The table for a machine. Every number in it that depends on where PCI's memory lies has a fixed length.
+pub(super) fn table(view: &View) -> Vec<u8> {
     let mut aml = Vec::new();
     Scope::new(
         "\\_SB_".into(),
-        vec![&HostBridge, &Motherboard, &Processors(vcpus)],
+        vec![
+            &HostBridge(view.pci),
+            &Motherboard(view.pci.ecam),
+            &Processors(view.vcpus),
+            &Panic,
+            &FirmwareConfiguration,
+            &Generation,
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    Scope::new(
+        "\\_GPE".into(),
+        vec![&Method::new(
+            named("_E05"),
+            0,
+            false,
+            vec![&Notify::new(&named("\\_SB_.VGEN"), &0x80u8)],
+        )],
     )
     .to_aml_bytes(&mut aml);
     Name::new(
@@ -80,12 +102,50 @@ fn device(name: &str, children: Vec<&dyn Aml>) -> Finished {
     finished(&Device::new(named(name), children))
 }
 
-struct HostBridge;
+/// The 32-bit windows, below and above the ECAM if it lies between low RAM and the I/O APIC, each from its first to its
+/// last address. Two in any case; they do not meet.
+fn windows32(ecam: Option<(u64, u64)>) -> [(u32, u32); 2] {
+    let (start, end) = (layout::PCI32_START, layout::PCI32_END);
+    let (from, to) = match ecam {
+        // Something is left on both sides.
+        Some((base, size)) if base > start && base.saturating_add(size) < end => {
+            (base, base.saturating_add(size))
+        }
+        Some((base, size)) if base == start && base.saturating_add(size) < end => {
+            let to = base.saturating_add(size);
+            let middle = to.midpoint(end);
+            return [
+                (to as u32, middle.saturating_sub(1) as u32),
+                (middle as u32, end.saturating_sub(1) as u32),
+            ];
+        }
+        _ => (layout::MMIO32_START, layout::MMIO32_START),
+    };
+    [
+        (start as u32, from.saturating_sub(1) as u32),
+        (to as u32, end.saturating_sub(1) as u32),
+    ]
+}
+
+/// The 64-bit window: that of the layout, unless firmware has put something elsewhere; then from there, in GiB.
+fn window64(high: Option<(u64, u64)>) -> (u64, u64) {
+    const GIB: u64 = 1 << 30;
+    let end = layout::MMIO64_START.saturating_add(layout::MMIO64_SIZE);
+    match high {
+        Some((from, to)) if from < layout::MMIO64_START || to > end => {
+            let last = to.saturating_sub(1) | (GIB - 1);
+            (from & !(GIB - 1), last)
+        }
+        _ => (layout::MMIO64_START, end.saturating_sub(1)),
+    }
+}
+
+struct HostBridge(Taken);
 
 impl Aml for HostBridge {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let mmio32_last = layout::MMIO32_START.saturating_add(layout::MMIO32_SIZE - 1);
-        let mmio64_last = layout::MMIO64_START.saturating_add(layout::MMIO64_SIZE - 1);
+        let [below, above] = windows32(self.0.ecam);
+        let (mmio64_first, mmio64_last) = window64(self.0.high);
         let windows = resources(vec![
             &AddressSpace::new_bus_number(0u16, 255),
             &IO::new(0xcf8, 0xcf8, 1, 8),
@@ -94,14 +154,21 @@ impl Aml for HostBridge {
             &AddressSpace::new_memory(
                 AddressSpaceCacheable::NotCacheable,
                 true,
-                layout::MMIO32_START as u32,
-                mmio32_last as u32,
+                below.0,
+                below.1,
+                None,
+            ),
+            &AddressSpace::new_memory(
+                AddressSpaceCacheable::NotCacheable,
+                true,
+                above.0,
+                above.1,
                 None,
             ),
             &AddressSpace::new_memory(
                 AddressSpaceCacheable::Cacheable,
                 true,
-                layout::MMIO64_START,
+                mmio64_first,
                 mmio64_last,
                 None,
             ),
@@ -215,13 +282,17 @@ impl Aml for LpcBridge {
 }
 
 /// Ranges that no other device has: ECAM (Linux uses it only when it is reserved here), the power management block.
-struct Motherboard;
+struct Motherboard(Option<(u64, u64)>);
 
 impl Aml for Motherboard {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let pm = layout::PM_BASE as u16;
+        // An ECAM above 4 GiB is left out: firmware here puts it below.
+        let (base, size) = self.0.unwrap_or_default();
+        let (base, size) = (u32::try_from(base), u32::try_from(size));
+        let (base, size) = (base.unwrap_or(0), size.unwrap_or(0));
         let ranges = resources(vec![
-            &Memory32Fixed::new(true, layout::ECAM_START as u32, layout::ECAM_SIZE as u32),
+            &Memory32Fixed::new(true, base, size),
             &IO::new(pm, pm, 1, layout::PM_SIZE as u8),
         ]);
         device("MBRD", vec![&hid("PNP0C02"), &ranges]).to_aml_bytes(sink);
@@ -238,4 +309,73 @@ impl Aml for Processors {
             device(&format!("CP{id:02X}"), vec![&kind, &unique]).to_aml_bytes(sink);
         }
     }
+}
+
+/// What a panicking guest writes to.
+struct Panic;
+
+impl Aml for Panic {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        ports("PEVT", "QEMU0001", layout::PVPANIC, 1, sink);
+    }
+}
+
+/// The firmware configuration device, which Linux shows in /sys/firmware/qemu_fw_cfg.
+struct FirmwareConfiguration;
+
+impl Aml for FirmwareConfiguration {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        ports(
+            "FWCF",
+            "QEMU0002",
+            layout::FW_CFG,
+            layout::FW_CFG_SIZE as u8,
+            sink,
+        );
+    }
+}
+
+/// A device of a virtual machine: present, not shown, with a few ports.
+fn ports(name: &str, id: &'static str, first: u64, count: u8, sink: &mut dyn acpi_tables::AmlSink) {
+    let kind = Name::new(named("_HID"), &id);
+    let present = Name::new(named("_STA"), &0x0bu8);
+    let first = first as u16;
+    let range = resources(vec![&IO::new(first, first, 1, count)]);
+    device(name, vec![&kind, &present, &range]).to_aml_bytes(sink);
+}
+
+/// The generation ID: its address is that of VGIA, which whoever places the tables fills in.
+struct Generation;
+
+impl Aml for Generation {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        let id = Name::new(named("_HID"), &"VMBS0001");
+        let compatible = Name::new(named("_CID"), &"VM_Gen_Counter");
+        let description = Name::new(named("_DDN"), &"VM_Gen_Counter");
+        let mut bytes = GENERATION_NAME.to_vec();
+        bytes.extend_from_slice(&(GENERATION_OFFSET as u32).to_le_bytes());
+        let address = finished(&Method::new(
+            named("ADDR"),
+            0,
+            false,
+            vec![
+                &Store::new(&Local(0), &Package::new(vec![&ZERO, &ZERO])),
+                &Store::new(&Index::new(&ZERO, &Local(0), &0u8), &named("VGIA")),
+                &Return::new(&Local(0)),
+            ],
+        ));
+        device(
+            "VGEN",
+            vec![&id, &compatible, &description, &Finished(bytes), &address],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// Where the four bytes of the generation ID's address are in the table.
+pub(super) fn generation_pointer(dsdt: &[u8]) -> Option<usize> {
+    let found = dsdt
+        .windows(GENERATION_NAME.len())
+        .position(|window| window == GENERATION_NAME);
+    found?.checked_add(GENERATION_NAME.len())
 }

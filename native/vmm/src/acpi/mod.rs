@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The ACPI tables that firmware would build, for a kernel that is booted directly.
+//! The ACPI tables: RSDP, XSDT, FADT, MADT, MCFG, FACS, DSDT.
 //!
-//! They lie in the reserved area below 1 MiB, where a kernel that was told no address searches for the RSDP
-//! (ACPI 6.5, 5.2.5.1), one after the other: RSDP, XSDT, FADT, MADT, MCFG, FACS, DSDT. All of it depends on
-//! the machine type and the number of vCPUs only.
+//! They are built once for both ways to the guest: with every address as an offset from the first table and every
+//! checksum zero, and a list of where these are. A kernel that is booted directly finds them, placed, in the
+//! reserved area below 1 MiB, where it searches for the RSDP (ACPI 6.5, 5.2.5.1); firmware gets them as files and
+//! places them itself by the same list ([`crate::firmware::loader`]).
+//!
+//! All of it depends on the machine type, the number of vCPUs and where PCI's memory lies ([`View`]), and its length on
+//! the number of vCPUs alone: firmware reads the files' sizes before it moves PCI's memory.
 
 mod dsdt;
 
@@ -20,6 +24,7 @@ use crate::config::VCPUS_MAX;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::legacy::cmos::CENTURY;
+use crate::pci::root::Taken;
 
 /// Where the RSDP lies.
 pub const RSDP: u64 = 0xe_0000;
@@ -28,7 +33,7 @@ const OEM: [u8; 6] = *b"VMBUS ";
 const OEM_TABLE: [u8; 8] = *b"VMBUS-0 ";
 const REVISION: u32 = 1;
 /// FACS has to lie on 64 bytes; the others do as well.
-const ALIGNMENT: u64 = 64;
+const ALIGNMENT: usize = 64;
 
 /// IAPC_BOOT_ARCH: legacy devices exist; there is no VGA to be probed for. The keyboard controller is not
 /// announced: there is nothing behind it.
@@ -45,46 +50,200 @@ const ONLINE_CAPABLE: u32 = 2;
 /// MPS INTI flags: active high, level-triggered.
 const LEVEL_HIGH: u16 = 0xd;
 
-/// The tables in memory: each with its address.
-///
-/// # Errors
-/// `Internal` when they outgrow their place.
-pub fn tables(vcpus: u8) -> Result<Vec<(u64, Vec<u8>)>> {
-    let mut area = Area {
-        next: RSDP + ALIGNMENT,
-        tables: Vec::new(),
+/// Where the generation ID lies in its page, which is 4 KiB on 4 KiB: 40 bytes in, so that no table scanner takes the
+/// page for a table ("Virtual Machine Generation ID", Microsoft, 2012; QEMU's docs/specs/vmgenid).
+pub const GENERATION_OFFSET: u64 = 40;
+/// The page of the generation ID, for a kernel that is booted directly.
+pub const GENERATION_PAGE: u64 = 0xe_f000;
+
+/// What the tables depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct View {
+    /// How many vCPUs there are.
+    pub vcpus: u8,
+    /// Where PCI's memory lies.
+    pub pci: Taken,
+}
+
+/// A field that holds an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pointer {
+    /// Where it is.
+    pub at: usize,
+    /// Its bytes, 4 or 8.
+    pub len: usize,
+    /// What its value is an offset into.
+    pub into: Target,
+}
+
+/// What a pointer points into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The tables.
+    Tables,
+    /// The page of the generation ID.
+    Generation,
+}
+
+/// A byte that makes a range add up to zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sum {
+    /// Where it is.
+    pub at: usize,
+    /// The first byte of the range.
+    pub start: usize,
+    /// Its bytes.
+    pub len: usize,
+}
+
+/// The tables, not yet placed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tables {
+    /// All but the RSDP.
+    pub bytes: Vec<u8>,
+    /// The addresses in them.
+    pub pointers: Vec<Pointer>,
+    /// Their checksums.
+    pub sums: Vec<Sum>,
+    /// The RSDP; its one address, of the XSDT, is at [`RSDP_XSDT`].
+    pub rsdp: Vec<u8>,
+}
+
+/// Where the RSDP has the XSDT's address.
+pub const RSDP_XSDT: usize = 24;
+/// The checksums of the RSDP: of the part that ACPI 1.0 knew, and of all.
+pub const RSDP_SUMS: [Sum; 2] = [
+    Sum {
+        at: 8,
+        start: 0,
+        len: 20,
+    },
+    Sum {
+        at: 32,
+        start: 0,
+        len: 36,
+    },
+];
+
+/// The tables of a machine.
+pub fn tables(view: &View) -> Tables {
+    let mut tables = Tables {
+        bytes: Vec::new(),
+        pointers: Vec::new(),
+        sums: Vec::new(),
+        rsdp: Vec::new(),
     };
-    let dsdt = area.put(dsdt::table(vcpus));
-    let facs = area.put(bytes(&FACS::new()));
+    let dsdt = dsdt::table(view);
+    let generation = dsdt::generation_pointer(&dsdt);
+    let dsdt = tables.put(&dsdt, &[]);
+    if let Some(at) = generation {
+        tables.point(dsdt.saturating_add(at), 4, Target::Generation);
+    }
+    let facs = tables.put(&bytes(&FACS::new()), &[]);
     let entries = [
-        area.put(fadt(dsdt, facs)),
-        area.put(madt(vcpus)),
-        area.put(mcfg()),
+        // FIRMWARE_CTRL, DSDT, X_DSDT.
+        tables.put(
+            &fadt(dsdt as u64, facs as u64),
+            &[(36, 4), (40, 4), (140, 8)],
+        ),
+        tables.put(&madt(view.vcpus), &[]),
+        tables.put(&mcfg(view.pci.ecam), &[]),
     ];
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
-    for entry in entries {
-        xsdt.add_entry(entry);
+    let mut pointers = Vec::new();
+    for (entry, at) in entries.into_iter().zip((36..).step_by(8)) {
+        xsdt.add_entry(entry as u64);
+        pointers.push((at, 8));
     }
-    let xsdt = area.put(bytes(&xsdt));
-    area.tables.push((RSDP, bytes(&Rsdp::new(OEM, xsdt))));
-    if area.next > layout::EXTENDED_START {
-        return Err(Error::internal("the ACPI tables outgrow their place"));
+    let xsdt = tables.put(&bytes(&xsdt), &pointers);
+    tables.rsdp = bytes(&Rsdp::new(OEM, xsdt as u64));
+    for sum in RSDP_SUMS {
+        clear(&mut tables.rsdp, sum.at);
     }
-    Ok(area.tables)
+    tables
 }
 
-struct Area {
-    next: u64,
-    tables: Vec<(u64, Vec<u8>)>,
+impl Tables {
+    /// Adds a table; `pointers` are the offset and length of the addresses in it. Returns its offset.
+    fn put(&mut self, table: &[u8], pointers: &[(usize, usize)]) -> usize {
+        let at = self.bytes.len().next_multiple_of(ALIGNMENT);
+        self.bytes.resize(at, 0);
+        self.bytes.extend_from_slice(table);
+        for (offset, len) in pointers {
+            self.point(at.saturating_add(*offset), *len, Target::Tables);
+        }
+        // The FACS has none.
+        if !table.starts_with(b"FACS") {
+            let sum = Sum {
+                at: at.saturating_add(9),
+                start: at,
+                len: table.len(),
+            };
+            clear(&mut self.bytes, sum.at);
+            self.sums.push(sum);
+        }
+        at
+    }
+
+    fn point(&mut self, at: usize, len: usize, into: Target) {
+        self.pointers.push(Pointer { at, len, into });
+    }
+
+    /// As they lie in memory: each piece with its address.
+    ///
+    /// # Errors
+    /// `Internal` when they outgrow their place.
+    pub fn placed(&self) -> Result<Vec<(u64, Vec<u8>)>> {
+        let base = RSDP.saturating_add(ALIGNMENT as u64);
+        if base.saturating_add(self.bytes.len() as u64) > GENERATION_PAGE {
+            return Err(Error::internal("the ACPI tables outgrow their place"));
+        }
+        let mut placed = self.bytes.clone();
+        for pointer in &self.pointers {
+            let target = match pointer.into {
+                Target::Tables => base,
+                Target::Generation => GENERATION_PAGE,
+            };
+            add(&mut placed, pointer.at, pointer.len, target);
+        }
+        let mut rsdp = self.rsdp.clone();
+        add(&mut rsdp, RSDP_XSDT, 8, base);
+        for sum in &self.sums {
+            balance(&mut placed, *sum);
+        }
+        for sum in RSDP_SUMS {
+            balance(&mut rsdp, sum);
+        }
+        Ok(vec![(base, placed), (RSDP, rsdp)])
+    }
 }
 
-impl Area {
-    fn put(&mut self, table: Vec<u8>) -> u64 {
-        let address = self.next;
-        let end = address.saturating_add(table.len() as u64);
-        self.next = end.next_multiple_of(ALIGNMENT);
-        self.tables.push((address, table));
-        address
+fn clear(bytes: &mut [u8], at: usize) {
+    if let Some(byte) = bytes.get_mut(at) {
+        *byte = 0;
+    }
+}
+
+/// Adds to the little-endian number of `len` bytes at `at`.
+fn add(bytes: &mut [u8], at: usize, len: usize, value: u64) {
+    let Some(field) = at.checked_add(len).and_then(|end| bytes.get_mut(at..end)) else {
+        return;
+    };
+    let mut number = [0; 8];
+    for (to, from) in number.iter_mut().zip(&*field) {
+        *to = *from;
+    }
+    let sum = u64::from_le_bytes(number).wrapping_add(value).to_le_bytes();
+    for (to, from) in field.iter_mut().zip(sum) {
+        *to = from;
+    }
+}
+
+fn balance(bytes: &mut [u8], sum: Sum) {
+    let range = bytes.iter().skip(sum.start).take(sum.len);
+    let total = range.fold(0u8, |total, byte| total.wrapping_add(*byte));
+    if let Some(byte) = bytes.get_mut(sum.at) {
+        *byte = byte.wrapping_sub(total);
     }
 }
 
@@ -154,9 +313,13 @@ fn madt(vcpus: u8) -> Vec<u8> {
     madt.as_slice().to_vec()
 }
 
-fn mcfg() -> Vec<u8> {
+/// Where the ECAM is; without one the table says so by an entry of no buses at address 0.
+fn mcfg(ecam: Option<(u64, u64)>) -> Vec<u8> {
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, REVISION);
-    mcfg.add_ecam(layout::ECAM_START, 0, 0, 255);
+    let (base, size) = ecam.unwrap_or((0, 1 << 20));
+    // 1 MiB a bus.
+    let last = (size >> 20).clamp(1, 256).saturating_sub(1);
+    mcfg.add_ecam(base, 0, 0, last as u8);
     bytes(&mcfg)
 }
 
@@ -167,40 +330,97 @@ mod tests {
 
     use super::*;
 
-    fn named(tables: &[(u64, Vec<u8>)], signature: &[u8; 4]) -> Vec<u8> {
-        let found = tables
-            .iter()
-            .find(|(_, table)| table.starts_with(signature));
-        found.unwrap().1.clone()
-    }
-
-    #[test]
-    fn tables_neither_meet_nor_leave_their_area() {
-        let mut tables = tables(16).unwrap();
-        tables.sort();
-        let ends: Vec<u64> = tables
-            .iter()
-            .map(|(at, table)| at + table.len() as u64)
-            .collect();
-        for (end, (next, _)) in ends.iter().zip(&tables[1..]) {
-            assert!(end <= next, "{end:#x} {next:#x}");
+    fn view(vcpus: u8) -> View {
+        View {
+            vcpus,
+            pci: Taken {
+                ecam: Some((layout::ECAM_START, layout::ECAM_SIZE)),
+                high: None,
+            },
         }
-        assert!(tables[0].0 == RSDP && *ends.last().unwrap() <= 0x10_0000);
+    }
+
+    /// All tables but the RSDP, taken apart by their lengths.
+    fn apart(vcpus: u8) -> Vec<Vec<u8>> {
+        let (_, placed) = tables(&view(vcpus)).placed().unwrap().remove(0);
+        let mut rest = &placed[..];
+        let mut found = Vec::new();
+        while rest.len() >= 36 {
+            let len = u32::from_le_bytes(rest[4..8].try_into().unwrap()) as usize;
+            found.push(rest[..len].to_vec());
+            rest = &rest[len.next_multiple_of(ALIGNMENT).min(rest.len())..];
+        }
+        found
+    }
+
+    fn named(vcpus: u8, signature: &[u8; 4]) -> Vec<u8> {
+        let mut tables = apart(vcpus).into_iter();
+        tables
+            .find(|table| table.starts_with(signature))
+            .unwrap_or_default()
     }
 
     #[test]
-    fn every_table_adds_up_to_zero() {
-        for (address, table) in tables(3).unwrap() {
-            if !table.starts_with(b"FACS") {
-                let sum = table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
-                assert_eq!(sum, 0, "{address:#x}");
-            }
+    fn every_table_adds_up_to_zero_once_it_is_placed() {
+        let tables = apart(3);
+        assert_eq!(tables.len(), 6);
+        for table in tables.iter().filter(|table| !table.starts_with(b"FACS")) {
+            let sum = table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+            assert_eq!(sum, 0, "{:?}", &table[..4]);
+        }
+    }
+
+    #[test]
+    fn a_kernel_gets_from_the_rsdp_to_every_table() {
+        let placed = tables(&view(2)).placed().unwrap();
+        let (base, bytes) = &placed[0];
+        let (at, rsdp) = &placed[1];
+        assert_eq!((*at, &rsdp[..8]), (RSDP, &b"RSD PTR "[..]));
+        assert!(base + bytes.len() as u64 <= GENERATION_PAGE);
+        let number = |from: &[u8]| u64::from_le_bytes(from.try_into().unwrap());
+        let table = |address: u64| &bytes[(address - base) as usize..];
+        let xsdt = table(number(&rsdp[24..32]));
+        let pointers = xsdt[36..60].chunks(8).map(number);
+        let signatures: Vec<_> = pointers.map(|at| table(at)[..4].to_vec()).collect();
+        assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
+        let fadt = table(number(&xsdt[36..44]));
+        assert!(table(number(&fadt[140..148])).starts_with(b"DSDT"));
+        let short = |from: &[u8]| u64::from(u32::from_le_bytes(from.try_into().unwrap()));
+        assert!(table(short(&fadt[40..44])).starts_with(b"DSDT"));
+        assert!(table(short(&fadt[36..40])).starts_with(b"FACS"));
+    }
+
+    #[test]
+    fn the_generation_id_is_where_the_dsdt_says() {
+        let dsdt = named(1, b"DSDT");
+        let at = dsdt::generation_pointer(&dsdt).unwrap();
+        let address = u32::from_le_bytes(dsdt[at..at + 4].try_into().unwrap());
+        assert_eq!(u64::from(address), GENERATION_PAGE + GENERATION_OFFSET);
+    }
+
+    #[test]
+    fn the_length_depends_on_the_vcpus_alone() {
+        let plain = tables(&view(4));
+        for (ecam, high) in [
+            (None, None),
+            (Some((0xe000_0000, 0x1000_0000)), None),
+            (Some((0x8000_0000, 0x400_0000)), Some((1 << 32, 1 << 51))),
+            (Some((1 << 40, 0x1000_0000)), Some((0x80 << 32, 0x81 << 32))),
+            (Some((0, 0x1000_0000)), Some((u64::MAX - 1, u64::MAX))),
+        ] {
+            let moved = tables(&View {
+                vcpus: 4,
+                pci: Taken { ecam, high },
+            });
+            assert_eq!(moved.bytes.len(), plain.bytes.len(), "{ecam:x?} {high:x?}");
+            assert_eq!(moved.pointers, plain.pointers);
+            assert_eq!(moved.sums, plain.sums);
         }
     }
 
     #[test]
     fn the_madt_has_all_processors_and_enables_those_that_are_there() {
-        let madt = named(&tables(3).unwrap(), b"APIC");
+        let madt = named(3, b"APIC");
         let processors: Vec<(u8, u8)> = madt[44..]
             .chunks(8)
             .take(16)
@@ -222,7 +442,7 @@ mod tests {
         for signature in [b"FACP", b"APIC", b"MCFG", b"DSDT", b"XSDT"] {
             let name = String::from_utf8_lossy(signature).to_lowercase();
             let path = directory.join(format!("{name}.aml"));
-            std::fs::write(&path, named(&tables(4).unwrap(), signature)).unwrap();
+            std::fs::write(&path, named(4, signature)).unwrap();
             let text = iasl(&directory, &["-d", path.to_str().unwrap()]);
             assert!(
                 !text.contains("Error") && !text.contains("Invalid"),
@@ -233,7 +453,17 @@ mod tests {
         let text = iasl(&directory, &["-p", "again", source.to_str().unwrap()]);
         assert!(text.contains("0 Errors, 0 Warnings"), "{text}");
         let source = std::fs::read_to_string(source).unwrap();
-        for word in ["PNP0A08", "_OSC", "_PRT", "_S5", "PNP0501", "PNP0B00"] {
+        for word in [
+            "PNP0A08",
+            "_OSC",
+            "_PRT",
+            "_S5",
+            "PNP0501",
+            "PNP0B00",
+            "QEMU0001",
+            "QEMU0002",
+            "VM_Gen_Counter",
+        ] {
             assert!(source.contains(word), "{word} is missing in {source}");
         }
         std::fs::remove_dir_all(directory).unwrap();

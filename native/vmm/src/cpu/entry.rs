@@ -4,6 +4,7 @@
 //! | protocol | mode | pointer | source |
 //! |---|---|---|---|
 //! | Linux, 64-bit | long mode, paging on, flat segments | rsi: boot_params | Documentation/arch/x86/boot.rst, 1.14 |
+//! | firmware | real mode, at the reset vector | | Intel SDM 3A, 10.1.4 |
 //! | PVH | protected mode, paging off, flat segments | ebx: hvm_start_info | xen/include/public/arch-x86/hvm/start_info.h |
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -34,6 +35,8 @@ pub const GDT: [u64; 5] = [
 /// Registers at the first instruction of the first vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entry {
+    /// The reset vector, 16 bytes below 4 GiB: the registers are as they are.
+    Reset,
     /// A Linux kernel's 64-bit entry.
     Linux64 {
         /// The first instruction.
@@ -57,19 +60,23 @@ pub enum Entry {
 impl Entry {
     /// Changes the registers of a vCPU in the reset state.
     pub fn apply(&self, regs: &mut kvm_regs, sregs: &mut kvm_sregs) {
-        *regs = kvm_regs {
+        let fresh = kvm_regs {
             rflags: 2,
             ..Default::default()
         };
         let (long, task) = match *self {
+            Entry::Reset => return,
             Entry::Linux64 {
                 rip,
                 boot_params,
                 page_table,
                 gdt,
             } => {
-                regs.rip = rip;
-                regs.rsi = boot_params;
+                *regs = kvm_regs {
+                    rip,
+                    rsi: boot_params,
+                    ..fresh
+                };
                 sregs.gdt.base = gdt;
                 sregs.gdt.limit = (std::mem::size_of_val(&GDT) as u16).saturating_sub(1);
                 sregs.cr3 = page_table;
@@ -79,8 +86,11 @@ impl Entry {
                 (true, 0xfffff)
             }
             Entry::Pvh { eip, start_info } => {
-                regs.rip = u64::from(eip);
-                regs.rbx = u64::from(start_info);
+                *regs = kvm_regs {
+                    rip: u64::from(eip),
+                    rbx: u64::from(start_info),
+                    ..fresh
+                };
                 sregs.cr0 = CR0_PE | CR0_ET;
                 sregs.cr4 = 0;
                 sregs.efer = 0;

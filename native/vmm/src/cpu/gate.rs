@@ -40,6 +40,8 @@ pub enum Cause {
     PowerOff,
     /// The guest pulled the reset line; by which means.
     Reset(&'static str),
+    /// The guest's kernel says that it has panicked.
+    GuestPanic,
     /// KVM_EXIT_SHUTDOWN.
     TripleFault,
     /// KVM_EXIT_INTERNAL_ERROR or KVM_EXIT_FAIL_ENTRY.

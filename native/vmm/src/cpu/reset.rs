@@ -17,9 +17,9 @@ use crate::error::{Error, Result};
 const MSR_TSC: u32 = 0x10;
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 
-/// Set beyond the reset state: the counter at zero, and what firmware leaves behind: memory is write-back where
-/// page tables do not say otherwise (Linux does without PAT when the MTRRs are off).
-const FIRMWARE_MSRS: [(u32, u64); 2] = [(MSR_TSC, 0), (MSR_MTRR_DEFAULT_TYPE, 1 << 11 | 6)];
+/// What firmware leaves behind for a kernel that is entered directly: memory is write-back where page tables do not say
+/// otherwise (Linux does without PAT when the MTRRs are off).
+const WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Registers that KVM lists but whose written value means an action, or that follow others.
 const NOT_KEPT: [u32; 3] = [
@@ -27,6 +27,15 @@ const NOT_KEPT: [u32; 3] = [
     0x0000_06e0, // IA32_TSC_DEADLINE: part of the local APIC, disarmed by its reset
     0x0000_003b, // IA32_TSC_ADJUST: set to 0 by writing the counter
 ];
+
+/// Whether firmware runs in the guest, or has run as far as the guest can tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Firmware {
+    /// It is to run.
+    Ahead,
+    /// A kernel is entered directly.
+    Done,
+}
 
 /// What a new vCPU has.
 pub struct ResetState {
@@ -68,11 +77,11 @@ impl ResetState {
     }
 
     /// Puts the vCPU into its reset state; with `entry` it is the boot processor and begins there, else it
-    /// waits for INIT and SIPI.
+    /// waits for INIT and SIPI. What `firmware` sets up on every processor is set up if it is done.
     ///
     /// # Errors
     /// `Unavailable` when KVM refuses.
-    pub fn restore(&self, vcpu: &VcpuFd, entry: Option<&Entry>) -> Result<()> {
+    pub fn restore(&self, vcpu: &VcpuFd, entry: Option<&Entry>, firmware: Firmware) -> Result<()> {
         let kernel = |what: &'static str| move |e| Error::kernel(what, e);
         let (mut regs, mut sregs) = (self.regs, self.sregs);
         if let Some(entry) = entry {
@@ -103,15 +112,9 @@ impl ResetState {
         for msr in &self.msrs {
             set_msr(vcpu, *msr)?;
         }
-        for (index, data) in FIRMWARE_MSRS {
-            set_msr(
-                vcpu,
-                kvm_msr_entry {
-                    index,
-                    data,
-                    ..Default::default()
-                },
-            )?;
+        set_msr(vcpu, msr(MSR_TSC, 0))?;
+        if firmware == Firmware::Done {
+            set_msr(vcpu, msr(MSR_MTRR_DEFAULT_TYPE, WRITE_BACK))?;
         }
         vcpu.set_lapic(&self.lapic)
             .map_err(kernel("KVM_SET_LAPIC"))?;
@@ -136,6 +139,14 @@ fn keepable(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
         .filter_map(|index| readable(*index))
         .filter(|msr| set_msr(vcpu, *msr).is_ok())
         .collect()
+}
+
+fn msr(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    }
 }
 
 fn set_msr(vcpu: &VcpuFd, msr: kvm_msr_entry) -> Result<()> {

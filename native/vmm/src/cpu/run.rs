@@ -18,7 +18,7 @@ use kvm_ioctls::VcpuFd;
 use crate::bus::Bus;
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{Cause, Gate, Order};
-use crate::cpu::reset::ResetState;
+use crate::cpu::reset::{Firmware, ResetState};
 use crate::thread::panic_message;
 
 /// What one vCPU did since it was made. Written by its own thread only.
@@ -93,8 +93,12 @@ impl Vcpu {
 
     fn restore(&mut self) -> crate::error::Result<()> {
         let entry = *self.entry.lock().unwrap_or_else(|e| e.into_inner());
+        let firmware = match entry {
+            Some(Entry::Reset) => Firmware::Ahead,
+            _ => Firmware::Done,
+        };
         let entry = entry.filter(|_| self.index == 0);
-        self.reset.restore(&self.fd, entry.as_ref())
+        self.reset.restore(&self.fd, entry.as_ref(), firmware)
     }
 
     /// Returns when KVM_RUN was interrupted.

@@ -4,8 +4,11 @@
 //! The interrupt controllers and the PIT are KVM's own.
 
 pub mod cmos;
+pub mod fw_cfg;
 pub mod i8042;
 pub mod pm;
+pub mod port92;
+pub mod pvpanic;
 pub mod reset_control;
 pub mod serial;
 
@@ -31,7 +34,25 @@ mod tests {
         let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let gate = Arc::new(Gate::new(0, Arc::new(|_, _| ())));
         let line = || Line::with(|_| ());
-        let devices: [(u64, u64, Box<dyn BusDevice>); 6] = [
+        let memory = crate::virtio::queue::testing::memory();
+        let mut files = crate::firmware::files::Files::new();
+        files.add_writable("etc/written", 8);
+        let devices: [(u64, u64, Box<dyn BusDevice>); 9] = [
+            (
+                layout::FW_CFG,
+                layout::FW_CFG_SIZE,
+                Box::new(fw_cfg::FwCfg::new(files, memory)),
+            ),
+            (
+                layout::PORT_92,
+                1,
+                Box::new(port92::Port92::new(gate.clone())),
+            ),
+            (
+                layout::PVPANIC,
+                1,
+                Box::new(pvpanic::PvPanic::new(gate.clone())),
+            ),
             (
                 layout::COM1,
                 8,

@@ -43,6 +43,7 @@ struct State {
     status: u16,
     enable: u16,
     control: u32,
+    gpe_status: u64,
     gpe_enable: u64,
 }
 
@@ -72,6 +73,13 @@ impl PowerManagement {
         self.update(&state);
     }
 
+    /// Raises general purpose event `number`, 0 to 63, which the guest's `\\_GPE` has a method for.
+    pub fn raise_event(&self, number: u8) {
+        let mut state = self.lock();
+        state.gpe_status |= 1u64.checked_shl(u32::from(number)).unwrap_or(0);
+        self.update(&state);
+    }
+
     /// Back to the state after power-on.
     pub fn reset(&self) {
         let mut state = self.lock();
@@ -80,7 +88,9 @@ impl PowerManagement {
     }
 
     fn update(&self, state: &State) {
-        self.sci.set(state.status & state.enable != 0);
+        let fixed = state.status & state.enable != 0;
+        self.sci
+            .set(fixed || state.gpe_status & state.gpe_enable != 0);
     }
 
     fn timer(&self) -> u32 {
@@ -101,6 +111,8 @@ impl PowerManagement {
         match offset {
             0x00 => u32::from(state.status) | u32::from(state.enable) << 16,
             0x04 => state.control | SCI_EN,
+            0x20 => state.gpe_status as u32,
+            0x24 => (state.gpe_status >> 32) as u32,
             0x28 => state.gpe_enable as u32,
             0x2c => (state.gpe_enable >> 32) as u32,
             0x30 => SMI_EN,
@@ -160,13 +172,46 @@ impl BusDevice for PowerManagement {
                 drop(state);
                 self.control(value as u32);
             }
-            // No event of GPE0 ever happens here, so its enable bits are only kept.
+            (0x20..=0x27, 1 | 2 | 4) => {
+                state.gpe_status &= !(value << ((offset & 7) * 8));
+                self.update(&state);
+            }
             (0x28..=0x2f, 1 | 2 | 4) => {
                 let shift = (offset & 7) * 8;
                 let mask = (u64::MAX >> (64 - 8 * data.len())) << shift;
                 state.gpe_enable = state.gpe_enable & !mask | value << shift & mask;
+                self.update(&state);
             }
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::layout::PM_BASE;
+
+    #[test]
+    fn a_general_purpose_event_interrupts_while_it_is_enabled_and_not_cleared() {
+        let level = Arc::new(AtomicBool::new(false));
+        let seen = level.clone();
+        let sci = Line::with(move |level| seen.store(level, Ordering::SeqCst));
+        let pm = PowerManagement::new(sci, Arc::new(Gate::new(0, Arc::new(|_, _| ()))));
+        pm.raise_event(5);
+        assert!(!level.load(Ordering::SeqCst));
+        pm.write(PM_BASE, 0x28, &[1 << 5]);
+        assert!(level.load(Ordering::SeqCst));
+        let mut status = [0; 4];
+        pm.read(PM_BASE, 0x20, &mut status);
+        assert_eq!(status, [1 << 5, 0, 0, 0]);
+        pm.write(PM_BASE, 0x20, &[1 << 5]);
+        assert!(!level.load(Ordering::SeqCst));
+        // An event beyond the block is none.
+        pm.raise_event(200);
+        pm.read(PM_BASE, 0x24, &mut status);
+        assert_eq!(status, [0; 4]);
     }
 }

@@ -241,6 +241,13 @@ pub(crate) mod testing {
 
     use super::*;
 
+    /// A host bridge whose PAM nobody follows.
+    pub fn host_bridge() -> Arc<super::host::HostBridge> {
+        let ecam = crate::layout::ECAM_START;
+        let pam = crate::firmware::shadow::ALL_RAM;
+        Arc::new(super::host::HostBridge::new(ecam, pam, Box::new(|_| ())))
+    }
+
     #[derive(Default)]
     pub struct FakeWiring(Mutex<State>);
 

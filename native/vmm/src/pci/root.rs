@@ -2,25 +2,25 @@
 //! The root complex: finds the function that a configuration or memory access is for.
 //!
 //! Configuration space is reached by ports 0xcf8/0xcfc (mechanism #1) and by the ECAM, whose place the host
-//! bridge's PCIEXBAR says. The two MMIO windows belong to this one bus device for good; which function
-//! decodes what in them is looked up here, so that a guest may move BARs, even over each other (the lowest
-//! function then wins, and nobody is harmed). BARs that lie outside of the windows decode nothing.
+//! bridge's PCIEXBAR says. All of the memory bus that is nobody else's comes here, and which function decodes
+//! what in it is looked up here: first the ECAM, then the BARs. So firmware and guest may put either anywhere, even over
+//! each other (the lowest function then wins, and nobody is harmed). What lies over RAM or the interrupt controllers
+//! is never asked for.
 //!
 //! What is in a slot is function 0 of device 0 on the bus that the slot's root port says; it decodes only what
 //! that port's windows pass on.
 //!
-//! Functions are called without a lock of this file held. The bus holds the root and the root the bus only
-//! weakly, so that both go when the machine does.
+//! Functions are called without a lock of this file held. The bus holds the root, which holds no bus.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, RwLock, Weak};
+use std::sync::{Arc, RwLock};
 
 use super::host::HostBridge;
 use super::root_port::RootPort;
 use super::{Function, Place, Window};
 use crate::bus::{Bus, BusDevice};
 use crate::error::{Error, Kind, Result};
-use crate::layout::{ECAM_START, MMIO32_SIZE, MMIO32_START, MMIO64_SIZE, MMIO64_START};
+use crate::layout::PCI32_START;
 
 /// A function's registers in the ECAM: 4 KiB.
 const ECAM_FUNCTION: u64 = 0x1000;
@@ -53,22 +53,31 @@ pub struct Root {
     decoded: RwLock<Vec<(Window, Arc<dyn Function>)>>,
     /// What was written to port 0xcf8.
     address: AtomicU32,
-    mmio: Weak<Bus>,
-    /// The base of the ECAM's range on the bus.
-    ecam: Mutex<Option<u64>>,
+    /// Where the ECAM is, and its size.
+    ecam: RwLock<Option<(u64, u64)>>,
+}
+
+/// What the bus takes of the address space, for the tables that tell the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// The ECAM and its size.
+    pub ecam: Option<(u64, u64)>,
+    /// From the first to behind the last BAR or bridge window above 4 GiB.
+    pub high: Option<(u64, u64)>,
 }
 
 impl Root {
-    /// A bus with the host bridge, `functions` and root ports with empty slots, whose memory is on `mmio`.
+    /// A bus with the host bridge, `functions` and root ports with empty slots, whose memory is all of `mmio` that is nobody
+    /// else's.
     ///
     /// # Errors
-    /// `Internal` when two functions have one place; `InvalidArgument` when a range of the layout is taken.
+    /// `Internal` when two functions have one place.
     pub fn new(
+        host: Arc<HostBridge>,
         mut functions: Vec<(Place, Arc<dyn Function>)>,
         ports: Vec<Arc<RootPort>>,
-        mmio: &Arc<Bus>,
+        mmio: &Bus,
     ) -> Result<Arc<Root>> {
-        let host = Arc::new(HostBridge::new(ECAM_START));
         for (index, port) in (0..).zip(&ports) {
             functions.push((Place::root_port(index), port.clone()));
         }
@@ -84,22 +93,27 @@ impl Root {
             slots: ports.into_iter().map(Slot::empty).collect(),
             decoded: RwLock::default(),
             address: AtomicU32::new(0),
-            mmio: Arc::downgrade(mmio),
-            ecam: Mutex::new(None),
+            ecam: RwLock::new(None),
         });
-        mmio.insert(
-            MMIO32_START,
-            MMIO32_SIZE,
-            Arc::new(MemoryWindow(root.clone())),
-        )?;
-        mmio.insert(
-            MMIO64_START,
-            MMIO64_SIZE,
-            Arc::new(MemoryWindow(root.clone())),
-        )?;
+        mmio.set_fallback(Arc::new(Memory(root.clone())));
         root.place_ecam();
         root.decode();
         Ok(root)
+    }
+
+    /// What it takes now.
+    pub fn taken(&self) -> Taken {
+        let high = self.functions.iter().flat_map(|(_, function)| {
+            let bars = function.windows().into_iter();
+            bars.map(|window| (window.base, window.base.saturating_add(window.size)))
+                .chain(prefetchable_window(function.as_ref()))
+        });
+        Taken {
+            ecam: *self.ecam.read().unwrap_or_else(|e| e.into_inner()),
+            high: high
+                .filter(|(base, _)| *base >= 1 << 32)
+                .reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))),
+        }
     }
 
     /// Ports 0xcf8 to 0xcff, for whoever has the reset control register among them.
@@ -108,7 +122,7 @@ impl Root {
     }
 
     /// Back to the state after power-on: every function, the ECAM and the address port.
-    pub fn reset(self: &Arc<Self>) {
+    pub fn reset(&self) {
         for (_, function) in &self.functions {
             function.reset();
         }
@@ -180,7 +194,7 @@ impl Root {
         }
     }
 
-    fn config_write(self: &Arc<Self>, bus: u8, devfn: u8, register: u16, data: &[u8]) {
+    fn config_write(&self, bus: u8, devfn: u8, register: u16, data: &[u8]) {
         let Some(function) = self.function(bus, devfn) else {
             return;
         };
@@ -223,20 +237,36 @@ impl Root {
         })
     }
 
-    /// Puts the ECAM's range where PCIEXBAR says; where something else is already, it is nowhere.
-    fn place_ecam(self: &Arc<Self>) {
-        let Some(mmio) = self.mmio.upgrade() else {
-            return;
-        };
-        let mut placed = self.ecam.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(base) = placed.take() {
-            mmio.remove(base);
-        }
-        if let Some((base, size)) = self.host.ecam() {
-            let device = Arc::new(Ecam(Arc::clone(self)));
-            *placed = mmio.insert(base, size, device).is_ok().then_some(base);
-        }
+    fn place_ecam(&self) {
+        *self.ecam.write().unwrap_or_else(|e| e.into_inner()) = self.host.ecam();
     }
+
+    /// The offset in the ECAM, if `address` lies in it.
+    fn in_ecam(&self, address: u64) -> Option<u64> {
+        let (base, size) = (*self.ecam.read().unwrap_or_else(|e| e.into_inner()))?;
+        address.checked_sub(base).filter(|offset| *offset < size)
+    }
+}
+
+/// What a bridge forwards above 4 GiB (PCI-to-PCI Bridge Architecture 1.2, 3.2.5.9): from, and behind the last.
+fn prefetchable_window(function: &dyn Function) -> Option<(u64, u64)> {
+    let mut header = [0];
+    function.config_read(0x0e, &mut header);
+    if header[0] & 0x7f != 1 {
+        return None;
+    }
+    let mut halves = [0; 4];
+    function.config_read(0x24, &mut halves);
+    let (mut base_high, mut last_high) = ([0; 4], [0; 4]);
+    function.config_read(0x28, &mut base_high);
+    function.config_read(0x2c, &mut last_high);
+    let [base0, base1, last0, last1] = halves;
+    let whole = |low: u16, high: [u8; 4]| {
+        u64::from(u32::from_le_bytes(high)) << 32 | u64::from(low & 0xfff0) << 16
+    };
+    let base = whole(u16::from_le_bytes([base0, base1]), base_high);
+    let last = whole(u16::from_le_bytes([last0, last1]), last_high) | 0xf_ffff;
+    (base <= last).then(|| (base, last.saturating_add(1)))
 }
 
 /// Ports 0xcf8 to 0xcff.
@@ -275,9 +305,7 @@ impl BusDevice for ConfigPorts {
     }
 }
 
-/// The extended configuration space: bus, device, function and register are the address.
-struct Ecam(Arc<Root>);
-
+/// Bus, device, function and register that an offset into the ECAM means.
 fn ecam_target(offset: u64, len: usize) -> Option<(u8, u8, u16)> {
     let register = offset % ECAM_FUNCTION;
     if !matches!(len, 1 | 2 | 4) || register + len as u64 > ECAM_FUNCTION {
@@ -286,53 +314,42 @@ fn ecam_target(offset: u64, len: usize) -> Option<(u8, u8, u16)> {
     Some(((offset >> 20) as u8, (offset >> 12) as u8, register as u16))
 }
 
-impl BusDevice for Ecam {
-    fn read(&self, _base: u64, offset: u64, data: &mut [u8]) {
-        if let Some((bus, devfn, register)) = ecam_target(offset, data.len()) {
-            self.0.config_read(bus, devfn, register, data);
-        }
-    }
+/// All memory that is nobody else's: the ECAM and the BARs. Its base is 0, so offsets are addresses.
+struct Memory(Arc<Root>);
 
-    fn write(&self, _base: u64, offset: u64, data: &[u8]) {
-        if let Some((bus, devfn, register)) = ecam_target(offset, data.len()) {
-            self.0.config_write(bus, devfn, register, data);
-        }
-    }
-}
-
-/// The 32-bit or the 64-bit MMIO window.
-struct MemoryWindow(Arc<Root>);
-
-impl BusDevice for MemoryWindow {
-    fn read(&self, base: u64, offset: u64, data: &mut [u8]) {
-        if let Some((bar, offset, function)) = self.0.find(base.wrapping_add(offset), data.len()) {
+impl BusDevice for Memory {
+    fn read(&self, _base: u64, address: u64, data: &mut [u8]) {
+        if let Some(offset) = self.0.in_ecam(address) {
+            if let Some((bus, devfn, register)) = ecam_target(offset, data.len()) {
+                self.0.config_read(bus, devfn, register, data);
+            }
+        } else if let Some((bar, offset, function)) = self.0.find(address, data.len()) {
             function.read(bar, offset, data);
         }
     }
 
-    fn write(&self, base: u64, offset: u64, data: &[u8]) {
-        if let Some((bar, offset, function)) = self.0.find(base.wrapping_add(offset), data.len()) {
+    fn write(&self, _base: u64, address: u64, data: &[u8]) {
+        if let Some(offset) = self.0.in_ecam(address) {
+            if let Some((bus, devfn, register)) = ecam_target(offset, data.len()) {
+                self.0.config_write(bus, devfn, register, data);
+            }
+        } else if let Some((bar, offset, function)) = self.0.find(address, data.len()) {
             function.write(bar, offset, data);
         }
     }
 }
 
-/// Whether `size` bytes at `base` lie in one of the MMIO windows.
+/// Whether `size` bytes at `base` are where a BAR is meant to lie: above low RAM.
 pub fn in_window(base: u64, size: u64) -> bool {
-    let within = |start: u64, length: u64| {
-        base.checked_sub(start)
-            .and_then(|offset| offset.checked_add(size))
-            .is_some_and(|end| end <= length)
-    };
-    within(MMIO32_START, MMIO32_SIZE) || within(MMIO64_START, MMIO64_SIZE)
+    base >= PCI32_START && base.checked_add(size).is_some()
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::lpc::LpcBridge;
-    use super::super::testing::FakeWiring;
+    use super::super::testing::{host_bridge, FakeWiring};
     use super::*;
-    use crate::layout::PCI_CONFIG;
+    use crate::layout::{ECAM_START, MMIO32_START, PCI_CONFIG};
 
     struct Fixture {
         pio: Bus,
@@ -349,7 +366,7 @@ mod tests {
             let port = RootPort::new(wiring.clone(), index, Arc::new(|_| {}));
             Arc::new(port.unwrap())
         });
-        let root = Root::new(functions, ports.collect(), &mmio).unwrap();
+        let root = Root::new(host_bridge(), functions, ports.collect(), &mmio).unwrap();
         pio.insert(PCI_CONFIG, 8, root.config_ports()).unwrap();
         Fixture { pio, mmio, root }
     }
@@ -409,15 +426,36 @@ mod tests {
     }
 
     #[test]
-    fn an_ecam_over_something_else_is_nowhere_until_moved() {
+    fn an_ecam_over_bars_hides_them_until_it_moves_on() {
         let f = fixture();
+        let bar = Place::root_port(0).bar_address();
+        assert_eq!(f.memory(bar + 12), 1);
         let target = MMIO32_START as u32 | 1;
         f.mmio.write(ECAM_START + 0x60, &target.to_le_bytes());
         assert_eq!(f.memory(ECAM_START), u32::MAX);
-        assert_ne!(f.memory(MMIO32_START), 0x29c0_8086);
-        f.pio.write(0xcf8, &0x8000_0060u32.to_le_bytes());
-        f.pio.write(0xcfc, &0xb000_0001u32.to_le_bytes());
-        assert_eq!(f.memory(ECAM_START), 0x29c0_8086);
+        assert_eq!(f.memory(MMIO32_START), 0x29c0_8086);
+        assert_ne!(f.memory(bar + 12), 1);
+        f.mmio
+            .write(MMIO32_START + 0x60, &0xe000_0001u32.to_le_bytes());
+        assert_eq!(f.memory(0xe000_0000), 0x29c0_8086);
+        assert_eq!(f.memory(bar + 12), 1);
+    }
+
+    #[test]
+    fn what_is_taken_above_4_gib_follows_bars_and_bridge_windows() {
+        let f = fixture();
+        let ports = |first: u64, last: u64| Some((first << 32, last << 32));
+        let taken = f.root.taken();
+        assert_eq!(taken.ecam, Some((ECAM_START, 0x1000_0000)));
+        assert_eq!(taken.high, ports(0x80, 0x88));
+        let config = ECAM_START + (0x80 << 12);
+        // Root port 0's window is closed, port 1's stays; a BAR of port 0 goes far up.
+        f.mmio.write(config + 0x24, &0x0000_fff0u32.to_le_bytes());
+        f.mmio.write(config + 0x2c, &[0; 4]);
+        assert_eq!(f.root.taken().high, ports(0x84, 0x88));
+        f.mmio.write(config + 0x14, &0x100u32.to_le_bytes());
+        let (first, end) = f.root.taken().high.unwrap();
+        assert_eq!((first, end >> 32), (0x84 << 32, 0x100));
     }
 
     #[test]
@@ -460,8 +498,8 @@ mod tests {
         assert_eq!(data, [0xff; 4]);
         f.pio.read(0xcfd, &mut data);
         assert_eq!(data, [0xff; 4]);
-        assert!(in_window(MMIO32_START, MMIO32_SIZE));
-        assert!(!in_window(MMIO32_START + 1, MMIO32_SIZE));
+        assert!(in_window(MMIO32_START, 0x1000));
+        assert!(!in_window(PCI32_START - 1, 0x1000));
         assert!(!in_window(u64::MAX, 1));
     }
 }

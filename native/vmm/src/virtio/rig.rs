@@ -22,7 +22,7 @@ use crate::device::Device;
 use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts};
 use crate::layout::ECAM_START;
 use crate::net::Tap;
-use crate::pci::testing::FakeWiring;
+use crate::pci::testing::{host_bridge, FakeWiring};
 use crate::pci::Place;
 use crate::thread::unconfined;
 
@@ -55,6 +55,7 @@ impl Rig {
             wiring: wiring.clone(),
             memory: memory(),
             mmio: Arc::new(Bus::new()),
+            host: host_bridge(),
             vcpus: 2,
             trouble: Arc::new(move |reason| heard.lock().unwrap().push(reason)),
             ejected: Arc::new(|_| {}),

@@ -6,6 +6,7 @@
 mod bad_input;
 mod disks;
 mod ends;
+mod firmware;
 mod memory;
 mod network;
 mod states;
