@@ -65,6 +65,7 @@ install-files:
 	$(INSTALL) -D -m 644 polkit/org.vmbus1.policy $(DESTDIR)/usr/share/polkit-1/actions/org.vmbus1.policy
 	$(INSTALL) -D -m 644 polkit/50-vmbus-example.rules $(DESTDIR)/usr/share/doc/vmbus/50-vmbus-example.rules
 	$(INSTALL) -D -m 644 systemd/broker.toml $(DESTDIR)/usr/share/doc/vmbus/broker.toml
+	$(INSTALL) -D -m 644 systemd/vmbusd.toml $(DESTDIR)/usr/share/doc/vmbus/vmbusd.toml
 	[ -e $(DESTDIR)/etc/vmbus/broker.toml ] || $(INSTALL) -D -m 644 systemd/broker.toml $(DESTDIR)/etc/vmbus/broker.toml
 	$(INSTALL) -D -m 644 docs/examples/debian.toml $(DESTDIR)/usr/share/doc/vmbus/debian.toml
 	$(INSTALL) -D -m 644 completions/vmbusctl.bash $(DESTDIR)/usr/share/bash-completion/completions/vmbusctl

@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine memory set-memory host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine memory set-memory hugepages host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -89,6 +89,9 @@ _vmbusctl() {
         set-memory)
             options="-h --help --wait --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
+            ;;
+        hugepages)
+            options="-h --help --page-size --node --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         host)
             options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
@@ -199,6 +202,13 @@ _vmbusctl() {
             return
             ;;
         "set-memory --wait" | "set-memory --bus-address" | "set-memory --bus-name")
+            return
+            ;;
+        "hugepages --page-size")
+            COMPREPLY=($(compgen -W "2M 1G" -- "$current"))
+            return
+            ;;
+        "hugepages --node" | "hugepages --bus-address" | "hugepages --bus-name")
             return
             ;;
         "host --bus-address" | "host --bus-name")

@@ -39,6 +39,13 @@ class Pool:
         """Have ``pages`` in all, as an administrator does it."""
         (self.directory / "nr_hugepages").write_text(str(pages))
 
+    def until_it_has(self, pages: int, seconds: float = 10) -> bool:
+        """Wait until there are ``pages`` in all; whether they came to be."""
+        end = time.monotonic() + seconds
+        while self["nr"] != pages and time.monotonic() < end:
+            time.sleep(0.01)
+        return self["nr"] == pages
+
     def until(self, wanted: dict[str, int], seconds: float) -> dict[str, int]:
         """Wait until the figures are ``wanted``; what they are then."""
         end = time.monotonic() + seconds

@@ -64,11 +64,13 @@ LIVE: Final[list[System]] = []
 class System:
     """One instance of vmbus. A context manager; ``start`` and ``close`` may also be called alone.
 
-    ``policy`` is appended to broker.toml. ``parts`` says how far ``start`` goes: "bus" (with polkitd),
-    "broker" or "service" (all). Raises NotReady from ``start``, with logs.
+    ``policy`` is appended to broker.toml, ``config`` is vmbusd.toml. ``parts`` says how far ``start`` goes:
+    "bus" (with polkitd), "broker" or "service" (all). Raises NotReady from ``start``, with logs.
     """
 
-    def __init__(self, *, policy: str = "", parts: str = "service", bus_name: str = "org.vmbus1") -> None:
+    def __init__(
+        self, *, policy: str = "", config: str = "", parts: str = "service", bus_name: str = "org.vmbus1"
+    ) -> None:
         self._parts = parts
         self._take_slot()
         self.place = Path(tempfile.mkdtemp(prefix="vmbus-"))
@@ -78,6 +80,7 @@ class System:
         self._stage: subprocess.Popen[str] | None = None
         self._rules = 0
         self._lay_out(policy)
+        self.vmbusd_toml.write_text(config)
 
     def _take_slot(self) -> None:
         SLOTS.mkdir(exist_ok=True, mode=0o755)
@@ -126,6 +129,11 @@ class System:
     def broker_toml(self) -> Path:
         """The broker's policy."""
         return self.place / "broker.toml"
+
+    @property
+    def vmbusd_toml(self) -> Path:
+        """What the service shall do by itself."""
+        return self.place / "vmbusd.toml"
 
     @property
     def bus_address(self) -> str:
@@ -241,6 +249,7 @@ class System:
     def _service(self) -> list[str]:
         argv = [str(PROGRAMS / "vmbusd"), "--instance", self.instance, "--run-dir", str(self.run_dir)]
         argv += ["--state-dir", str(self.place / "state"), "--bus-name", self.bus_name]
+        argv += ["--config", str(self.vmbusd_toml)]
         return as_user("vmbus", [*argv, "--bus-address", "unix:path=/run/dbus/system_bus_socket"])
 
     # -- users

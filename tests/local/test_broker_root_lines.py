@@ -83,6 +83,8 @@ def loaded() -> Iterator[set[tuple[int, str]]]:
             client.ask(wire.Disown, uuid=machine.uuid)
             machine.close()
         client.ask(wire.Own, uuid=new_uuid(), uid=0)
+        assert client.ask(wire.Tune, settings={}).error is None
+        assert client.ask(wire.Look).error is None
         assert bed.process is not None
         bed.process.send_signal(signal.SIGHUP)
         wait_until(lambda: bed.said("policy reloaded") == 1)
@@ -115,7 +117,8 @@ def test_what_needs_no_root_is_loaded_after_it_was_given_up(loaded: set[tuple[in
     dropped = {name for uid, name in loaded if uid != 0 and name.startswith("vmbus.")}
     assert not [name for name in as_root if name.startswith("vmbus.broker.dropped")]
     assert {
-        f"vmbus.broker.dropped.{name}" for name in ("accounts", "files", "memfd", "policy", "survey", "taps")
+        f"vmbus.broker.dropped.{name}"
+        for name in ("accounts", "files", "memfd", "mergers", "policy", "settings", "survey", "taps")
     } <= dropped
     assert (ALICE, "vmbus.broker.dropped.files") in loaded
 

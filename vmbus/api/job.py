@@ -34,7 +34,7 @@ class JobObject:
             case "Owner":
                 return Variant("u", job.owner)
             case "Object":
-                return Variant("o", machine_path(job.machine))
+                return Variant("o", job.machine if job.machine.startswith("/") else machine_path(job.machine))
             case "State":
                 return Variant("s", job.state)
             case "Progress":
@@ -42,7 +42,7 @@ class JobObject:
             case "Error":
                 return Variant("s", job.error.dbus_name if job.error else "")
             case "Message":
-                return Variant("s", str(job.error) if job.error else "")
+                return Variant("s", str(job.error or job.note))
         raise KeyError(name)
 
 

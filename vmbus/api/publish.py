@@ -66,4 +66,4 @@ class Publisher:
         if item is not None:
             self._exports.changed(item, ("State", "Error", "Message"))
             error = f"{ERROR_PREFIX}{job.error.kind}" if job.error else ""
-            self._exports.emit(item, "Finished", job.state, error, str(job.error or ""))
+            self._exports.emit(item, "Finished", job.state, error, str(job.error or job.note))

@@ -18,7 +18,7 @@ import importlib
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
@@ -150,13 +150,15 @@ def become(uid: int, gids: list[int], capability: int = -1) -> None:
     os.umask(0o077)
 
 
-def nobody(module: str, what: str, *arguments: Any, capability: int = -1) -> Work:
+def nobody(module: str, what: str, *arguments: Any, capability: int = -1, opened: Sequence[str] = ()) -> Work:
     """Work for a child that is nobody, with one capability at most: ``what`` of ``dropped/module.py``.
 
-    That is called with ``arguments`` and the channel. Named by strings, for it is not loaded as root.
+    That is called with ``arguments`` and the channel, whose descriptors are followed by those of the paths
+    ``opened`` as root (made if they are not there). Named by strings, for it is not loaded as root.
     """
 
     def work(channel: Channel) -> None:
+        channel.fds += [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for path in opened]
         become(NOBODY, [NOBODY], capability)
         getattr(importlib.import_module(f"vmbus.broker.dropped.{module}"), what)(*arguments, channel)
 

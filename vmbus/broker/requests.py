@@ -9,7 +9,10 @@ reply and writes the audit log: who asked, for whom, what, and how it ended.
 import functools
 from typing import Any
 
+import prctl
+
 from vmbus.broker import files, owners, tap, workers
+from vmbus.broker.children import nobody
 from vmbus.broker.loop import Task, start
 from vmbus.broker.steps import log
 from vmbus.wire import broker as wire
@@ -113,10 +116,18 @@ class Requests:
         name = f"vt{worker.record.worker_uid:08x}{worker.taps & 0xFFFF:x}"
         wanted = tap.Wanted(name, request.bridge, request.queues, self._workers.mark(worker))
         with worker.directory.connect(Greeting(role="inlet")) as inlet:
-            work = functools.partial(tap.make, wanted, request.slot)
-            made = yield from self._crew.run(0, work, tap.Made, [inlet.fileno()])
+            made = yield from self._crew.run(0, tap.make(wanted, request.slot), tap.Made, [inlet.fileno()])
         log(f"{made.what}; index {made.index}")
         return wire.Reply(id=request.id), []
+
+    def do_tune(self, request: wire.Tune) -> Task[Answer]:
+        opened = [str(self._workers.settings), *(f"/sys/{name}" for name in request.settings)]
+        work = nobody("settings", "apply", request.settings, self._policy.text, opened=opened)
+        return wire.Reply(id=request.id, report=(yield from self._crew.run(0, work, dict[str, Any], []))), []
+
+    def do_look(self, request: wire.Look) -> Task[Answer]:
+        work = nobody("mergers", "look", capability=prctl.CAP_DAC_READ_SEARCH)
+        return wire.Reply(id=request.id, report=(yield from self._crew.run(0, work, dict[str, Any], []))), []
 
     def do_kill(self, request: wire.Kill) -> Answer:
         self._workers.kill(self._workers.get(request.uuid))

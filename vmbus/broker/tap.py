@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taps: what the broker itself does of them. The rest is done without uid 0, in dropped/taps.py."""
 
-import os
-
 import msgspec
 import prctl
 
-from vmbus.broker.children import NOBODY, Channel, Work, become, nobody
+from vmbus.broker.children import Work, nobody
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -25,14 +23,10 @@ class Made(msgspec.Struct, frozen=True):
     index: int
 
 
-def make(wanted: Wanted, slot: str, channel: Channel) -> None:
-    """A child's work: open /dev/net/tun, keep CAP_NET_ADMIN only, make the tap. Reports ``Made``."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
-    channel.fds += [os.open("/dev/net/tun", flags) for _ in range(wanted.queues)]
-    become(NOBODY, [NOBODY], prctl.CAP_NET_ADMIN)
-    from vmbus.broker.dropped import taps  # noqa: PLC0415
-
-    taps.make(wanted, slot, channel)
+def make(wanted: Wanted, slot: str) -> Work:
+    """A child's work: make the tap, with CAP_NET_ADMIN only. Reports ``Made``."""
+    opened = ["/dev/net/tun"] * wanted.queues
+    return nobody("taps", "make", wanted, slot, capability=prctl.CAP_NET_ADMIN, opened=opened)
 
 
 def sweep(keep: list[str], prefixes: list[str]) -> Work:

@@ -90,7 +90,7 @@ class Workers:
         """``run``: the instance's run directory; ``base``: a delegated cgroup v2, if it is one."""
         self.rules, self.instance, self._uids = rules, instance, pool
         self._crew, self._loop = rules.crew, rules.crew.loop
-        self._directory, self._place = run / "workers", run / "root"
+        self._directory, self._place, self.settings = run / "workers", run / "root", run / "settings.json"
         self.notes = cgroup.delegated(base)
         self._base = None if self.notes else base
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -158,6 +158,15 @@ def _description(to: argparse.ArgumentParser) -> None:
     add("--no-rng", action="store_true", help="no virtio random number generator")
 
 
+def _hugepages(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "action", nargs="?", choices=("list", "grow", "shrink"), default="list", help="default list"
+    )
+    to.add_argument("pages", metavar="PAGES", type=int, nargs="?", help="how many more, or fewer")
+    to.add_argument("--page-size", choices=("2M", "1G"), default="2M", help="which pool (default 2M)")
+    to.add_argument("--node", metavar="N", type=int, help="which NUMA node's pool (default: the first)")
+
+
 def _define(to: argparse.ArgumentParser) -> None:
     _description(to)
     to.add_argument("--dry-run", action="store_true", help="show what would be defined; ask nobody")
@@ -403,6 +412,18 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl set-memory web 256M --wait 10", "and wait until it has done so"),
         ),
         _set_memory,
+    ),
+    Command(
+        "hugepages",
+        "show the host's pools of huge pages, or change them",
+        "A pool is one size of page on one NUMA node. Pages that are added go back to the host when the\n"
+        "last machine of huge pages has ended; pages that the administrator had are never taken away.",
+        (
+            ("vmbusctl hugepages", "each pool: pages in all, free, idle, added by vmbus"),
+            ("vmbusctl hugepages grow 512", "add 1 GiB in pages of 2 MiB"),
+            ("vmbusctl hugepages shrink 2 --page-size 1G --node 1", "take two large pages away from node 1"),
+        ),
+        _hugepages,
     ),
     Command("host", "show what this host can do", "", (("vmbusctl host", "KVM, CPUs, memory"),), _nothing),
 )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
-from vmbus.cli import chain, console, description, files, memory, output
+from vmbus.cli import chain, console, description, files, host_memory, memory, output
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
 from vmbus.wire import dbus_form
 from vmbus.wire.definition import Definition
@@ -223,6 +223,7 @@ async def host(remote: Remote, arguments: argparse.Namespace) -> int:
 
 
 ACTIONS: Final[Mapping[str, Action]] = {
+    "hugepages": host_memory.hugepages,
     "define": define,
     "run": run,
     "list": list_machines,

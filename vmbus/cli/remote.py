@@ -165,8 +165,29 @@ class Remote:
         found: Mapping[str, Any] = await self._call(HOST, "Host.GetMemory")
         return found
 
-    async def finish(self, job: str) -> None:
-        """Return when a job is done; raises VmbusError as it failed, Cancelled, or Disconnected."""
+    async def pools(self) -> list[Mapping[str, Any]]:
+        """The host's pools of huge pages: their properties and Path, by page size and node."""
+        objects = await self._connection.managed_objects()
+        found = [
+            {**interfaces["org.vmbus1.HugePages"], "Path": path}
+            for path, interfaces in objects.items()
+            if "org.vmbus1.HugePages" in interfaces
+        ]
+        return sorted(found, key=lambda pool: (pool["PageSize"], pool["Node"]))
+
+    async def pool_machines(self, path: str) -> Mapping[str, int]:
+        """HugePages.GetMachines: pages by machine's path."""
+        found: Mapping[str, int] = await self._call(path, "HugePages.GetMachines")
+        return found
+
+    async def resize_pool(self, path: str, change: int) -> str:
+        """HugePages.Grow or Shrink; the path of its job."""
+        method = "HugePages.Grow" if change > 0 else "HugePages.Shrink"
+        return str(await self._call(path, method, abs(change)))
+
+    async def finish(self, job: str) -> str:
+        """Return when a job is done, with what it has to say; raises VmbusError as it failed, Cancelled, or
+        Disconnected."""
         ended = asyncio.Event()
 
         def told(_interface: str, member: str, body: list[Any]) -> None:
@@ -182,13 +203,14 @@ class Remote:
                 found = await self._connection.get_all(job, "Job")
         except VmbusError as error:
             if error.kind == "NotFound":  # a finished job is kept for half a minute only
-                return
+                return ""
             raise
         if found["State"] == "failed":
             kind = str(found.get("Error", "")).rpartition(".")[2]
             raise VmbusError(kind if kind in KINDS else "Internal", str(found.get("Message", "")))
         if found["State"] == "cancelled":
             raise VmbusError("Cancelled", "somebody cancelled it")
+        return str(found.get("Message", ""))
 
     @contextlib.asynccontextmanager
     async def watch(self, path: str) -> AsyncIterator[Watch]:

@@ -22,6 +22,7 @@ from vmbus.service.channel import Channel
 from vmbus.wire import broker as wire
 from vmbus.wire.definition import Definition, huge_page_size
 from vmbus.wire.errors import VmbusError
+from vmbus.wire.memory import Seen, Tuned
 from vmbus.wire.packet import MAX_FDS
 
 log = logging.getLogger("vmbus.broker")
@@ -158,6 +159,16 @@ class BrokerClient:
     async def tap(self, uuid: str, slot: str, bridge: str, queues: int) -> None:
         """Make a tap on a bridge and hand it to the worker."""
         await self._ask(lambda n: wire.Tap(id=n, uuid=uuid, slot=slot, bridge=bridge, queues=queues))
+
+    async def tune(self, settings: dict[str, str]) -> Tuned:
+        """Write settings of KSM and of pools of huge pages (names below /sys), in order; what came of it."""
+        reply, _ = await self._ask(lambda n: wire.Tune(id=n, settings=settings))
+        return msgspec.convert(reply.report, Tuned)
+
+    async def look(self) -> Seen:
+        """Who uses KSM, and ksmd's CPU time."""
+        reply, _ = await self._ask(lambda n: wire.Look(id=n))
+        return msgspec.convert(reply.report, Seen)
 
     async def kill(self, uuid: str) -> None:
         """End the worker now; Ended follows."""

@@ -21,7 +21,10 @@ State = Literal["running", "done", "failed", "cancelled"]
 
 
 class Job:
-    """``machine`` is the UUID of what it works on. ``progress``: bytes done and in all."""
+    """``machine`` is the UUID of the machine that it works on, or the object path of something else.
+
+    ``progress``: bytes done and in all; ``note``: what a job that is done has to say.
+    """
 
     def __init__(self, jobs: Jobs, number: int, kind: str, owner: int, machine: str) -> None:
         self._jobs = jobs
@@ -32,6 +35,7 @@ class Job:
         self.state: State = "running"
         self.error: VmbusError | None = None
         self.progress = (0, 0)
+        self.note = ""
         self._task: asyncio.Task[None] | None = None
         self._begun = asyncio.Event()
         self._cancelling = False

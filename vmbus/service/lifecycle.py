@@ -61,6 +61,8 @@ class Lifecycle:
         """Called when a machine that was running before is reached again."""
         self.on_console: Callable[[Machine], None] = lambda machine: None
         self.on_reset: Callable[[Machine], None] = lambda machine: None
+        self.on_finished: list[Callable[[Machine], None]] = []
+        """Told of each confirmed end."""
 
     # -- start
 
@@ -440,6 +442,8 @@ class Lifecycle:
         else:
             self._registry.remove(machine)
             self._spin(self._owned.drop(machine.uuid))
+        for tell in self.on_finished:
+            tell(machine)
 
     def forget(self, machine: Machine) -> None:
         """Remove a transient machine that has no worker; one that has goes when its worker is gone."""

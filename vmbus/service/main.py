@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from vmbus.bus import LIBRARY, Bus, BusLost, RemoteError
-from vmbus.service import descriptors
+from vmbus.service import config, descriptors
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
 from vmbus.service.credentials import Credentials
@@ -32,6 +32,7 @@ from vmbus.service.definitions import Definitions
 from vmbus.service.dispatcher import Dispatcher
 from vmbus.service.exports import Exports, Subscribers
 from vmbus.service.files import Files
+from vmbus.service.hugepages import HugePages
 from vmbus.service.jobs import Jobs
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.memory import Memory
@@ -56,6 +57,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--instance", default="system", help="name of this instance (default: system)")
     parser.add_argument("--run-dir", type=Path, help="default: /run/vmbus/INSTANCE")
     parser.add_argument("--state-dir", type=Path, help="default: /var/lib/vmbus/INSTANCE")
+    parser.add_argument("--config", type=Path, default=Path("/etc/vmbus/vmbusd.toml"))
     parser.add_argument("--bus-address", help="default: the system bus")
     parser.add_argument("--bus-name", default="org.vmbus1", help="default: org.vmbus1")
     found = parser.parse_args(argv)
@@ -67,6 +69,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 async def serve(options: argparse.Namespace) -> int:
     """Serve until a signal comes or the bus goes; the exit status."""
     interfaces = contract.load()
+    wanted = config.load(options.config)
     machines, run = options.state_dir / "machines", options.run_dir / "service"
     notes = options.state_dir / "owned"
     for directory in (machines, notes, run):
@@ -85,6 +88,7 @@ async def serve(options: argparse.Namespace) -> int:
     async def recover() -> None:
         await lifecycle.recover()
         found_machines.set()
+        hugepages.connected()
 
     broker = BrokerClient(
         options.run_dir / "broker" / "socket",
@@ -96,6 +100,8 @@ async def serve(options: argparse.Namespace) -> int:
     definitions = Definitions(registry, broker, owned)
     memory = Memory()
     lifecycle.on_found = memory.found
+    hugepages = HugePages(registry, broker, jobs, wanted.hugepages.persistent)
+    lifecycle.on_finished.append(hugepages.machine_ended)
     dispatcher = _on_the_bus(
         options.instance,
         bus,
@@ -111,6 +117,7 @@ async def serve(options: argparse.Namespace) -> int:
         parked,
         memory,
         broker,
+        hugepages,
     )
     registry.load()
     owned.load({machine.uuid for machine in registry.all()})
@@ -155,9 +162,11 @@ def _on_the_bus(
     parked: Parked,
     memory: Memory,
     broker: BrokerClient,
+    hugepages: HugePages,
 ) -> Dispatcher:
     # The one place below which api is imported: api depends on service, never the other way.
     from vmbus.api.host import HostApi, HostObject  # noqa: PLC0415
+    from vmbus.api.hugepages import HugePagesApi, PoolObject  # noqa: PLC0415
     from vmbus.api.job import JobApi  # noqa: PLC0415
     from vmbus.api.machine import MachineApi  # noqa: PLC0415
     from vmbus.api.manager import ManagerApi, ManagerObject  # noqa: PLC0415
@@ -169,10 +178,13 @@ def _on_the_bus(
         "org.vmbus1.Machine": MachineApi(lifecycle, definitions, parked, memory),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
+        "org.vmbus1.HugePages": HugePagesApi(hugepages),
     }
     Publisher(exports, registry, lifecycle, jobs, parked, manager)
     exports.add(ManagerObject(instance))
     exports.add(HostObject())
+    for pool in hugepages.pools:
+        exports.add(PoolObject(pool))
     credentials.on_left += [parked.sender_left, manager.sender_left]
     return Dispatcher(bus, interfaces, handlers, exports, credentials, polkit, Files())
 

@@ -9,7 +9,7 @@ record uuid -> (uid, user) before anything is done.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,9 @@ VERSION = 1
 
 Uuid = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
 SlotName = Annotated[str, Meta(pattern=r"^[a-z0-9/-]{1,64}$")]
+
+_POOL = r"(kernel/mm|devices/system/node/node[0-9]{1,4})/hugepages/hugepages-[0-9]{1,9}kB/nr_hugepages"
+Setting = Annotated[str, Meta(pattern=rf"^(kernel/mm/ksm/[a-z_]{{1,64}}|{_POOL})\Z")]
 
 
 class _Request(msgspec.Struct, tag_field="op", frozen=True, kw_only=True):
@@ -97,6 +100,20 @@ class Tap(_Request, tag="tap", frozen=True, kw_only=True):
     queues: int = 1
 
 
+class Tune(_Request, tag="tune", frozen=True, kw_only=True):
+    """Write settings of KSM and of the pools of huge pages, files below /sys, in this order; none: ask only.
+
+    Within what broker.toml allows, and with a record of what was found. "" for one of KSM's puts it back as
+    it was found. Reply: ``report`` is a wire.memory.Tuned.
+    """
+
+    settings: dict[Setting, str]
+
+
+class Look(_Request, tag="look", frozen=True, kw_only=True):
+    """Which processes KSM works for, and how long it has. Reply: ``report`` is a wire.memory.Seen."""
+
+
 class Kill(_Request, tag="kill", frozen=True, kw_only=True):
     """End the worker of ``uuid`` now (cgroup.kill where there is one, else SIGKILL by pidfd)."""
 
@@ -113,7 +130,7 @@ class Connect(_Request, tag="connect", frozen=True, kw_only=True):
     uuid: Uuid
 
 
-Request = Hello | Own | Disown | Check | Spawn | Open | Tap | Kill | Workers | Connect
+Request = Hello | Own | Disown | Check | Spawn | Open | Tap | Tune | Look | Kill | Workers | Connect
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -148,6 +165,7 @@ class Reply(msgspec.Struct, tag_field="op", tag="reply", frozen=True, omit_defau
     identity: Identity | None = None
     workers: list[WorkerInfo] = []
     notes: list[str] = []
+    report: dict[str, Any] = {}
 
 
 class Ended(msgspec.Struct, tag_field="op", tag="ended", frozen=True, kw_only=True):

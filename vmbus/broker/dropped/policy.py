@@ -81,6 +81,18 @@ class Bridge(_Whom, frozen=True, kw_only=True):
     """``[bridges.NAME]``: who may have a tap on it."""
 
 
+class Ksm(_Strict, frozen=True, kw_only=True):
+    """``[ksm]``: whether vmbus may change the host's settings of KSM."""
+
+    manage: bool = False
+
+
+class HugePages(_Strict, frozen=True, kw_only=True):
+    """``[hugepages]``: by how much vmbus may enlarge the host's pools, all together."""
+
+    grow: Size = "0"
+
+
 class Workers(_Strict, frozen=True, kw_only=True):
     """``[workers]``: the uids of worker processes, and what one needs beyond its guest's memory."""
 
@@ -101,6 +113,8 @@ class Policy(_Strict, frozen=True, kw_only=True):
     open: Open = Open()
     quota: Quota = Quota()
     bridges: dict[str, Bridge] = {}
+    ksm: Ksm = Ksm()
+    hugepages: HugePages = HugePages()
     workers: Workers = Workers()
     owners: Owners = Owners()
 

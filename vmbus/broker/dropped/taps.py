@@ -71,6 +71,8 @@ class _Join:
 def make(wanted: Wanted, slot: str, channel: Channel) -> None:
     """Kept: the inlet, and /dev/net/tun once a queue. Reports ``Made``. Raises VmbusError."""
     inlet, *queues = channel.fds
+    for queue in queues:
+        os.set_blocking(queue, False)
     if not (_NET / wanted.bridge / "bridge").is_dir():
         raise VmbusError("NotFound", f"there is no bridge '{wanted.bridge}' on this host", argument="bridge")
     steps: list[Step] = [_MakeTap(wanted.name, queues), _Join(wanted)]

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/etc/vmbus/vmbusd.toml: what the administrator wants of the host's memory; without it nothing is changed.
+
+broker.toml says what vmbus may do; this file says what it shall do by itself within that. An unknown key is
+refused, and vmbusd does not start.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from vmbus.wire.definition import PAGE_SIZES
+from vmbus.wire.errors import VmbusError
+
+
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, rename="kebab"):
+    pass
+
+
+class Persistent(_Strict, frozen=True, kw_only=True):
+    """``[[hugepages.persistent]]``: a pool that has at least so many pages while vmbusd runs."""
+
+    page_size: Literal["2M", "1G"] = "2M"
+    node: Annotated[int, Meta(ge=0, le=9999)] = 0
+    pages: Annotated[int, Meta(ge=0, le=1 << 24)]
+
+    @property
+    def bytes_of_a_page(self) -> int:
+        """2 MiB or 1 GiB."""
+        return PAGE_SIZES[self.page_size]
+
+
+class HugePages(_Strict, frozen=True, kw_only=True):
+    """``[hugepages]``."""
+
+    persistent: list[Persistent] = []
+
+
+class Config(_Strict, frozen=True, kw_only=True):
+    """The whole file."""
+
+    hugepages: HugePages = HugePages()
+
+
+def load(path: Path) -> Config:
+    """Read the file; no file is an empty one. Raises InvalidArgument that names the place and the mistake."""
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text()), Config)
+    except FileNotFoundError:
+        return Config()
+    except (msgspec.ValidationError, ValueError) as error:  # ValueError: not TOML, not UTF-8
+        raise VmbusError("InvalidArgument", f"{path}: {error}") from None
