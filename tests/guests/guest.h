@@ -117,5 +117,6 @@ void mode_report(void);
 void mode_panic(void);
 void mode_shadow(void);
 void mode_fw_cfg(void);
+void mode_net_reach(void);
 
 #endif

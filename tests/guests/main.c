@@ -38,6 +38,7 @@ static const struct mode modes[] = {
     { "panic", mode_panic },
     { "shadow", mode_shadow },
     { "fw-cfg", mode_fw_cfg },
+    { "net-reach", mode_net_reach },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

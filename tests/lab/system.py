@@ -34,6 +34,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from tests.lab import rules
 from tests.lab.daemon import Daemon, NotReady
 from tests.lab.kernels import CACHE, CHECKOUT
 
@@ -196,6 +197,7 @@ class System:
             self._stage.stdin.close()
             self._stage.wait(60)
             self._stage = None
+        rules.delete(self.instance)
         shutil.rmtree(self.place, ignore_errors=True)
         if self._claim >= 0:
             os.close(self._claim)
@@ -362,6 +364,7 @@ class System:
         cgroup = self.cgroup
         if cgroup and cgroup.is_dir():
             found["cgroups"] = sum(inner.is_dir() for inner in cgroup.iterdir())
+        found["rules"] = len(rules.of(self.instance))
         found["taps"] = sum(self._is_our_tap(link) for link in Path("/sys/class/net").iterdir())
         for name in ("workers", "service"):
             record = self.run_dir / name

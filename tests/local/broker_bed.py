@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 import vmbus
+from tests.lab import rules
 from vmbus.wire import broker as wire
 from vmbus.wire import packet
 
@@ -52,6 +53,8 @@ hugepages = "64M"
 groups = ["pool"]
 memory = "2G"
 [bridges.vmbt0]
+users = ["alice"]
+[user-network]
 users = ["alice"]
 [workers]
 uid_first = UID_FIRST
@@ -84,11 +87,11 @@ class Client:
         self.ended: list[wire.Ended] = []
         self._replies: dict[int, tuple[wire.Reply, list[int]]] = {}
 
-    def post(self, kind: type[Any], **fields: Any) -> int:
+    def post(self, what: type[Any], /, **fields: Any) -> int:
         """Send a request without waiting for its reply."""
         self._id += 1
         self.sock.settimeout(20)
-        self.sock.send(msgspec.msgpack.encode(kind(id=self._id, **fields)))
+        self.sock.send(msgspec.msgpack.encode(what(id=self._id, **fields)))
         return self._id
 
     def _take(self, seconds: float) -> bool:
@@ -113,9 +116,9 @@ class Client:
             self._take(max(0.01, end - time.monotonic()))
         return self._replies.pop(number)
 
-    def ask(self, kind: type[Any], **fields: Any) -> wire.Reply:
+    def ask(self, what: type[Any], /, **fields: Any) -> wire.Reply:
         """Send a request, wait, close what came with the reply."""
-        reply, fds = self.reply(self.post(kind, **fields))
+        reply, fds = self.reply(self.post(what, **fields))
         for fd in fds:
             os.close(fd)
         return reply
@@ -322,6 +325,7 @@ class Bed:
         while self.worker_pids() and time.monotonic() < end:
             time.sleep(0.02)
         shutil.rmtree(self.place)
+        rules.delete(self.instance)
 
 
 @contextlib.contextmanager

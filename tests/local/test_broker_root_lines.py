@@ -75,8 +75,9 @@ def loaded() -> Iterator[set[tuple[int, str]]]:
         for kind in ("mergeable", "shareable"):
             machine = bed.machine(client, memory_kind=kind)
             assert machine.open(bed.file("disk")).error is None
-            client.ask(wire.Check, uid=ALICE, bridges=["vmbt0"])
-            client.ask(wire.Tap, uuid=machine.uuid, slot="n", bridge="vmbt0")
+            client.ask(wire.Check, uid=ALICE, grants=["bridges.vmbt0"])
+            client.ask(wire.Tap, uuid=machine.uuid, slot="n", mac="52:54:00:00:00:01", bridge="vmbt0")
+            client.ask(wire.Spawn, uuid=machine.uuid, kind="passt", slot="u")
             client.reply(client.post(wire.Connect, uuid=machine.uuid))
             client.ask(wire.Kill, uuid=machine.uuid)
             client.wait_ended(machine.uuid)

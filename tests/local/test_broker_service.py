@@ -226,9 +226,9 @@ def test_check_says_what_the_policy_would_refuse(bed: Bed) -> None:
     assert asked(ALICE, memory=2 << 30) is None  # of group pool
     assert asked(BOB, memory=2 << 30) == "QuotaExceeded"
     assert asked(BOB, vcpus=9) == "QuotaExceeded"
-    assert asked(ALICE, bridges=["vmbt0"]) is None
-    assert asked(BOB, bridges=["vmbt0"]) == "AccessDenied"
-    assert asked(ALICE, bridges=["docker0"]) == "AccessDenied"
+    assert asked(ALICE, grants=["bridges.vmbt0"]) is None
+    assert asked(BOB, grants=["bridges.vmbt0"]) == "AccessDenied"
+    assert asked(ALICE, grants=["bridges.docker0"]) == "AccessDenied"
     assert asked(ALICE, paths=[f"{bed.home}/alice/x", f"{bed.place}/pool/y"]) is None
     assert asked(BOB, paths=[f"{bed.place}/pool/y"]) == "AccessDenied"
     assert asked(4_000_000) == "NotFound"

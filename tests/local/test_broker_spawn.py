@@ -79,12 +79,12 @@ def test_it_can_open_no_path_and_reach_nobody(machine: Machine) -> None:
 
 def test_it_holds_exactly_the_fds_it_was_given(machine: Machine) -> None:
     held = {int(n): os.readlink(f"/proc/{machine.pid}/fd/{n}") for n in os.listdir(f"/proc/{machine.pid}/fd")}
-    assert held[5] == "/dev/kvm"
+    assert held[4] == "/dev/kvm"
     assert held[0].startswith("pipe:")
     assert held[1] == held[2]
     assert held[2].startswith("pipe:")
     assert held[3].startswith("socket:")
-    assert held[4].startswith("socket:")  # the control connection, in the place of the closed status pipe
+    assert held[5].startswith("socket:")  # the control connection, in the place of the closed status pipe
     assert set(held) == {0, 1, 2, 3, 4, 5}
 
 

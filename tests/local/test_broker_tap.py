@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import rules
 from tests.local.broker_bed import BOB, Bed, broker, wait_until
 from vmbus.wire import broker as wire
 
 pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
 NET = Path("/sys/class/net")
+MAC = "52:54:00:00:00:01"
 
 
 def ip(*words: str) -> None:
@@ -40,7 +42,7 @@ def test_a_tap_is_a_port_of_its_bridge_and_goes_with_its_machine(bed: Bed) -> No
     client = bed.connect()
     machine = bed.machine(client)
     for slot, queues in (("nic/a", 1), ("nic/b", 4)):
-        reply = client.ask(wire.Tap, uuid=machine.uuid, slot=slot, bridge="vmbt0", queues=queues)
+        reply = client.ask(wire.Tap, uuid=machine.uuid, slot=slot, mac=MAC, bridge="vmbt0", queues=queues)
         assert reply.error is None, reply
     assert len(ports()) == 2
     for name in ports():
@@ -49,17 +51,19 @@ def test_a_tap_is_a_port_of_its_bridge_and_goes_with_its_machine(bed: Bed) -> No
         )
         assert int((NET / name / "flags").read_text(), 16) & 1  # up
     wait_until(lambda: len(machine.ask(do="files")) == 2)
+    tables = rules.of(bed.instance)
+    assert len(tables) == 2 and all(machine.uuid.replace("-", "/") in name for name in tables)
     assert [entry["fds"] for _, entry in sorted(machine.ask(do="files").items())] == [1, 4]
     client.ask(wire.Kill, uuid=machine.uuid)
     client.wait_ended(machine.uuid)
-    wait_until(lambda: ports() == [])
+    wait_until(lambda: ports() == [] and rules.of(bed.instance) == [])
     machine.close()
 
 
 def test_a_tap_that_its_worker_made_persistent_goes_all_the_same(bed: Bed) -> None:
     client = bed.connect()
     machine = bed.machine(client)
-    client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", bridge="vmbt0")
+    client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", mac=MAC, bridge="vmbt0")
     wait_until(lambda: len(machine.ask(do="files")) == 1)
     machine.ask(do="persist", slot="nic/a")
     client.ask(wire.Kill, uuid=machine.uuid)
@@ -71,20 +75,23 @@ def test_a_tap_that_its_worker_made_persistent_goes_all_the_same(bed: Bed) -> No
 def test_a_restarted_broker_sweeps_its_own_taps_only(bed: Bed) -> None:
     client = bed.connect()
     machine = bed.machine(client)
-    client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", bridge="vmbt0")
+    client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", mac=MAC, bridge="vmbt0")
     wait_until(lambda: len(machine.ask(do="files")) == 1)
     machine.ask(do="persist", slot="nic/a")
     ip("tuntap", "add", "vmbtother", "mode", "tap")
     ip("link", "set", "vmbtother", "alias", f"vmbus:another:{machine.uuid}:1;", "master", "vmbt0")
+    subprocess.run(["nft", "add table netdev vmbus.another/x.y."], check=True)
     try:
         bed.stop(kill=True)
         os.kill(machine.pid, 9)
         wait_until(lambda: machine.pid not in bed.worker_pids())
         assert len(ports()) == 2
         bed.start()
-        wait_until(lambda: ports() == ["vmbtother"])
+        wait_until(lambda: ports() == ["vmbtother"] and rules.of(bed.instance) == [])
+        assert rules.of("another-x") == ["netdev vmbus.another/x.y."]
     finally:
         ip("link", "del", "vmbtother")
+        subprocess.run(["nft", "delete table netdev vmbus.another/x.y."], check=True)
     machine.close()
 
 
@@ -96,11 +103,13 @@ def test_a_bridge_that_is_not_granted_or_not_there_is_refused(bed: Bed) -> None:
         (mine, "br0", "AccessDenied"),
         (mine, "../lo", "AccessDenied"),
     ):
-        reply = client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", bridge=bridge)
+        reply = client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", mac=MAC, bridge=bridge)
         assert (reply.error, reply.argument) == (error, "bridge")
-    assert client.ask(wire.Tap, uuid=mine.uuid, slot="n", bridge="vmbt0", queues=0).argument == "queues"
+    assert (
+        client.ask(wire.Tap, uuid=mine.uuid, slot="n", mac=MAC, bridge="vmbt0", queues=0).argument == "queues"
+    )
     ip("link", "del", "vmbt0")
-    assert client.ask(wire.Tap, uuid=mine.uuid, slot="n", bridge="vmbt0").error == "NotFound"
+    assert client.ask(wire.Tap, uuid=mine.uuid, slot="n", mac=MAC, bridge="vmbt0").error == "NotFound"
     ip("link", "add", "vmbt0", "type", "bridge")
     assert ports() == []
     assert not [name for name in os.listdir(NET) if name.startswith("vt")]

@@ -81,17 +81,24 @@ def show(system: System) -> dict[str, Any]:
     return found
 
 
+def printed(system: System, pattern: str, seconds: float, *, name: str = "net") -> str:
+    """Start a machine, with somebody listening before its first word: all until ``pattern`` is printed."""
+    ctl(system, "start", name, "--paused")
+    reader = Console(system, ALICE, name, "--read-only")
+    try:
+        ctl(system, "resume", name)
+        reader.wait_for(pattern, seconds)
+        return reader.text
+    finally:
+        reader.close()
+
+
 def start(system: System) -> None:
     """Start it, and wait until its driver runs and what its tap had before was thrown away.
 
     The network's thread takes its commands in order: it answers a pause after it has begun.
     """
-    ctl(system, "start", "net")
-    console = Console(system, ALICE, "net", "--read-only")
-    try:
-        console.wait_for("net: mac .*\n", 30)
-    finally:
-        console.close()
+    printed(system, "net: mac .*\n", 30)
     ctl(system, "pause", "net")
     ctl(system, "resume", "net")
 

@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from tests.unit.broker_nobody import as_nobody
-from vmbus.broker.policy import Rights
+from vmbus.broker.policy import Rights, Survey
+from vmbus.broker.root import Image
 from vmbus.wire.errors import VmbusError
 
 EXAMPLE = Path(__file__).parents[2] / "systemd/broker.toml"
@@ -42,7 +43,7 @@ def rights(**changes: Any) -> Rights:
         "gids": [1000],
         "prefixes": ["/home/alice", "/srv/a"],
     }
-    known |= {"bridges": ["br0"], "memory": 1000, "vcpus": 4, "machines": 2, "hugepages": 500}
+    known |= {"grants": ["bridges.br0"], "memory": 1000, "vcpus": 4, "machines": 2, "hugepages": 500}
     return Rights(**(known | changes))
 
 
@@ -127,6 +128,17 @@ def test_sizes_are_powers_of_1024() -> None:
     assert as_nobody(sizes, None) == [7, 1 << 10, 2 << 20, 3 << 30, 4 << 40]
 
 
+def split(path: str, **changes: Any) -> Any:
+    """What a child that is not root makes of a path."""
+
+    def asked(_: None) -> tuple[str, str]:
+        from vmbus.broker.dropped import paths
+
+        return paths.split(rights(**changes), path)
+
+    return as_nobody(asked, None)
+
+
 @pytest.mark.parametrize(
     ("path", "prefix", "rest"),
     [
@@ -136,12 +148,12 @@ def test_sizes_are_powers_of_1024() -> None:
     ],
 )
 def test_a_granted_path_is_split(path: str, prefix: str, rest: str) -> None:
-    assert rights().split_path(path) == (prefix, rest)
+    assert split(path) == (prefix, rest)
 
 
 def test_the_longest_prefix_counts() -> None:
-    assert rights(prefixes=["/", "/srv", "/srv/a"]).split_path("/srv/a/b/c") == ("/srv/a", "b/c")
-    assert rights(prefixes=["/"]).split_path("/x") == ("/", "x")
+    assert split("/srv/a/b/c", prefixes=["/", "/srv", "/srv/a"]) == ("/srv/a", "b/c")
+    assert split("/x", prefixes=["/"]) == ("/", "x")
 
 
 @pytest.mark.parametrize(
@@ -161,15 +173,15 @@ def test_the_longest_prefix_counts() -> None:
 )
 def test_any_other_path_is_refused(path: str, kind: str) -> None:
     with pytest.raises(VmbusError) as caught:
-        rights().split_path(path)
+        split(path)
     assert (caught.value.kind, caught.value.argument) == (kind, "path")
 
 
 def test_a_home_directory_with_dots_grants_nothing() -> None:
     with pytest.raises(VmbusError):
-        rights(prefixes=["/home/../etc"]).split_path("/home/../etc/passwd")
+        split("/home/../etc/passwd", prefixes=["/home/../etc"])
     with pytest.raises(VmbusError):
-        rights(prefixes=["/home/../etc"]).split_path("/etc/passwd")
+        split("/etc/passwd", prefixes=["/home/../etc"])
 
 
 @pytest.mark.parametrize(
@@ -192,13 +204,24 @@ def test_a_quota_is_for_all_machines_together(
     assert (caught.value.kind, caught.value.argument) == ("QuotaExceeded", argument)
 
 
+SURVEY = Survey(
+    image=Image([], [], []),
+    label="",
+    uid_first=2_000_000_000,
+    uid_count=16,
+    uid_min=0,
+    overhead=0,
+    fuse=False,
+    helpers={},
+)
+
+
 def test_a_real_user_has_rights_by_name_and_groups() -> None:
     def asked(uid: int) -> tuple[str, list[str], list[int]]:
         from vmbus.broker.dropped import accounts
 
-        found = accounts.look_up(
-            uid, b"[[open.grant]]\nusers = ['*']\nprefixes = ['/x/{user}']\ngroups = ['none-such']"
-        )
+        text = b"[[open.grant]]\nusers = ['*']\nprefixes = ['/x/{user}']\ngroups = ['none-such']"
+        found = accounts.look_up(uid, text, SURVEY)
         return found.name, found.prefixes, found.gids
 
     me = pwd.getpwuid(os.getuid())

@@ -18,6 +18,7 @@ from vmbus.service.machine import Machine
 from vmbus.service.registry import Registry
 from vmbus.service.standard import Caller
 from vmbus.wire.dbus_form import parse
+from vmbus.wire.definition import grants
 from vmbus.wire.errors import VmbusError
 
 
@@ -56,9 +57,7 @@ class ManagerApi:
     def brings(self, method: str, args: list[Any]) -> set[str]:
         """What the definition asks for beyond a machine."""
         definition = parse(args[0])
-        brought = set()
-        if definition.nics:
-            brought.add("bridge")
+        brought = {grant.partition(".")[0].removesuffix("s") for grant in grants(definition)}
         if definition.memory_kind == "huge":
             brought.add("hugepages")
         return brought

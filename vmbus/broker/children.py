@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
@@ -33,6 +34,7 @@ PER_USER = 4
 IN_ALL = 64
 DEADLINE = 10.0  # seconds
 NOBODY = 65534
+_CAPABILITIES = range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1)
 
 T = TypeVar("T")
 
@@ -136,11 +138,20 @@ def _keep_only(fds: list[int]) -> list[int]:
 
 
 def become(uid: int, gids: list[int], capability: int = -1) -> None:
-    """Be ``uid`` with ``gids`` (the first is its own) for good; keep at most one capability."""
+    """Be ``uid`` with ``gids`` (the first is its own) for good; keep at most one capability.
+
+    One gid means no other groups. Without a capability there never will be any again: the bounding set is
+    empty, the securebits are locked.
+    """
+    for number in _CAPABILITIES if capability < 0 else ():
+        prctl.capbset_drop(number)
     prctl.set_keepcaps(capability >= 0)
-    os.setgroups(gids[:65536])
+    if capability < 0:
+        syscalls.lock_securebits()
+    os.setgroups(gids[:65536] if gids[1:] else [])
     os.setresgid(gids[0], gids[0], gids[0])
     os.setresuid(uid, uid, uid)
+    prctl.cap_inheritable.limit()
     if capability >= 0:
         prctl.cap_permitted.limit(capability)
         prctl.set_caps((capability, prctl.CAP_EFFECTIVE, True))

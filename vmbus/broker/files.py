@@ -8,8 +8,7 @@ from vmbus.wire.broker import Open
 
 def open_for(rights: Rights, request: Open, fuse: bool, channel: Channel) -> None:
     """A child's work; the worker's inlet is its one kept descriptor. Reports an ``Identity``."""
-    prefix, rest = rights.split_path(request.path)
     become(rights.uid, rights.gids)
-    from vmbus.broker.dropped import files  # noqa: PLC0415
+    from vmbus.broker.dropped import files, paths  # noqa: PLC0415
 
-    files.deliver(request, prefix, rest, channel, fuse=fuse)
+    files.deliver(request, *paths.split(rights, request.path), channel, fuse=fuse)

@@ -26,6 +26,7 @@ class Survey(msgspec.Struct, frozen=True):
     uid_min: int  # least uid of an owner
     overhead: int  # bytes of memory that a worker may need beyond its guest's
     fuse: bool  # whether files on FUSE may be opened by path
+    helpers: dict[str, list[str]]  # the command of each kind that is installed; its socket is fd 3
 
 
 class Policy:
@@ -46,39 +47,23 @@ class Policy:
 
 
 class Rights(msgspec.Struct, frozen=True):
-    """A user as NSS tells it, and its grants: directories, bridges, limits on all its machines together."""
+    """A user as NSS tells it, and its grants: directories, networks, limits on all its machines together."""
 
     uid: int
     name: str
     gids: list[int]
     prefixes: list[str]
-    bridges: list[str]
+    grants: list[str]  # tables of broker.toml: bridges.NAME, user-network
     memory: int  # bytes
     vcpus: int
     machines: int
     hugepages: int  # bytes, of ``memory``
 
-    def split_path(self, path: str) -> tuple[str, str]:
-        """Split ``path`` into a granted prefix (the longest that fits) and the rest.
-
-        Raises InvalidArgument for "." and "..", AccessDenied for a path that no grant covers.
-        """
-        parts = [part for part in path.split("/") if part]
-        if not path.startswith("/") or "\0" in path or not {".", ".."}.isdisjoint(parts):
-            raise VmbusError("InvalidArgument", f"'{path}' is not absolute without . and ..", argument="path")
-        for prefix in sorted(self.prefixes, key=len, reverse=True):
-            head = [part for part in prefix.split("/") if part]
-            if ".." not in head and parts[: len(head)] == head and len(parts) > len(head):
-                return "/" + "/".join(head), "/".join(parts[len(head) :])
-        places = ", ".join(self.prefixes) or "nothing"
-        message = f"'{path}' is in no directory granted to {self.name} by [open] of broker.toml ({places})"
-        raise VmbusError("AccessDenied", message, argument="path")
-
-    def check_bridge(self, name: str) -> None:
-        """Raises AccessDenied unless the user may have a tap on bridge ``name``."""
-        if name not in self.bridges:
-            message = f"bridge '{name}' is not granted to {self.name} by [bridges] of broker.toml"
-            raise VmbusError("AccessDenied", message, argument="bridge")
+    def check_grant(self, grant: str) -> None:
+        """Raises AccessDenied unless the table ``grant`` of broker.toml (bridges.br0, …) names the user."""
+        if grant not in self.grants:
+            message = f"[{grant}] of broker.toml is not there, or does not grant it to {self.name}"
+            raise VmbusError("AccessDenied", message, argument=grant.partition(".")[0].rstrip("s"))
 
     def check_quota(self, used: tuple[int, int, int, int], memory: int, vcpus: int, hugepages: int) -> None:
         """Raises QuotaExceeded if one more machine is too much beside ``used`` (see Workers.used_by)."""

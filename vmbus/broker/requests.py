@@ -19,6 +19,7 @@ from vmbus.wire import broker as wire
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
 
+_GRANTS = {"passt": "user-network"}  # of broker.toml, by the kind of helper
 MOST_QUEUES, MOST_MEMORY, MOST_VCPUS = 16, 510 << 30, 16
 
 Answer = tuple[wire.Reply, list[int]]  # the fds are the caller's to send and to close
@@ -46,9 +47,8 @@ class Requests:
     def answer(self, asker: str, request: Any) -> Task[Answer]:
         """Carry out ``request``; never raises. ``asker`` is for the audit log."""
         names = [name for name in request.__struct_fields__ if name != "id"]
-        fields = [
-            f"{name}={getattr(request, name)!r:.1000}" for name in names
-        ]  # the outcome has room in the line
+        # Cut, so that the outcome has room in the line.
+        fields = [f"{name}={getattr(request, name)!r:.1000}" for name in names]
         whom = f"for {self._owners.known(request.uuid)}:" if hasattr(request, "uuid") else "for itself:"
         what = " ".join([asker, whom, type(request).__name__.lower(), *fields])
         fds: list[int] = []
@@ -83,14 +83,18 @@ class Requests:
     def do_check(self, request: wire.Check) -> Task[Answer]:
         rights = yield from self._owners.rights(request.uid)
         rights.check_quota((0, 0, 0, 0), request.memory, request.vcpus, request.hugepages)
-        for bridge in request.bridges:
-            rights.check_bridge(bridge)
-        for path in request.paths:
-            rights.split_path(path)
+        for grant in request.grants:
+            rights.check_grant(grant)
+        work = nobody("paths", "check", rights, request.paths)
+        yield from self._crew.run(rights.uid, work, int, [])
         return wire.Reply(id=request.id), []
 
     def do_spawn(self, request: wire.Spawn) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
+        if request.kind != "worker":
+            rights.check_grant(_GRANTS[request.kind])
+            yield from self._workers.help(request)
+            return wire.Reply(id=request.id), []
         _in_range("memory", request.memory, MOST_MEMORY)
         _in_range("vcpus", request.vcpus, MOST_VCPUS)
         self._workers.must_not_have(request.uuid)
@@ -109,15 +113,14 @@ class Requests:
     def do_tap(self, request: wire.Tap) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
         _in_range("queues", request.queues, MOST_QUEUES)
-        rights.check_bridge(request.bridge)
+        rights.check_grant(f"bridges.{request.bridge}")
         worker = self._workers.get(request.uuid)
         worker.taps += 1
         # At most 15 characters; a worker's uid is its own on the whole host, whatever the instance.
         name = f"vt{worker.record.worker_uid:08x}{worker.taps & 0xFFFF:x}"
-        wanted = tap.Wanted(name, request.bridge, request.queues, self._workers.mark(worker))
         with worker.directory.connect(Greeting(role="inlet")) as inlet:
-            made = yield from self._crew.run(0, tap.make(wanted, request.slot), tap.Made, [inlet.fileno()])
-        log(f"{made.what}; index {made.index}")
+            work = tap.make(request, name, self._workers.mark(worker.name, worker.record.worker_uid))
+            log((yield from self._crew.run(0, work, str, [inlet.fileno()])))
         return wire.Reply(id=request.id), []
 
     def do_tune(self, request: wire.Tune) -> Task[Answer]:

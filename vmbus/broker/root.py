@@ -23,8 +23,14 @@ class Image(msgspec.Struct, frozen=True):
 
 
 def enter(image: Image, place: str) -> None:
-    """Make the root on ``place`` and change into it. In a mount namespace of one's own."""
+    """Make the root on ``place`` and change into it. In a mount namespace of one's own.
+
+    Without binds the root stays the host's, read-only.
+    """
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_PRIVATE)
+    if not image.binds:
+        syscalls.mount_read_only("/")
+        return
     flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
     syscalls.mount("vmbus", place, "tmpfs", flags, _TMPFS)
     os.mkdir(f"{place}/empty")

@@ -97,11 +97,10 @@ class _Peer:
 
     def _readable(self) -> None:
         try:
-            received = packet.receive(self._connection, self._decoder)
-            if received is None:
+            request = packet.receive(self._connection, self._decoder)
+            if request is None:
                 self.end("closed")
                 return
-            request = received[0]
             if not self._greeted and not isinstance(request, Hello):
                 raise packet.Violation("hello comes first")
         except (packet.Violation, OSError) as error:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a fork of the broker to a running worker.
+"""From a fork of the broker to a running worker, or a helper of one.
 
 Two processes. The *stager* (a child of the broker) leaves the host's namespaces, makes the root and forks;
 its child, pid 1 of a new pid namespace, gives up everything for good and executes the worker. No code of
 vmbus's worker and nothing of the core runs before that exec. The stager stays in the mount namespace, as
 root, until the worker has imported all it needs, takes the root away and ends.
+
+A *helper* is a program that we did not write, which works for one machine (passt). It is begun in the same
+way and is as bare of rights, but stays in the host's network, which is what it is for, and sees the host's
+files, as far as anybody may read them: all mounts are read-only for it. It closes itself in further.
 
     broker ── fork ──► stager ── fork ──► pid 1: cgroup, label, limits, no rights, exec
        │                 │  ◄── end of file on `doomed`: it executed (or the reason why not)
@@ -30,33 +34,32 @@ import msgspec
 import prctl
 
 from vmbus.broker import cgroup, root, syscalls
-from vmbus.broker.children import Channel
+from vmbus.broker.children import Channel, become
 from vmbus.wire import inlet, packet
 from vmbus.wire.errors import VmbusError
 
 IMPORT_DEADLINE = 60.0  # seconds, of the whole stager; an emulated host takes several for the imports
 BACKLOG = 32
-_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWNET
-_NAMESPACES |= syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
-_LISTEN, _STATUS, _KVM = 3, 4, 5  # the worker's descriptors, beside 0 (the startup line), 1 and 2 (its log)
+_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
+_LISTEN, _KVM, _STATUS = 3, 4, 5  # the worker's descriptors, beside 0 (the startup line), 1 and 2 (its log)
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What one worker is made of."""
+    """What one worker, or helper, is made of."""
 
     uid: int  # and gid
-    image: root.Image
+    image: root.Image  # a helper's has no binds: it stays in the host's root and network
     place: str  # an empty directory that the root is made on
     limits: dict[int, int]
     cgroup: str  # "" without one
     context: str  # SELinux, "" when it is off
-    last_capability: int = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
 
     def describe(self) -> str:
         """For the audit log: what is given up, and what is given."""
+        kind = f"a root of {len(self.image.binds)} read-only binds, own net; /dev/kvm"
         return (
-            f"uid and gid {self.uid}, no groups, no capability; own mount, pid, net, ipc, uts, cgroup; "
-            f"a root of {len(self.image.binds)} read-only binds; label '{self.context}'; /dev/kvm"
+            f"uid and gid {self.uid}, no groups, no capability; own mount, pid, ipc, uts, cgroup; "
+            f"{kind if self.image.binds else ' '.join(self.image.command)}; label '{self.context}'"
         )
 
 
@@ -90,9 +93,8 @@ class WorkerDirectory:
             packet.send(connection, greeting)
         except OSError as error:
             connection.close()
-            full = isinstance(error, BlockingIOError)
-            message = "does not accept connections; kill it" if full else f"is not there ({error.strerror})"
-            raise VmbusError("Disconnected", f"the worker {message}") from None
+            message = f"the worker accepts no connection ({error.strerror}); kill it"
+            raise VmbusError("Disconnected", message) from None
         return connection
 
     def _at(self, act: Callable[[str], object]) -> None:
@@ -105,30 +107,36 @@ class WorkerDirectory:
 
 
 def stage(plan: Plan, channel: Channel) -> None:
-    """The stager's whole work; kept: listening socket, /dev/kvm, the log. Reports the worker's pid."""
-    listener, kvm, log = channel.fds
+    """The stager's whole work. Reports the pid.
+
+    Kept: the log, and what will be 3 and so on: a worker's listening socket and /dev/kvm, a helper's socket.
+    """
+    log, *own = channel.fds
+    is_worker = bool(plan.image.binds)
     proc = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
     group = os.open(f"{plan.cgroup}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) if plan.cgroup else -1
     line, line_write = os.pipe2(os.O_CLOEXEC)
     imported, status = os.pipe2(os.O_CLOEXEC)
     doomed_read, doomed = os.pipe2(os.O_CLOEXEC)
     os.write(line_write, inlet.encode(inlet.Startup(listen=_LISTEN, status=_STATUS, kvm=_KVM)))
-    syscalls.unshare(_NAMESPACES)
+    syscalls.unshare(_NAMESPACES | syscalls.CLONE_NEWNET * is_worker)
     root.enter(plan.image, plan.place)
     socket.sethostname("vmbus-worker")
     pid = os.fork()
     if pid == 0:
-        _become_worker(plan, [line, log, log, listener, status, kvm], doomed, proc, group)
+        _execute(plan, [line, log, log, *own, *[status] * is_worker], doomed, proc, group)
     for fd in (line, line_write, status, doomed, proc, *channel.fds):
         os.close(fd)
     try:
         reason = os.read(doomed_read, 4096)
         if reason:
-            raise VmbusError("Internal", f"the worker cannot be executed: {reason.decode(errors='replace')}")
+            raise VmbusError("Internal", f"it cannot be executed: {reason.decode(errors='replace')}")
         channel.report(pid)
         if channel.socket.recv(16) != b"go":
             raise VmbusError("Disconnected", "the broker went away")
         prctl.set_pdeathsig(0)  # recorded: from here on neither needs the broker
+        if not is_worker:
+            return
         said = b""
         while said != inlet.IMPORTED:
             more = os.read(imported, 64)
@@ -142,7 +150,7 @@ def stage(plan: Plan, channel: Channel) -> None:
         raise
 
 
-def _become_worker(plan: Plan, fds: list[int], doomed: int, proc: int, group: int) -> NoReturn:
+def _execute(plan: Plan, fds: list[int], doomed: int, proc: int, group: int) -> NoReturn:
     """In pid 1 of the new namespace: give up everything while that is possible, then exec."""
     try:
         os.setsid()
@@ -153,22 +161,13 @@ def _become_worker(plan: Plan, fds: list[int], doomed: int, proc: int, group: in
             attribute = os.open("thread-self/attr/exec", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
             os.write(attribute, plan.context.encode())
         copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds) + 1) for fd in (*fds, doomed)]
-        for number, copy in enumerate(
-            copies
-        ):  # ``doomed`` comes after the worker's, and is closed by the exec
+        for number, copy in enumerate(copies):  # ``doomed`` comes last, and is closed by the exec
             os.dup2(copy, number, inheritable=number < len(fds))
         doomed = len(fds)
         syscalls.close_from(doomed + 1)
         cgroup.apply_limits(0, plan.limits)
-        for capability in range(plan.last_capability + 1):
-            prctl.capbset_drop(capability)
-        syscalls.lock_securebits()
-        os.setgroups([])
-        os.setresgid(plan.uid, plan.uid, plan.uid)
-        os.setresuid(plan.uid, plan.uid, plan.uid)
-        prctl.cap_inheritable.limit()
-        prctl.set_no_new_privs(True)
-        os.umask(0o077)
+        become(plan.uid, [plan.uid])
+        prctl.set_pdeathsig(0)  # the stager, its parent, ends before it
         os.execve(plan.image.command[0], plan.image.command, {})
     except BaseException as error:
         os.write(doomed, f"{type(error).__name__}: {error}".encode())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System calls that Python 3.11 lacks, through ctypes; nothing else of the broker calls C.
+"""System calls that Python 3.11 lacks, through ctypes; dropped/lookup.py has more of them.
 
 Each raises ``OSError`` whose text names the call and what it was about and, where the errno is known to
 puzzle people, says what would work. Numbers are x86-64's (arch/x86/entry/syscalls/syscall_64.tbl), layouts
-those of include/uapi/linux/{openat2,stat,mount}.h.
+those of include/uapi/linux/mount.h.
 """
 
 import ctypes
@@ -14,10 +14,8 @@ CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
 CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
-RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x02, 0x04, 0x08
-_AT_FDCWD, _AT_EMPTY_PATH, _AT_STATX_DONT_SYNC, _AT_RECURSIVE = -100, 0x1000, 0x4000, 0x8000
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_ATTR_RDONLY_NOSUID_NODEV = 1 | 2 | 4
-_STATX_SIZE, _STATX_MNT_ID = 256, 0x90  # struct statx, and stx_mnt_id in it
 # capabilities(7): no rights from uid 0, none kept over setuid, none ambient; all of that locked. python-prctl
 # knows only the first six bits.
 _PR_SET_SECUREBITS, _SECUREBITS_NONE_EVER = 28, 0x01 | 0x02 | 0x08 | 0x20 | 0x40 | 0x80
@@ -35,7 +33,8 @@ _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
 
 
-def _call(name: str, what: object, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+def call(name: str, what: object, *arguments: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+    """The result of one. Raises OSError."""
     wide = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
     result = int(_syscall(ctypes.c_long(_NUMBERS[name]), *wide))
     if result < 0:
@@ -45,7 +44,7 @@ def _call(name: str, what: object, *arguments: int | bytes | ctypes.Array[ctypes
     return result
 
 
-def _words(*values: int) -> ctypes.Array[ctypes.c_char]:
+def words(*values: int) -> ctypes.Array[ctypes.c_char]:
     """A structure of 64-bit words."""
     data = b"".join(value.to_bytes(8, "little") for value in values)
     return ctypes.create_string_buffer(data, len(data))
@@ -53,53 +52,36 @@ def _words(*values: int) -> ctypes.Array[ctypes.c_char]:
 
 def unshare(flags: int) -> None:
     """Leave the namespaces that ``flags`` (CLONE_NEW*) name for new ones."""
-    _call("unshare", hex(flags), flags)
+    call("unshare", hex(flags), flags)
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     arguments = (source.encode(), target.encode(), kind.encode() or None, flags, data.encode() or None)
-    _call("mount", f"{source} on {target}", *arguments)
+    call("mount", f"{source} on {target}", *arguments)
 
 
 def umount(target: str, flags: int) -> None:
     """umount2(2)."""
-    _call("umount2", target, target.encode(), flags)
+    call("umount2", target, target.encode(), flags)
 
 
 def mount_read_only(target: str) -> None:
     """Make the mount ``target`` and those below it read-only, nosuid and nodev."""
-    attributes = _words(_MOUNT_ATTR_RDONLY_NOSUID_NODEV, 0, 0, 0)
-    _call("mount_setattr", target, _AT_FDCWD, target.encode(), _AT_RECURSIVE, attributes, len(attributes))
+    attributes = words(_MOUNT_ATTR_RDONLY_NOSUID_NODEV, 0, 0, 0)
+    call("mount_setattr", target, _AT_FDCWD, target.encode(), _AT_RECURSIVE, attributes, len(attributes))
 
 
 def pivot_root(new: str, old: str) -> None:
     """pivot_root(2)."""
-    _call("pivot_root", new, new.encode(), old.encode())
-
-
-def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
-    """openat2(2), close-on-exec; ``resolve`` is an or of RESOLVE_*."""
-    how = _words(flags | os.O_CLOEXEC, 0, resolve)
-    return _call("openat2", path, directory, os.fsencode(path), how, len(how))
-
-
-def mount_id(fd: int) -> int:
-    """The id (first field of mountinfo) of the mount that ``fd`` lies on.
-
-    With an empty mask and AT_STATX_DONT_SYNC no file system is asked: a FUSE server that never answers does
-    not hold this up (fs/fuse/dir.c, fuse_update_get_attr).
-    """
-    buffer = ctypes.create_string_buffer(_STATX_SIZE)
-    _call("statx", fd, fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, 0, buffer)
-    return int.from_bytes(buffer.raw[_STATX_MNT_ID : _STATX_MNT_ID + 8], "little")
+    call("pivot_root", new, new.encode(), old.encode())
 
 
 def close_from(first: int) -> None:
     """Close every descriptor from ``first`` on."""
-    _call("close_range", first, first, 0xFFFFFFFF, 0)
+    call("close_range", first, first, 0xFFFFFFFF, 0)
 
 
 def lock_securebits() -> None:
     """No rights from uid 0, none over setuid, none ambient: for good. Needs CAP_SETPCAP."""
-    _call("prctl", "PR_SET_SECUREBITS", _PR_SET_SECUREBITS, _SECUREBITS_NONE_EVER, 0, 0, 0)
+    call("prctl", "PR_SET_SECUREBITS", _PR_SET_SECUREBITS, _SECUREBITS_NONE_EVER, 0, 0, 0)

@@ -1,34 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taps: what the broker itself does of them. The rest is done without uid 0, in dropped/taps.py."""
+"""Taps and rules: what the broker itself does of them. The rest is done without uid 0, in dropped/."""
 
-import msgspec
 import prctl
 
 from vmbus.broker.children import Work, nobody
+from vmbus.wire.broker import Tap
 
 
-class Wanted(msgspec.Struct, frozen=True):
-    """A tap to be made: ``mark`` goes into its ifalias."""
-
-    name: str
-    bridge: str
-    queues: int
-    mark: str
-
-
-class Made(msgspec.Struct, frozen=True):
-    """What was made, for the audit log."""
-
-    what: str
-    index: int
-
-
-def make(wanted: Wanted, slot: str) -> Work:
-    """A child's work: make the tap, with CAP_NET_ADMIN only. Reports ``Made``."""
-    opened = ["/dev/net/tun"] * wanted.queues
-    return nobody("taps", "make", wanted, slot, capability=prctl.CAP_NET_ADMIN, opened=opened)
+def make(request: Tap, name: str, mark: str) -> Work:
+    """A child's work: make tap ``name``, with CAP_NET_ADMIN only. Reports what was made."""
+    opened = ["/dev/net/tun"] * request.queues
+    return nobody("taps", "make", request, name, mark, capability=prctl.CAP_NET_ADMIN, opened=opened)
 
 
 def sweep(keep: list[str], prefixes: list[str]) -> Work:
-    """A child's work: delete the taps with a mark that begins with one of ``prefixes``, but for ``keep``."""
+    """A child's work: delete what has a mark that begins with one of ``prefixes``, but for ``keep``."""
     return nobody("taps", "sweep", keep, prefixes, capability=prctl.CAP_NET_ADMIN)
+
+
+def fence(uid: int, mark: str) -> Work:
+    """A child's work: what ``uid`` sends does not reach the host itself. Reports what was done."""
+    return nobody("fence", "fence", uid, mark, capability=prctl.CAP_NET_ADMIN)

@@ -17,25 +17,29 @@ import functools
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from vmbus.broker import cgroup, children, kvm, policy, spawn, steps, tap, uids
+from vmbus.broker import cgroup, children, kvm, policy, root, spawn, steps, tap, uids
 from vmbus.broker.loop import Task, start
+from vmbus.wire import packet
 from vmbus.wire.broker import Ended, Spawn, WorkerInfo
 from vmbus.wire.errors import VmbusError
-from vmbus.wire.inlet import Greeting
+from vmbus.wire.inlet import Delivery, Greeting
 
 STUCK_AFTER = 5.0  # seconds from SIGKILL
+HELPERS = 16  # of one machine
+HELPER_MEMORY = 128 << 20  # bytes of one helper
 _LOG_LIMIT = 64 * 1024  # bytes of a worker's own words that reach the log
 _RETRY = 0.1  # seconds between two looks at a cgroup that is not empty yet
 _SPARE_RETRY = 10.0  # seconds until a spare worker is tried again after one failed
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What is kept of a worker."""
+    """What is kept of a worker, or of a helper, which serves ``slot`` of the machine ``of``."""
 
     owner: int  # uid; -1 for a spare one
     memory: int = 0  # bytes, of the guest
@@ -47,13 +51,15 @@ class Record(msgspec.Struct, frozen=True):
     boot_id: str = ""
     worker_uid: int = 0
     cgroup: str = ""
+    of: str = ""
+    slot: str = ""
 
 
 class Worker:
-    """A living worker process."""
+    """A living worker process, or helper."""
 
     def __init__(self, name: str, record: Record, directory: spawn.WorkerDirectory) -> None:
-        self.name = self.born_as = name  # the machine's uuid, or "spare-…"
+        self.name = self.born_as = name  # the machine's uuid, or "spare-…"; a helper's is UUID+N
         self.record, self.directory = record, directory
         self.group = cgroup.WorkerCgroup(Path(record.cgroup)) if record.cgroup else None
         self.pidfd = os.pidfd_open(record.pid)
@@ -95,7 +101,7 @@ class Workers:
         self._base = None if self.notes else base
         self._boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self._spares: list[Worker] = []
-        self._wanted_spares = 0
+        self._wanted_spares = self._helpers = 0
         self._live: dict[str, Worker] = {}
         self._starting: dict[str, Record] = {}
         self.ended: Callable[[Ended], None] = lambda _: None
@@ -115,13 +121,15 @@ class Workers:
 
     def listed(self) -> list[WorkerInfo]:
         """The living workers that belong to a machine."""
-        records = [(uuid, worker.record) for uuid, worker in sorted(self._live.items())]
+        records = [
+            (uuid, worker.record) for uuid, worker in sorted(self._live.items()) if not worker.record.of
+        ]
         return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in records]
 
     def used_by(self, owner: int) -> tuple[int, int, int, int]:
         """Memory, vCPUs, number and huge pages of the machines that ``owner`` has running or starting."""
         records = [*(worker.record for worker in self._live.values()), *self._starting.values()]
-        mine = [record for record in records if record.owner == owner]
+        mine = [record for record in records if record.owner == owner and not record.of]
         memory, vcpus = sum(record.memory for record in mine), sum(record.vcpus for record in mine)
         return memory, vcpus, len(mine), sum(record.hugepages for record in mine)
 
@@ -159,7 +167,36 @@ class Workers:
             self.kill(worker)
             raise
 
-    def _make(self, name: str, wanted: Record, whole: int) -> Task[Worker]:
+    def help(self, request: Spawn) -> Task[None]:
+        """A helper for a machine that has a worker, whose slot gets the other end of its socket."""
+        machine, command = self.get(request.uuid), self.rules.survey.helpers.get(request.kind)
+        if not command:
+            raise VmbusError(
+                "NotSupported", f"this host has no {request.kind}; install it, and reload the broker"
+            )
+        if sum(worker.record.of == request.uuid for worker in self._live.values()) >= HELPERS:
+            raise VmbusError("QuotaExceeded", f"a machine has at most {HELPERS} helpers", argument="slot")
+        self._helpers += 1
+        wanted = Record(machine.record.owner, of=request.uuid, slot=request.slot)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            name = f"{request.uuid}+{self._helpers}"
+            helper = yield from self._make(name, wanted, HELPER_MEMORY, command, theirs.fileno())
+            self._live[name] = helper
+            try:
+                self._bound(helper, HELPER_MEMORY, 1)
+                if machine.ended:
+                    raise VmbusError("Disconnected", "the machine's worker has ended")
+                with machine.directory.connect(Greeting(role="inlet")) as inlet:
+                    packet.send(inlet, Delivery(slot=request.slot), [ours.fileno()])
+            except BaseException:
+                self.kill(helper)
+                raise
+
+    def _make(
+        self, name: str, wanted: Record, whole: int, command: list[str] | None = None, own: int = -1
+    ) -> Task[Worker]:
+        """A worker; with ``command`` a helper, whose one descriptor is ``own``."""
         uid = self._uids.take()
         directory = spawn.WorkerDirectory(self._directory / name)
         made: list[steps.Step] = [directory]
@@ -169,17 +206,21 @@ class Workers:
         limits = cgroup.limits(0 if group else whole, wanted.vcpus)
         index = uid - self._uids.range.start  # two categories make a label its own
         label = self.rules.survey.label.format(index % 512, 512 + index // 512)
-        plan = spawn.Plan(uid, self.rules.survey.image, str(self._place), limits, group, label)
+        image = root.Image([], [], command) if command else self.rules.survey.image
+        plan = spawn.Plan(uid, image, str(self._place), limits, group, label)
         words, words_write = os.pipe2(os.O_CLOEXEC)
         self._follow(words, name)
         fds = [words_write]
+        kept = [words_write, own if command else directory.listener.fileno()]
         try:
             steps.carry_out(made)
-            fds.append(kvm.open_kvm())
+            if command:
+                steps.log((yield from self._crew.run(0, tap.fence(uid, self.mark(name, uid)), str, [])))
+            else:
+                fds.append(kvm.open_kvm())
             steps.log(f"spawn {name}: {'; '.join(step.describe() for step in made)}; {plan.describe()}")
-            kept = [directory.listener.fileno(), fds[1], words_write]
             stage = functools.partial(spawn.stage, plan)
-            child = children.Child(self._loop, stage, int, kept, spawn.IMPORT_DEADLINE)
+            child = children.Child(self._loop, stage, int, kept + fds[1:], spawn.IMPORT_DEADLINE)
             pid = yield from child.reported
             process = {"pid": pid, "start_time": spawn.start_time(pid), "boot_id": self._boot}
             record = msgspec.structs.replace(wanted, worker_uid=uid, cgroup=group, **process)
@@ -187,6 +228,8 @@ class Workers:
             worker.save()
         except BaseException as error:
             steps.take_back(made)
+            if command:
+                self._sweep(name, uid)
             if not (isinstance(error, VmbusError) and error.kind == "Timeout"):
                 self._uids.free(uid)  # after a timeout a process may still have it
             raise
@@ -210,10 +253,9 @@ class Workers:
             worker.group.limit(whole, vcpus)
         elif worker.name != worker.born_as:
             bound = cgroup.limits(whole, vcpus)[resource.RLIMIT_AS]
-            try:
+            # A spare one of a broker without CAP_SYS_RESOURCE stays unbounded.
+            with contextlib.suppress(PermissionError):
                 cgroup.apply_limits(worker.record.pid, {resource.RLIMIT_AS: bound})
-            except PermissionError:  # a broker without CAP_SYS_RESOURCE
-                steps.log(f"worker {worker.name}: a spare one, whose address space stays unbounded")
 
     def _follow(self, fd: int, name: str) -> None:
         """Log what a worker writes on its stderr, up to _LOG_LIMIT bytes; then it writes to nobody."""
@@ -265,7 +307,7 @@ class Workers:
         steps.log(
             f"worker {worker.name} (pid {worker.record.pid}) was killed and goes on: stuck in the kernel"
         )
-        if worker.name in self._live:
+        if worker.name in self._live and not worker.record.of:
             self.ended(Ended(uuid=worker.name, stuck=True))
 
     def _died(self, worker: Worker) -> None:
@@ -280,6 +322,14 @@ class Workers:
         else:  # until that ends, the worker is its child and not ours
             worker.stager.gone.when_settled(lambda: self._reap(worker))
         self._tidy(worker)
+        self._end_helpers()
+
+    def _end_helpers(self) -> None:
+        """Of machines whose worker has ended."""
+        for helper in list(self._live.values()):
+            of = helper.record.of
+            if of and (of not in self._live or self._live[of].ended):
+                self.kill(helper)
 
     def _reap(self, worker: Worker) -> None:
         with contextlib.suppress(ChildProcessError):  # it died early, and the stager has reaped it
@@ -299,13 +349,16 @@ class Workers:
         steps.take_back([worker.directory])
         self._uids.free(worker.record.worker_uid)
         if self._live.pop(worker.name, None) is not None:
-            self.ended(Ended(uuid=worker.name))
-        if worker.taps:
-            start(self._crew.run(0, tap.sweep([], [self.mark(worker)]), int, []))
+            self.ended(Ended(uuid=worker.record.of or worker.name, slot=worker.record.slot))
+        if worker.taps or worker.record.of:
+            self._sweep(worker.name, worker.record.worker_uid)
 
-    def mark(self, worker: Worker) -> str:
-        """What the taps of ``worker`` carry: of this instance, of this machine, and of this run of it."""
-        return f"vmbus:{self.instance}:{worker.name}:{worker.record.worker_uid};"
+    def _sweep(self, name: str, uid: int) -> None:
+        start(self._crew.run(0, tap.sweep([], [self.mark(name, uid)]), int, []))
+
+    def mark(self, name: str, uid: int) -> str:
+        """What taps and rules of a worker carry: of this instance, of this machine, and of this run of it."""
+        return f"vmbus:{self.instance}:{name}:{uid};"
 
     # After a restart.
 
@@ -333,11 +386,12 @@ class Workers:
             else:
                 worker.taps = 1  # it may have some
                 self._live[worker.name] = worker
+        self._end_helpers()
         for path in self._base.glob("worker-*") if self._base else ():
             uid = path.name.removeprefix("worker-")
             if uid.isdigit() and int(uid) in self._uids.range and str(path) not in held:
                 steps.take_back([cgroup.WorkerCgroup(path)])  # of a start that was cut short
-        keep = [self.mark(worker) for worker in self._live.values()]
+        keep = [self.mark(worker.name, worker.record.worker_uid) for worker in self._live.values()]
         yield from self._crew.run(0, tap.sweep(keep, [f"vmbus:{self.instance}:"]), int, [])
         self._wanted_spares = spares
         self._replenish()

@@ -144,11 +144,11 @@ def _description(to: argparse.ArgumentParser) -> None:
     )
     add(
         "--nic",
-        metavar="BRIDGE[,mac=M]",
+        metavar="BRIDGE[,mac=M]|kind=user",
         action="append",
         default=[],
-        help="a network interface on that bridge: mac= (default: made up, and kept), id=, queues=; may be "
-        "repeated",
+        help="a network interface on that bridge, or of another kind: mac= (default: made up, and kept), "
+        "id=, queues=; may be repeated",
     )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")

@@ -14,13 +14,13 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from vmbus.service.channel import Channel
 from vmbus.wire import broker as wire
-from vmbus.wire.definition import Definition, huge_page_size
+from vmbus.wire.definition import Definition, Nic, huge_page_size
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.memory import Seen, Tuned
 from vmbus.wire.packet import MAX_FDS
@@ -122,12 +122,12 @@ class BrokerClient:
         await self._ask(lambda n: wire.Disown(id=n, uuid=uuid))
 
     async def check(
-        self, uid: int, *, memory: int, hugepages: int, vcpus: int, bridges: list[str], paths: list[str]
+        self, uid: int, *, memory: int, hugepages: int, vcpus: int, grants: list[str], paths: list[str]
     ) -> None:
         """Raise QuotaExceeded or AccessDenied if broker.toml would not let ``uid`` have this."""
         await self._ask(
             lambda n: wire.Check(
-                id=n, uid=uid, memory=memory, hugepages=hugepages, vcpus=vcpus, bridges=bridges, paths=paths
+                id=n, uid=uid, memory=memory, hugepages=hugepages, vcpus=vcpus, grants=grants, paths=paths
             )
         )
 
@@ -156,9 +156,22 @@ class BrokerClient:
             raise VmbusError("Internal", "the broker opened a file and did not say which")
         return reply.identity
 
-    async def tap(self, uuid: str, slot: str, bridge: str, queues: int) -> None:
-        """Make a tap on a bridge and hand it to the worker."""
-        await self._ask(lambda n: wire.Tap(id=n, uuid=uuid, slot=slot, bridge=bridge, queues=queues))
+    async def tap(self, uuid: str, nic: Nic, queues: int) -> None:
+        """Make a tap for ``nic`` on its bridge and hand it to the worker."""
+        wanted = wire.Tap(
+            id=0,
+            uuid=uuid,
+            slot=f"nic/{nic.id}",
+            bridge=nic.bridge,
+            queues=queues,
+            mac=nic.mac,
+            address=nic.address,
+        )
+        await self._ask(lambda n: msgspec.structs.replace(wanted, id=n))
+
+    async def helper(self, uuid: str, slot: str, kind: Literal["passt"]) -> None:
+        """Start a helper beside the machine's worker, which gets a socket to it."""
+        await self._ask(lambda n: wire.Spawn(id=n, uuid=uuid, kind=kind, slot=slot))
 
     async def tune(self, settings: dict[str, str]) -> Tuned:
         """Write settings of KSM and of pools of huge pages (names below /sys), in order; what came of it."""

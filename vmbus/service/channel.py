@@ -22,7 +22,7 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from vmbus.service import descriptors
-from vmbus.wire import packet
+from vmbus.wire import handover, packet
 from vmbus.wire.errors import KINDS, VmbusError
 
 log = logging.getLogger("vmbus.channel")
@@ -171,7 +171,7 @@ class Channel(Generic[A, E]):
             if not self.open or self._resting:
                 return
             try:
-                received = packet.receive(self._sock, self._decoder, max_fds=self._max_fds)
+                received = handover.receive(self._sock, self._decoder, max_fds=self._max_fds)
             except BlockingIOError:
                 return
             except packet.Violation as error:

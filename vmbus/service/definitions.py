@@ -14,7 +14,7 @@ from vmbus.service.machine import Machine
 from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.wire import packet
-from vmbus.wire.definition import Definition, huge_page_size, slots
+from vmbus.wire.definition import Definition, grants, huge_page_size, slots
 from vmbus.wire.errors import VmbusError
 
 MACHINES: Final = 4096
@@ -56,7 +56,7 @@ class Definitions:
                 memory=definition.memory,
                 hugepages=definition.memory if page else 0,
                 vcpus=definition.vcpus,
-                bridges=[nic.bridge for nic in definition.nics],
+                grants=grants(definition),
                 paths=list(paths),
             )
         except VmbusError as error:

@@ -116,7 +116,7 @@ class Lifecycle:
             ("record", lambda: self._record(machine)),
             ("spawn", lambda: self._spawn(machine)),
             ("files", lambda: self._hand_over_files(machine, files)),
-            ("network", lambda: self._hand_over_taps(machine)),
+            ("network", lambda: self._connect_nics(machine)),
             ("build", lambda: machine.connection().configure(machine.uuid, machine.definition)),
             ("run", lambda: self._let_go(machine, paused=paused)),
         ]
@@ -164,14 +164,18 @@ class Lifecycle:
                 raise VmbusError("InvalidArgument", f"{slot.path} is not a regular file", argument=slot.name)
             self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
 
-    async def _hand_over_taps(self, machine: Machine) -> None:
+    async def _connect_nics(self, machine: Machine) -> None:
         definition = machine.definition
         for nic in definition.nics:
-            queues = queue_pairs(nic, definition.vcpus)
+            slot = f"nic/{nic.id}"
             try:
-                await self._broker.tap(machine.uuid, f"nic/{nic.id}", nic.bridge, queues)
+                if nic.kind == "bridge":
+                    queues = queue_pairs(nic, definition.vcpus)
+                    await self._broker.tap(machine.uuid, nic, queues)
+                else:
+                    await self._broker.helper(machine.uuid, slot, "passt")
             except VmbusError as error:
-                raise _about(error, f"nic/{nic.id}") from None
+                raise _about(error, slot) from None
 
     async def _let_go(self, machine: Machine, *, paused: bool) -> None:
         machine.set_memory(machine.definition.memory, machine.definition.memory)
@@ -399,6 +403,11 @@ class Lifecycle:
         """The broker's word that a worker has ended, or is stuck."""
         machine = self._registry.get(message.uuid)
         if machine is None:
+            return
+        if message.slot:
+            log.warning(
+                "%s: the helper of %s has ended; the broker's log may tell why", machine.uuid, message.slot
+            )
             return
         if message.stuck:
             machine.set_flag("stuck", on=True)

@@ -23,6 +23,10 @@ _POOL = r"(kernel/mm|devices/system/node/node[0-9]{1,4})/hugepages/hugepages-[0-
 Setting = Annotated[str, Meta(pattern=rf"^(kernel/mm/ksm/[a-z_]{{1,64}}|{_POOL})\Z")]
 
 
+Mac = Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
+Ipv4 = Annotated[str, Meta(pattern=r"^(|[0-9]{1,3}(\.[0-9]{1,3}){3})$")]
+
+
 class _Request(msgspec.Struct, tag_field="op", frozen=True, kw_only=True):
     id: int
 
@@ -56,22 +60,27 @@ class Check(_Request, tag="check", frozen=True, kw_only=True):
     memory: int = 0  # bytes, 0: not asked
     vcpus: int = 0
     hugepages: int = 0  # bytes of memory that are huge pages
-    bridges: list[str] = []
+    grants: list[str] = []  # tables of broker.toml: bridges.NAME, user-network
     paths: list[str] = []
 
 
 class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
-    """Start a worker for ``uuid`` (a spare one when there is one of the right profile).
+    """Start a process of a kind for ``uuid``.
 
-    Reply fds: the control connection; of /proc/PID smaps_rollup, smaps, and ksm_stat if the kernel has it.
-    The worker already holds /dev/kvm.
+    ``worker`` (a spare one when there is one of the right profile). Reply fds: the control connection; of
+    /proc/PID smaps_rollup, smaps, and ksm_stat if the kernel has it. The worker already holds /dev/kvm.
+
+    Any other kind is a helper of the machine's worker, which gets a socket to it under ``slot``; it ends with
+    the worker. ``passt``: the network of a NIC of kind ``user``.
     """
 
     uuid: Uuid
-    memory: int  # bytes of guest memory; cgroup limit = this + overhead
-    vcpus: int
+    memory: int = 0  # of a worker: bytes of guest memory; cgroup limit = this + overhead
+    vcpus: int = 0
     memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
     page_size: Literal[0, 0x200000, 0x40000000] = 0  # bytes; not 0 for huge memory
+    kind: Literal["worker", "passt"] = "worker"
+    slot: SlotName = "-"  # of a helper
 
     @property
     def hugepages(self) -> int:
@@ -92,11 +101,16 @@ class Open(_Request, tag="open", frozen=True, kw_only=True):
 
 
 class Tap(_Request, tag="tap", frozen=True, kw_only=True):
-    """Make a tap on ``bridge`` and send it to the worker of ``uuid`` under ``slot``."""
+    """Make a tap on ``bridge`` and send it to the worker of ``uuid`` under ``slot``.
+
+    What does not come from ``mac``, and where it is given from IPv4 ``address``, is dropped at the tap.
+    """
 
     uuid: Uuid
     slot: SlotName
     bridge: str
+    mac: Mac
+    address: Ipv4 = ""
     queues: int = 1
 
 
@@ -169,10 +183,14 @@ class Reply(msgspec.Struct, tag_field="op", tag="reply", frozen=True, omit_defau
 
 
 class Ended(msgspec.Struct, tag_field="op", tag="ended", frozen=True, kw_only=True):
-    """A worker's pidfd signalled. ``stuck``: it was killed and has not ended within 5 s."""
+    """A worker's pidfd signalled. ``stuck``: it was killed and has not ended within 5 s.
+
+    With ``slot``: a helper's that served this slot of a machine.
+    """
 
     uuid: Uuid
     stuck: bool = False
+    slot: str = ""
 
 
 Answer = Reply | Ended

@@ -13,6 +13,7 @@ Left out: whether the owner may have it. That is broker.toml's, asked by the ser
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
@@ -38,7 +39,7 @@ _WORDS: Final = {
     ID_PATTERN: "an id is 1 to 20 lower-case letters, digits or '-', and begins with a letter",
     r"^[ -~]{0,20}$": "a serial is at most 20 printable ASCII characters",
     r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$": "a MAC address is six pairs of lower-case hex digits with ':' between",
-    r"^[A-Za-z0-9_.-]{1,15}$": "an interface name is 1 to 15 letters, digits, '_', '.' or '-'",
+    r"^[A-Za-z0-9_.-]{0,15}$": "an interface name is 1 to 15 letters, digits, '_', '.' or '-'",
     r"^[a-z0-9-]{1,40}$": "a CPU model is 1 to 40 lower-case letters, digits or '-'",
 }
 
@@ -209,8 +210,13 @@ def _check(definition: Definition) -> None:
     for index, disk in enumerate(definition.disks):
         _check_disk(disk, f"disks[{index}]")
     for index, nic in enumerate(definition.nics):
-        if not nic.bridge:
-            raise _bad(f"nics[{index}].bridge", "is missing; a nic of kind bridge names one")
+        if (nic.kind == "bridge") != bool(nic.bridge):
+            said = "is for kind bridge only" if nic.bridge else "is missing; a nic of kind bridge names one"
+            raise _bad(f"nics[{index}].bridge", said)
+        if nic.address and (nic.kind != "bridge" or not _is_ipv4(nic.address)):
+            raise _bad(
+                f"nics[{index}].address", f"{nic.address!r} is not an IPv4 address of a nic of kind bridge"
+            )
         if int(nic.mac[:2], 16) & 1:
             raise _bad(f"nics[{index}].mac", f"{nic.mac} is a group address; its first byte must be even")
 
@@ -225,6 +231,13 @@ def _check_memory(definition: Definition) -> None:
     if page and definition.memory % page:
         size = definition.page_size or "2M"
         raise _bad("memory", f"{definition.memory} is not a multiple of {page}, a page of {size}")
+
+
+def _is_ipv4(text: str) -> bool:
+    try:
+        return str(ipaddress.IPv4Address(text)) == text
+    except ValueError:
+        return False
 
 
 def _check_kernel(kernel: Kernel) -> None:

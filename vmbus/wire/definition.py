@@ -64,12 +64,18 @@ class Kernel(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, fro
 
 
 class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
-    """A virtio-net device on a tap of an allowed bridge."""
+    """A virtio-net device. The guest cannot tell its kinds apart.
+
+    ``bridge``: on a tap, which is a port of an allowed bridge; the guest can speak as ``mac`` only and, where
+    it is given, as ``address``. ``user``: what it sends goes out as traffic of a process of the host (passt),
+    which the host's own loopback does not hear.
+    """
 
     id: Id
     mac: Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
-    kind: Literal["bridge"] = "bridge"
-    bridge: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] = ""
+    kind: Literal["bridge", "user"] = "bridge"
+    bridge: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,15}$")] = ""
+    address: Annotated[str, Meta(pattern=r"^(|[0-9]{1,3}(\.[0-9]{1,3}){3})$")] = ""  # IPv4; "" for any
     queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
 
 
@@ -112,6 +118,12 @@ def has_balloon(definition: Definition) -> bool:
 def memory_floor(definition: Definition) -> int:
     """The least that the machine is ever asked to get by with; a quarter of its memory if nothing is said."""
     return definition.memory_minimum or max(definition.memory // 4 // MIB * MIB, MEMORY_LEAST)
+
+
+def grants(definition: Definition) -> list[str]:
+    """The tables of broker.toml that must grant its owner something: ``bridges.br0``, ``user-network``."""
+    found = {f"bridges.{nic.bridge}" if nic.kind == "bridge" else "user-network" for nic in definition.nics}
+    return sorted(found)
 
 
 class Slot(msgspec.Struct, frozen=True):

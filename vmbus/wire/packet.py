@@ -3,14 +3,13 @@
 
 A datagram is at most ``LIMIT`` bytes. A truncated datagram or control message is a violation:
 the caller ends the connection. Sends never block: a peer that does not read is dropped.
-Whether fds may be received is the caller's choice per connection; without a control buffer
-the kernel drops whatever a hostile peer attaches.
+Whoever may receive fds uses ``wire.handover``, which the broker does not load; here there is no control
+buffer, so the kernel drops whatever a hostile peer attaches.
 """
 
 from __future__ import annotations
 
 import array
-import os
 import socket
 from typing import Final, TypeVar
 
@@ -46,43 +45,21 @@ def send(sock: socket.socket, message: msgspec.Struct, fds: list[int] | None = N
         sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
-def receive(
-    sock: socket.socket, decoder: msgspec.msgpack.Decoder[T], *, max_fds: int = 0
-) -> tuple[T, list[int]] | None:
-    """Receive one message; None at end of file.
+def receive(sock: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
+    """Receive one message, and no fd: the kernel is given no control buffer. None at end of file.
 
-    ``max_fds=0`` gives the kernel no control buffer. The fds are the caller's, close-on-exec.
-    Raises Violation for anything that is not exactly one message, BlockingIOError when there
-    is none.
+    Raises Violation for anything that is not exactly one message, BlockingIOError when there is none.
     """
-    fds: list[int] = []
-    if max_fds:
-        data, ancillary, flags, _ = sock.recvmsg(
-            LIMIT + 1, socket.CMSG_SPACE(max_fds * 4), socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        )
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
-                numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
-                fds.extend(numbers)
-        if flags & socket.MSG_CTRUNC:
-            _close(fds)
-            raise Violation("more file descriptors than this connection takes")
-    else:
-        data = sock.recv(LIMIT + 1, socket.MSG_DONTWAIT)
-    if not data and not fds:
-        return None
+    data = sock.recv(LIMIT + 1, socket.MSG_DONTWAIT)
+    return decode(data, decoder) if data else None
+
+
+def decode(data: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """The message that a datagram is. Raises Violation."""
     if len(data) > LIMIT:
-        _close(fds)
         raise Violation(f"datagram larger than {LIMIT} bytes")
     try:
-        return decoder.decode(data), fds
+        return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         # Not only msgspec's own: bytes that are no UTF-8 raise UnicodeDecodeError, nesting RecursionError.
-        _close(fds)
         raise Violation(f"not a message of this protocol: {error}") from None
-
-
-def _close(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)

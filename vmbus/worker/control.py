@@ -22,7 +22,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from vmbus.wire import packet
+from vmbus.wire import handover, packet
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Delivery, Greeting
 from vmbus.wire.worker import (
@@ -176,11 +176,10 @@ class Control:
         return True
 
     def _take_greeting(self, pending: _Pending) -> None:
-        received = packet.receive(pending.sock, _greetings)
-        if received is None:
+        greeting = packet.receive(pending.sock, _greetings)
+        if greeting is None:
             self._dismiss(pending)
             return
-        greeting, _ = received
         if greeting.role == "inlet":
             pending.inlet = True
             pending.timer.cancel()
@@ -192,7 +191,7 @@ class Control:
         self._replace(pending.sock, greeting.epoch)
 
     def _take_delivery(self, pending: _Pending) -> None:
-        received = packet.receive(pending.sock, _deliveries, max_fds=packet.MAX_FDS)
+        received = handover.receive(pending.sock, _deliveries, max_fds=packet.MAX_FDS)
         self._dismiss(pending)
         if received is not None:
             delivery, fds = received
@@ -230,7 +229,7 @@ class Control:
         sock = self._sock
         assert sock is not None
         try:
-            received = packet.receive(sock, _requests, max_fds=packet.MAX_FDS)
+            received = handover.receive(sock, _requests, max_fds=packet.MAX_FDS)
             if received is None:
                 self._hang_up()
                 return

@@ -149,7 +149,13 @@ def configuration(uuid: str, definition: Definition, files: Files, *, kvm: int, 
         "kernel": kernel,
         "disks": disks,
         "nics": [
-            {"id": nic.id, "mac": nic.mac, "queues": nic.queues, "tap_fds": files.all(f"nic/{nic.id}")}
+            {
+                "id": nic.id,
+                "mac": nic.mac,
+                "queues": nic.queues,
+                "link": "tap" if nic.kind == "bridge" else "stream",
+                "tap_fds": files.all(f"nic/{nic.id}"),
+            }
             for nic in definition.nics
         ],
         "rng": definition.rng,

@@ -163,7 +163,18 @@ pub struct Layer {
     pub data_fd: Option<RawFd>,
 }
 
-/// A virtio-net device on a tap.
+/// What an interface's descriptors are.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkKind {
+    /// The queues of a tap, at least one.
+    #[default]
+    Tap,
+    /// One stream socket, which carries frames with their length before them.
+    Stream,
+}
+
+/// A virtio-net device.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Nic {
@@ -177,7 +188,10 @@ pub struct Nic {
     /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0, where it stays.
     #[serde(default)]
     pub slot: Option<u8>,
-    /// The tap's queues, at least one.
+    /// What `tap_fds` are.
+    #[serde(default)]
+    pub link: LinkKind,
+    /// The host's end: a tap's queues, at least one; a stream's socket.
     pub tap_fds: Vec<RawFd>,
 }
 
@@ -197,7 +211,7 @@ pub struct Files {
     pub initrd: Option<OwnedFd>,
     /// For each disk, for each layer: the image and its data file.
     pub disks: Vec<Vec<(OwnedFd, Option<OwnedFd>)>>,
-    /// For each NIC: the queues of its tap.
+    /// For each NIC: the descriptors of its link.
     pub nics: Vec<Vec<OwnedFd>>,
 }
 

@@ -17,7 +17,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::hotplug::{Arrival, Hotplug};
 use crate::io::{Count, IoDevice, Port, Trouble};
-use crate::net::{self, Tap};
+use crate::net::{self, Link};
 use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
@@ -52,7 +52,7 @@ pub struct DiskSpec {
     pub slot: Option<u8>,
 }
 
-/// A network interface of the definition, with its tap.
+/// A network interface of the definition, with its link.
 pub struct NicSpec {
     /// Names it in events, errors and statistics.
     pub id: String,
@@ -61,7 +61,7 @@ pub struct NicSpec {
     /// Queue pairs, at most 8; 0 for one a vCPU.
     pub queues: u16,
     /// The host's end.
-    pub tap: Tap,
+    pub link: Link,
     /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0.
     pub slot: Option<u8>,
 }
@@ -327,7 +327,7 @@ pub(crate) fn nic_endpoint(
         counters: Some(counters.clone()),
     };
     let served = net::Served {
-        tap: spec.tap,
+        link: spec.link,
         mac: spec.mac,
         pairs,
         counters,

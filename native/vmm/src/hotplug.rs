@@ -170,7 +170,7 @@ mod tests {
     use crate::bus::Bus;
     use crate::devices::{assemble, Devices, Parts};
     use crate::layout::ECAM_START;
-    use crate::net::Tap;
+    use crate::net::{Link, Tap};
     use crate::pci::testing::{host_bridge, FakeWiring};
     use crate::pci::{Place, PORT_PREFETCHABLE};
 
@@ -212,7 +212,7 @@ mod tests {
             id: id.to_owned(),
             mac: [0x52, 0x54, 0, 0, 0, 1],
             queues: 1,
-            tap: Tap::sockets(vec![OwnedFd::from(tap)]),
+            link: Link::Tap(Tap::sockets(vec![OwnedFd::from(tap)])),
             slot,
         }
     }

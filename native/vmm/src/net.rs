@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The I/O thread for networks: it moves frames between virtqueues and taps ([`crate::io`] has a thread's life).
+//! The I/O thread for networks: it moves frames between virtqueues and links ([`crate::io`] has a thread's life).
+//!
+//! A link is a tap, or a stream socket to a helper process ([`stream`]). What follows is about taps; the stream has
+//! one source, and makes transmit queues wait instead of dropping.
 //!
 //! One thread serves all interfaces of a machine, all queues. Frames are read and written with readv and writev
 //! right in guest memory: a received one into as many of the driver's buffers as the longest packet could fill,
@@ -25,8 +28,11 @@
 //! never makes its reader wait, so there is nothing to have in flight, and a call moves a whole packet.
 
 mod counters;
+mod frames;
 mod interface;
+mod link;
 mod server;
+mod stream;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -39,13 +45,15 @@ use crate::thread::{Role, ThreadHook};
 use crate::virtio::net::MAC;
 
 pub use counters::Counters;
+pub use link::Link;
 use server::Server;
+pub use stream::Stream;
 pub use tap::Tap;
 
 /// An interface that the thread serves.
 pub struct Served {
     /// Where its frames go and come from.
-    pub tap: Tap,
+    pub link: Link,
     /// Its hardware address.
     pub mac: [u8; MAC],
     /// Its queue pairs.

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The definition's network interfaces: their addresses and their taps.
+//! The definition's network interfaces: their addresses and their links.
 
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
-use crate::config::Nic;
+use crate::config::{LinkKind, Nic};
 use crate::devices::NicSpec;
 use crate::error::{Error, Kind, Result};
-use crate::net::Tap;
+use crate::net::{Link, Stream, Tap};
 use crate::virtio::net::MAC;
 
-/// Takes all of them. `files` has the descriptors of each interface's tap, in the same order.
+/// Takes all of them. `files` has the descriptors of each interface's link, in the same order.
 ///
 /// # Errors
 /// `InvalidArgument`, with the interface as the argument.
@@ -26,10 +26,14 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
                     format!("{:?} is the id of another interface", nic.id),
                 ));
             }
-            if files.is_empty() {
+            let few = match nic.link {
+                LinkKind::Tap => !files.is_empty(),
+                LinkKind::Stream => files.len() == 1,
+            };
+            if !few {
                 return Err(Error::invalid(
                     format!("nics[{index}].tap_fds"),
-                    "a tap has at least one descriptor",
+                    "a tap has at least one descriptor, a stream exactly one",
                 ));
             }
             Ok(NicSpec {
@@ -42,13 +46,23 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
                 })?,
                 queues: nic.queues,
                 slot: nic.slot,
-                tap: Tap::new(files).map_err(|e| {
-                    let message = format!("not a tap that can be used: {e}");
+                link: link(nic.link, files).map_err(|e| {
+                    let message = format!("not a {:?} that can be used: {e}", nic.link);
                     Error::new(Kind::InvalidArgument, format!("nic/{}", nic.id), message)
                 })?,
             })
         })
         .collect()
+}
+
+fn link(kind: LinkKind, mut files: Vec<OwnedFd>) -> std::io::Result<Link> {
+    Ok(match (kind, files.pop()) {
+        (LinkKind::Stream, Some(socket)) => Link::Stream(Box::new(Stream::new(socket)?)),
+        (_, last) => {
+            files.extend(last);
+            Link::Tap(Tap::new(files)?)
+        }
+    })
 }
 
 /// A station's address, as `52:54:00:12:34:56`.
@@ -75,6 +89,7 @@ mod tests {
             mac: mac.to_owned(),
             queues: 0,
             slot: None,
+            link: LinkKind::Tap,
             tap_fds: Vec::new(),
         }
     }

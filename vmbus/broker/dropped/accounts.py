@@ -11,17 +11,26 @@ import re
 
 from vmbus.broker.children import Channel
 from vmbus.broker.dropped import policy
-from vmbus.broker.policy import Rights
+from vmbus.broker.policy import Rights, Survey
 from vmbus.wire.errors import VmbusError
 
+_DYNAMIC = range(61184, 65536)  # systemd's DynamicUser= range, nobody, 16-bit -1
 
-def report(uid: int, text: bytes, channel: Channel) -> None:
+
+def report(uid: int, text: bytes, survey: Survey, channel: Channel) -> None:
     """A child's work: reports ``look_up``'s."""
-    channel.report(look_up(uid, text))
+    channel.report(look_up(uid, text, survey))
 
 
-def look_up(uid: int, text: bytes) -> Rights:
-    """The rights of ``uid`` by the policy ``text``. Raises NotFound, InvalidArgument."""
+def look_up(uid: int, text: bytes, survey: Survey) -> Rights:
+    """The rights of ``uid`` by the policy ``text``.
+
+    Raises AccessDenied for one that never owns machines, NotFound, InvalidArgument.
+    """
+    workers = range(survey.uid_first, survey.uid_first + survey.uid_count)
+    if not survey.uid_min <= uid < 0xFFFFFFFF or uid in _DYNAMIC or uid in workers:
+        message = f"uid {uid} cannot own machines: only ordinary users' do, from {survey.uid_min}"
+        raise VmbusError("AccessDenied", message, argument="uid")
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:
@@ -40,7 +49,7 @@ def look_up(uid: int, text: bytes) -> Rights:
         name=entry.pw_name,
         gids=[entry.pw_gid, *gids],
         prefixes=granted.prefixes(account),
-        bridges=[name for name, bridge in granted.bridges.items() if bridge.fits(account)],
+        grants=granted.grants(account),
         memory=memory,
         vcpus=vcpus,
         machines=machines,

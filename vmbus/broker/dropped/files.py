@@ -14,14 +14,14 @@ import os
 import socket
 import stat
 
-from vmbus.broker import syscalls
 from vmbus.broker.children import Channel
+from vmbus.broker.dropped import lookup
 from vmbus.wire import packet
 from vmbus.wire.broker import Identity, Open
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Delivery
 
-_WALK = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_MAGICLINKS
+_WALK = lookup.RESOLVE_BENEATH | lookup.RESOLVE_NO_MAGICLINKS
 _ESCAPES = (errno.EXDEV, errno.ELOOP)  # of RESOLVE_BENEATH; of RESOLVE_NO_SYMLINKS and RESOLVE_NO_MAGICLINKS
 
 
@@ -45,10 +45,10 @@ def deliver(request: Open, prefix: str, rest: str, channel: Channel, *, fuse: bo
 def _walk(prefix: str, rest: str, *, fuse: bool) -> int:
     """An O_PATH fd of the file; each mount on the way is looked at before it is entered."""
     place = os.open("/", os.O_PATH | os.O_CLOEXEC)
-    seen = {syscalls.mount_id(place)}
+    seen = {lookup.mount_id(place)}
 
     def arrive(fd: int) -> int:
-        mount = syscalls.mount_id(fd)
+        mount = lookup.mount_id(fd)
         if not fuse and mount not in seen and _file_system(mount).split(".")[0] in {"fuse", "fuseblk"}:
             message = "lies on a FUSE file system, whose server may never answer; use a copy elsewhere"
             raise VmbusError("AccessDenied", f"'{prefix}/{rest}' {message}", argument="path")
@@ -56,11 +56,11 @@ def _walk(prefix: str, rest: str, *, fuse: bool) -> int:
         return fd
 
     for part in prefix.split("/")[1:]:
-        place = arrive(syscalls.openat2(place, part, os.O_PATH, syscalls.RESOLVE_NO_SYMLINKS))
+        place = arrive(lookup.openat2(place, part, os.O_PATH, lookup.RESOLVE_NO_SYMLINKS))
     found = place
     parts = rest.split("/")
     for count in range(1, len(parts) + 1):  # always from the prefix, so that links may go up within it
-        found = arrive(syscalls.openat2(place, "/".join(parts[:count]), os.O_PATH, _WALK))
+        found = arrive(lookup.openat2(place, "/".join(parts[:count]), os.O_PATH, _WALK))
     return found
 
 

@@ -81,6 +81,10 @@ class Bridge(_Whom, frozen=True, kw_only=True):
     """``[bridges.NAME]``: who may have a tap on it."""
 
 
+class UserNetwork(_Whom, frozen=True, kw_only=True):
+    """``[user-network]``: who may have interfaces of kind ``user``, for which a process of the host sends."""
+
+
 class Ksm(_Strict, frozen=True, kw_only=True):
     """``[ksm]``: whether vmbus may change the host's settings of KSM."""
 
@@ -107,12 +111,13 @@ class Owners(_Strict, frozen=True, kw_only=True):
     uid_min: Annotated[int, Meta(ge=1)] | None = None
 
 
-class Policy(_Strict, frozen=True, kw_only=True):
+class Policy(_Strict, frozen=True, kw_only=True, rename={"user_network": "user-network"}):
     """The whole file."""
 
     open: Open = Open()
     quota: Quota = Quota()
     bridges: dict[str, Bridge] = {}
+    user_network: UserNetwork = UserNetwork()
     ksm: Ksm = Ksm()
     hugepages: HugePages = HugePages()
     workers: Workers = Workers()
@@ -120,8 +125,17 @@ class Policy(_Strict, frozen=True, kw_only=True):
 
     def group_names(self) -> list[str]:
         """Every group that the policy names."""
-        entries: list[_Whom] = [*self.open.grant, *self.quota.exceptions, *self.bridges.values()]
+        entries: list[_Whom] = [*self.open.grant, *self.quota.exceptions, *self._tables().values()]
         return sorted({group for entry in entries for group in entry.groups})
+
+    def _tables(self) -> dict[str, _Whom]:
+        """The tables that grant something to those whom they name."""
+        tables: dict[str, _Whom] = {f"bridges.{name}": bridge for name, bridge in self.bridges.items()}
+        return {**tables, "user-network": self.user_network}
+
+    def grants(self, account: Account) -> list[str]:
+        """The names of those that fit ``account``."""
+        return [name for name, table in self._tables().items() if table.fits(account)]
 
     def prefixes(self, account: Account) -> list[str]:
         """The directories granted to ``account``, {user} and {home} filled in."""

@@ -4,7 +4,7 @@
 The parts of a worker's root: the interpreter, its standard library, the directories of its shared libraries,
 site-packages, and of vmbus only ``wire``, ``worker`` and ``_native``, so that a worker cannot even read the
 code of the broker. Whether the range of worker uids is nobody else's. The least uid of an ordinary user.
-Whether SELinux knows the workers' label.
+Whether SELinux knows the workers' label. The commands of the helpers that are installed.
 """
 
 import os
@@ -24,6 +24,9 @@ from vmbus.wire.errors import VmbusError
 _LOADER = "/lib64/ld-linux-x86-64.so.2"  # System V ABI, AMD64 supplement
 _LABEL = "system_u:system_r:vmbus_worker_t:s0:c{},c{}"
 _PARTS = ("__init__.py", "wire", "worker", "_native")
+# A guest reaches nothing of the host's own: its loopback is no gateway's address, no port is forwarded.
+_PASST = "/usr/bin/passt --foreground --quiet --stderr --fd 3 --no-map-gw --tcp-ports none --udp-ports none"
+_HELPERS = {"passt": [*_PASST.split(), "--mtu", "1500"]}
 # Column of the first id, and of the number of ids (0: one).
 _TABLES = {"passwd": (2, 0), "group": (2, 0), "subuid": (1, 2), "subgid": (1, 2)}
 
@@ -41,6 +44,7 @@ def report(text: bytes, channel: Channel) -> None:
         uid_min=granted.owners.uid_min or uid_min(Path("/etc/login.defs")),
         overhead=policy.size(workers.overhead),
         fuse=granted.open.fuse,
+        helpers={kind: command for kind, command in _HELPERS.items() if os.access(command[0], os.X_OK)},
     )
     channel.report(found)
 

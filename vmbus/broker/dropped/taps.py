@@ -2,9 +2,10 @@
 """A tap on an allowed bridge, made by a child that keeps CAP_NET_ADMIN only, and sent straight to the worker.
 
 Its fds keep a tap alive, but whoever holds one can make it persistent: so it is deleted by its index when the
-machine has ended. It carries a mark (ifalias ``vmbus:INSTANCE:UUID:UID;``), and only what carries the
-instance's mark is ever swept. TUNSETIFF, the bridge's ioctls and the deletion take rtnl, which may be held
-for long: hence a child. Numbers from include/uapi/linux/{if_tun,if,sockios,if_link,rtnetlink,netlink}.h.
+machine has ended. What a guest may say on it, spoofing.py has. It carries a mark (ifalias
+``vmbus:INSTANCE:UUID:UID;``), and only what carries the instance's mark is ever swept. TUNSETIFF, the
+bridge's ioctls and the deletion take rtnl, which may be held for long: hence a child. Numbers from
+include/uapi/linux/{if_tun,if,sockios,if_link,rtnetlink,netlink}.h.
 """
 
 import fcntl
@@ -14,9 +15,10 @@ import struct
 from pathlib import Path
 
 from vmbus.broker.children import Channel
+from vmbus.broker.dropped import nft, spoofing
 from vmbus.broker.steps import Step, carry_out, take_back
-from vmbus.broker.tap import Made, Wanted
 from vmbus.wire import packet
+from vmbus.wire.broker import Tap
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Delivery
 
@@ -50,48 +52,50 @@ class _MakeTap:
 class _Join:
     """Step: mark the tap, bring it up, make it a port of the bridge. The tap's end takes that along."""
 
-    def __init__(self, wanted: Wanted) -> None:
-        self.wanted = wanted
+    def __init__(self, name: str, bridge: str, mark: str) -> None:
+        self.name, self.bridge, self.mark = name, bridge, mark
 
     def describe(self) -> str:
-        return f"{self.wanted.name} a port of bridge {self.wanted.bridge}, marked {self.wanted.mark}, up"
+        return f"{self.name} a port of bridge {self.bridge}, marked {self.mark}, up"
 
     def execute(self) -> None:
-        index = socket.if_nametoindex(self.wanted.name)
-        mark = self.wanted.mark.encode()
+        index = socket.if_nametoindex(self.name)
+        mark = self.mark.encode()
         alias = struct.pack("HH", 4 + len(mark), _IFLA_IFALIAS) + mark + bytes(-len(mark) % 4)
         _netlink(_RTM_NEWLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP) + alias)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            fcntl.ioctl(sock, _SIOCBRADDIF, struct.pack("16si20x", self.wanted.bridge.encode(), index))
+            fcntl.ioctl(sock, _SIOCBRADDIF, struct.pack("16si20x", self.bridge.encode(), index))
 
     def undo(self) -> None:
         pass
 
 
-def make(wanted: Wanted, slot: str, channel: Channel) -> None:
-    """Kept: the inlet, and /dev/net/tun once a queue. Reports ``Made``. Raises VmbusError."""
+def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
+    """Kept: the inlet, and /dev/net/tun once a queue. Reports what was made. Raises VmbusError."""
     inlet, *queues = channel.fds
     for queue in queues:
         os.set_blocking(queue, False)
-    if not (_NET / wanted.bridge / "bridge").is_dir():
-        raise VmbusError("NotFound", f"there is no bridge '{wanted.bridge}' on this host", argument="bridge")
-    steps: list[Step] = [_MakeTap(wanted.name, queues), _Join(wanted)]
+    bridge = request.bridge
+    if not (_NET / bridge / "bridge").is_dir():
+        raise VmbusError("NotFound", f"there is no bridge '{bridge}' on this host", argument="bridge")
+    rules = spoofing.Rules(mark, name, request.mac, request.address)
+    steps: list[Step] = [_MakeTap(name, queues), rules, _Join(name, bridge, mark)]
     try:
         carry_out(steps)
     except OSError as error:
-        message = f"no tap on bridge '{wanted.bridge}': {error.strerror}"
+        message = f"no tap on bridge '{bridge}': {error.strerror}"
         raise VmbusError("Unavailable", message, argument="bridge") from None
     try:
-        index = socket.if_nametoindex(wanted.name)
-        packet.send(socket.socket(fileno=inlet), Delivery(slot=slot), queues)
+        index = socket.if_nametoindex(name)
+        packet.send(socket.socket(fileno=inlet), Delivery(slot=request.slot), queues)
     except OSError as error:
         take_back(steps)
         raise VmbusError("Disconnected", f"the worker does not take the tap: {error.strerror}") from None
-    channel.report(Made("; ".join(step.describe() for step in steps), index))
+    channel.report("; ".join([*(step.describe() for step in steps), f"index {index}"]))
 
 
 def sweep(keep: list[str], prefixes: list[str], channel: Channel) -> None:
-    """Delete every tap whose mark begins with one of ``prefixes``, except ``keep``. Reports how many."""
+    """Delete what has a mark that begins with one of ``prefixes``, not in ``keep``. Reports how many taps."""
     gone = 0
     for entry in _NET.iterdir() if _NET.is_dir() else ():
         try:
@@ -102,6 +106,13 @@ def sweep(keep: list[str], prefixes: list[str], channel: Channel) -> None:
         if mark.startswith(tuple(prefixes)) and mark not in keep and (entry / "tun_flags").exists():
             _netlink(_RTM_DELLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, 0, 0))
             gone += 1
+    begins = tuple(nft.table_of(prefix) for prefix in prefixes)
+    kept = tuple(nft.table_of(mark) for mark in keep)
+    nft.delete(
+        (family, name)
+        for family, name in nft.tables()
+        if name.startswith(begins) and not name.startswith(kept)
+    )
     channel.report(gone)
 
 

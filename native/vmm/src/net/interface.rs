@@ -11,7 +11,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 use vm_memory::GuestMemoryMmap;
 
-use super::{Counters, Tap};
+use super::{Counters, Link};
 use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::net::{
@@ -22,15 +22,15 @@ use crate::virtio::queue::{Fault, Queue};
 use crate::virtio::{Activation, ActiveQueue};
 
 /// Bytes of an Ethernet header.
-const ETHERNET: usize = 14;
+pub(super) const ETHERNET: usize = 14;
 /// Bytes of a VLAN tag.
-const VLAN: usize = 4;
+pub(super) const VLAN: usize = 4;
 /// The longest packet with its header: a TCP segment of 64 KiB (5.1.6.3.1).
-const LONGEST: usize = HEADER + ETHERNET + VLAN + 65536;
+pub(super) const LONGEST: usize = HEADER + ETHERNET + VLAN + 65536;
 /// The longest that is no segment to be cut up, as far as the guest was told.
 const FRAME: usize = HEADER + ETHERNET + VLAN + MTU as usize;
 /// The most pieces of memory in one chain; two of these and one more are what a system call takes.
-const PIECES_MAX: usize = 511;
+pub(super) const PIECES_MAX: usize = 511;
 
 /// What is used again from call to call.
 pub(super) struct Scratch {
@@ -56,13 +56,13 @@ impl Scratch {
         }
     }
 
-    /// Throws away what the tap has, up to more than its queues hold.
-    pub(super) fn empty(&mut self, tap: &Tap) {
+    /// Throws away what the link has, up to more than its queues hold.
+    pub(super) fn empty(&mut self, link: &mut Link) {
         let overflow = self.overflow();
-        for queue in 0..tap.len() {
+        for source in 0..link.sources() {
             for _ in 0..1024 {
                 // SAFETY: the iovec is our own memory, which nothing else uses meanwhile.
-                if unsafe { tap.read(queue, &[overflow]) }.is_err() {
+                if unsafe { link.read(source, &[overflow]) }.is_err() {
                     break;
                 }
             }
@@ -182,11 +182,11 @@ impl Active {
         }
     }
 
-    /// Takes what the tap's queue number `source` has; true for again.
+    /// Takes what the link's source has; true for again.
     pub(super) fn receive(
         &mut self,
         source: usize,
-        tap: &Tap,
+        link: &mut Link,
         ready: &mut [bool],
         counters: &Counters,
         scratch: &mut Scratch,
@@ -242,10 +242,10 @@ impl Active {
             scratch.iovecs.push(overflow);
             // SAFETY: the iovecs are guest memory, which the queue keeps mapped, and our own, which nothing else
             // uses meanwhile.
-            let len = match unsafe { tap.read(source, &scratch.iovecs) } {
+            let len = match unsafe { link.read(source, &scratch.iovecs) } {
                 Ok(len) => len,
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                // Nothing there, or the tap is gone: whatever comes is an edge.
+                // Nothing there, or the other end is gone: whatever comes is an edge.
                 Err(_) => {
                     *ready = false;
                     break;
@@ -290,7 +290,7 @@ impl Active {
     pub(super) fn serve(
         &mut self,
         place: usize,
-        tap: &Tap,
+        link: &mut Link,
         counters: &Counters,
     ) -> Result<bool, Fault> {
         let Some(queue) = self.queues.get_mut(place).filter(|_| !self.halted) else {
@@ -306,6 +306,10 @@ impl Active {
         ring.disable_notifications()?;
         let mut budget = ring.size();
         let again = loop {
+            if link.is_full() && matches!(purpose, Purpose::Transmit(_)) {
+                // Its next edge is one for this queue too.
+                break false;
+            }
             let Some(left) = budget.checked_sub(1) else {
                 break true;
             };
@@ -318,7 +322,7 @@ impl Active {
             };
             let written = match purpose {
                 Purpose::Transmit(pair) => {
-                    transmit(&chain, &memory, pair, tap, counters)?;
+                    transmit(&chain, &memory, pair, link, counters)?;
                     0
                 }
                 _ => {
@@ -328,6 +332,7 @@ impl Active {
             };
             ring.push(chain.head, written)?;
         };
+        link.flush();
         if ring.wants_interrupt()? {
             self.interrupt.used(index);
         }
@@ -445,29 +450,48 @@ impl ServedQueue {
     }
 }
 
-/// Writes one chain to the tap. What the tap does not take is dropped, as a wire would.
+/// Sends one chain. What the link does not take is dropped, as a wire would.
 fn transmit(
     chain: &Chain,
     memory: &GuestMemoryMmap,
     pair: u16,
-    tap: &Tap,
+    link: &mut Link,
     counters: &Counters,
 ) -> Result<(), Fault> {
     let len = chain.readable.len();
     if !chain.writable.is_empty() || len < HEADER as u64 {
         return Err(Fault::Request);
     }
-    let iovecs = chain.readable.iovecs(memory)?;
-    if iovecs.len() > PIECES_MAX {
-        return Err(Fault::Pieces(iovecs.len()));
-    }
-    let target = usize::from(pair).checked_rem(tap.len()).unwrap_or(0);
-    // SAFETY: the iovecs are guest memory, which the queue keeps mapped.
-    let taken = len <= LONGEST as u64 && unsafe { tap.write(target, &iovecs) }.is_ok();
-    if taken {
+    if len <= LONGEST as u64 && link.send(pair, chain, memory)? {
         counters.transmitted(pair, (len as usize).saturating_sub(HEADER));
     } else {
         counters.transmit_dropped(pair);
     }
     Ok(())
+}
+
+/// Copies `parts`, one behind the other, to the iovecs as far as there is room; how many bytes there were in all.
+///
+/// # Safety
+/// The iovecs are memory that may be written.
+pub(super) unsafe fn scatter(iovecs: &[libc::iovec], parts: &[&[u8]]) -> usize {
+    let mut room = iovecs.iter().copied();
+    let mut place = room.next();
+    for part in parts {
+        let mut rest = *part;
+        while let (Some(iovec), false) = (&mut place, rest.is_empty()) {
+            let (here, after) = rest.split_at(rest.len().min(iovec.iov_len));
+            let to: *mut u8 = iovec.iov_base.cast();
+            // SAFETY: the caller's promise, and at most as many bytes as the iovec has.
+            unsafe { std::ptr::copy_nonoverlapping(here.as_ptr(), to, here.len()) };
+            // SAFETY: within the iovec, or one behind its end.
+            iovec.iov_base = unsafe { to.add(here.len()) }.cast();
+            iovec.iov_len = iovec.iov_len.saturating_sub(here.len());
+            rest = after;
+            if iovec.iov_len == 0 {
+                place = room.next();
+            }
+        }
+    }
+    parts.iter().map(|part| part.len()).sum()
 }

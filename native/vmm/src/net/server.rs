@@ -11,7 +11,7 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::interface::{Active, Scratch};
-use super::{Counters, Served, Tap};
+use super::{Counters, Link, Served};
 use crate::error::{Error, Result};
 use crate::io::{Command, Mailbox, Newcomer, Serve};
 use crate::virtio::net::MAC;
@@ -66,20 +66,20 @@ pub(super) struct Server {
 }
 
 struct Interface {
-    tap: Tap,
-    /// Which of the tap's queues may have something.
+    link: Link,
+    /// Which of the link's sources may have something.
     ready: Vec<bool>,
     mac: [u8; MAC],
     pairs: u16,
     counters: Arc<Counters>,
     active: Option<Active>,
     paused: bool,
-    /// Its tap is gone, and its number free.
+    /// Its link is gone, and its number free.
     closed: bool,
 }
 
 impl Server {
-    /// With all taps watched and nothing active.
+    /// With all links watched and nothing active.
     pub(super) fn new(served: Vec<Served>, mailbox: Arc<Mailbox>) -> Result<Server> {
         let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
         watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
@@ -101,14 +101,17 @@ impl Server {
     fn add(&mut self, nic: Served) -> Result<usize> {
         let closed = self.devices.iter().position(|interface| interface.closed);
         let device = closed.unwrap_or(self.devices.len());
-        for (place, fd) in nic.tap.fds().enumerate() {
+        for (place, fd) in nic.link.fds().into_iter().enumerate() {
             // Edges only: a driver without buffers must not keep this thread awake.
-            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            let mut events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            if matches!(nic.link, Link::Stream(_)) {
+                events |= EventSet::OUT;
+            }
             watch(&self.epoll, fd, events, Job::Tap(device, place).data())?;
         }
         let interface = Interface {
-            ready: vec![true; nic.tap.len()],
-            tap: nic.tap,
+            ready: vec![true; nic.link.sources()],
+            link: nic.link,
             mac: nic.mac,
             pairs: nic.pairs,
             counters: nic.counters,
@@ -183,7 +186,7 @@ impl Server {
             Command::Close(device, sender) => {
                 if let Some(interface) = self.devices.get_mut(device) {
                     interface.paused = true;
-                    interface.tap.close();
+                    interface.link.close();
                     interface.closed = interface.active.is_none();
                 }
                 let _ = sender.send(Ok(()));
@@ -214,10 +217,9 @@ impl Server {
                 job.data(),
             )?;
         }
-        // A tap that is being deleted refuses; no frame will come from it.
-        let _ = interface.tap.leave_to_driver(activation.features);
+        interface.link.leave_to_driver(activation.features);
         // Frames for the driver before may be such as this one cannot take.
-        self.scratch.empty(&interface.tap);
+        self.scratch.empty(&mut interface.link);
         interface.ready.fill(true);
         interface.active = Some(Active::new(activation, interface.mac, interface.pairs));
         // The driver may have made requests available before it was ready.
@@ -230,7 +232,7 @@ impl Server {
             return;
         };
         let queues = interface.active.as_ref().map_or(0, Active::len);
-        let taps = interface.tap.len();
+        let taps = interface.link.sources();
         for job in (0..queues).map(|place| Job::Queue(device, place)) {
             soon(&mut self.again, job);
         }
@@ -247,9 +249,16 @@ impl Server {
                         active.silence(place);
                     }
                 }
-                Job::Tap(_, place) => {
+                Job::Tap(device, place) => {
                     if let Some(ready) = interface.ready.get_mut(place) {
                         *ready = true;
+                    }
+                    if interface.link.is_waiting() {
+                        interface.link.flush();
+                        let queues = interface.active.as_ref().map_or(0, Active::len);
+                        for place in 0..queues {
+                            soon(&mut self.again, Job::Queue(device, place));
+                        }
                     }
                 }
             }
@@ -262,7 +271,7 @@ impl Server {
             return;
         };
         let Interface {
-            tap,
+            link,
             ready,
             counters,
             active: Some(active),
@@ -273,7 +282,7 @@ impl Server {
             return;
         };
         let outcome = match job {
-            Job::Tap(_, place) => active.receive(place, tap, ready, counters, &mut self.scratch),
+            Job::Tap(_, place) => active.receive(place, link, ready, counters, &mut self.scratch),
             Job::Queue(device, place) if active.receives(place) => {
                 // Buffers have come: for whatever the tap has waiting.
                 for (place, _) in ready.iter().enumerate().filter(|(_, ready)| **ready) {
@@ -283,9 +292,9 @@ impl Server {
             }
             Job::Queue(device, place) => {
                 let pairs = active.pairs();
-                let outcome = active.serve(place, tap, counters);
+                let outcome = active.serve(place, link, counters);
                 if active.pairs() != pairs {
-                    for place in 0..tap.len() {
+                    for place in 0..link.sources() {
                         soon(&mut self.again, Job::Tap(device, place));
                     }
                 }

@@ -18,6 +18,18 @@ const TUN_F_TSO4: libc::c_ulong = 2;
 const TUN_F_TSO6: libc::c_ulong = 4;
 const TUN_F_TSO_ECN: libc::c_ulong = 8;
 
+/// Sets O_NONBLOCK.
+pub(super) fn non_blocking(file: &File) -> io::Result<()> {
+    // SAFETY: these commands take and give ints.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    let flags = flags | libc::O_NONBLOCK;
+    // SAFETY: as above.
+    if flags < 0 || unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// A tap.
 pub struct Tap {
     queues: Vec<File>,
@@ -53,13 +65,7 @@ impl Tap {
     fn of(queues: Vec<OwnedFd>, real: bool) -> io::Result<Tap> {
         let queues: Vec<File> = queues.into_iter().map(File::from).collect();
         for queue in &queues {
-            // SAFETY: these commands take and give ints.
-            let flags = unsafe { libc::fcntl(queue.as_raw_fd(), libc::F_GETFL) };
-            let flags = flags | libc::O_NONBLOCK;
-            // SAFETY: as above.
-            if flags < 0 || unsafe { libc::fcntl(queue.as_raw_fd(), libc::F_SETFL, flags) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
+            non_blocking(queue)?;
         }
         Ok(Tap { queues, real })
     }

@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The whole device against a driver of ours, with sockets for a tap.
+//! The whole device against a driver of ours, with sockets for a tap, and on a stream.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use super::{Link, Stream};
 use crate::pci::Place;
 use crate::virtio::net::{F_MRG_RXBUF, HEADER};
 use crate::virtio::queue::testing::{rings, Driver};
@@ -347,4 +352,117 @@ fn a_frame_that_the_tap_does_not_take_is_dropped() {
     nic.wait(TX, 1);
     assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 1);
     assert_eq!(nic.guest.status(), 15);
+}
+
+/// An interface on a stream, and the stream's other end.
+fn on_stream() -> (Rig, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let link = Link::Stream(Box::new(Stream::new(theirs.into()).unwrap()));
+    (Rig::linked(None, link, Vec::new()), ours)
+}
+
+fn put_frame(stream: &mut UnixStream, frame: &[u8]) {
+    let len = (frame.len() as u32).to_be_bytes();
+    stream.write_all(&[&len, frame].concat()).unwrap();
+}
+
+fn take_frame(stream: &mut UnixStream) -> Vec<u8> {
+    let mut len = [0; 4];
+    stream.read_exact(&mut len).unwrap();
+    let mut frame = vec![0; u32::from_be_bytes(len) as usize];
+    stream.read_exact(&mut frame).unwrap();
+    frame
+}
+
+#[test]
+fn a_stream_carries_frames_without_their_header() {
+    let (rig, mut wire) = on_stream();
+    let mut nic = Nic::all(&rig);
+    for (queue, len) in [(TX, 300), (TX2, 60)] {
+        let sent = packet([1; 6], len);
+        nic.send(queue, &sent);
+        assert_eq!(take_frame(&mut wire), sent[HEADER..]);
+    }
+    // Two frames in one piece, and one in three.
+    let (first, second) = (packet(MAC, 100), packet(MAC, 200));
+    put_frame(&mut wire, &first[HEADER..]);
+    put_frame(&mut wire, &second[HEADER..]);
+    nic.buffers(RX, &[2048; 3]);
+    nic.wait(RX, 2);
+    assert_eq!(nic.queue(RX).used(1), (1, 212));
+    let got = nic.bytes(RX, 1, 212);
+    assert_eq!(got[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+    assert_eq!(got[12..], second[12..]);
+    for piece in [&[0, 0][..], &[0, 100], &first[HEADER..]] {
+        assert_eq!(nic.queue(RX).used_index(), 2);
+        wire.write_all(piece).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    nic.wait(RX, 3);
+    assert_eq!(nic.queue(RX).used(2), (2, 112));
+    assert_eq!(stats(&rig)["pair-0"]["transmitted"]["bytes"], 300);
+}
+
+#[test]
+fn a_checksum_that_the_driver_left_is_in_the_stream() {
+    let (rig, mut wire) = on_stream();
+    let mut nic = Nic::all(&rig);
+    let mut sent = packet([1; 6], 20);
+    sent[0] = 1;
+    sent[6] = 14;
+    sent[8] = 2;
+    sent[HEADER + 14..].copy_from_slice(&[0x12, 0x34, 0, 0, 0, 1]);
+    nic.send(TX, &sent);
+    let frame = take_frame(&mut wire);
+    assert_eq!(frame[14..], [0x12, 0x34, 0xed, 0xca, 0, 1]);
+    sent[6] = 200;
+    nic.send(TX, &sent);
+    nic.wait(TX, 2);
+    assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 1);
+}
+
+#[test]
+fn a_stream_that_is_not_read_makes_the_driver_wait_and_loses_nothing() {
+    let (rig, mut wire) = on_stream();
+    let mut nic = Nic::all(&rig);
+    let mut sent: u16 = 0;
+    let mut quiet = 0;
+    while quiet < 10 {
+        if nic.queue(TX).used_index() == sent {
+            nic.send(TX, &packet([sent as u8; 6], 1500));
+            sent += 1;
+            quiet = 0;
+        } else {
+            std::thread::sleep(Duration::from_millis(10));
+            quiet += 1;
+        }
+    }
+    assert!(sent > 100, "{sent}");
+    for number in 0..sent {
+        assert_eq!(take_frame(&mut wire)[..6], [number as u8; 6]);
+    }
+    nic.wait(TX, sent);
+    assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 0);
+}
+
+#[test]
+fn a_stream_that_breaks_its_rules_or_ends_is_a_cable_with_nothing_at_its_end() {
+    for bad in [&[0, 0, 0, 13][..], &[0xff, 0, 0, 0], &[]] {
+        let (rig, mut wire) = on_stream();
+        let mut nic = Nic::all(&rig);
+        nic.buffers(RX, &[2048; 2]);
+        put_frame(&mut wire, &packet(MAC, 100)[HEADER..]);
+        nic.wait(RX, 1);
+        wire.write_all(bad).unwrap();
+        if bad.is_empty() {
+            wire.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        assert_eq!(wire.read(&mut [0; 10]).unwrap(), 0);
+        nic.send(TX, &packet([1; 6], 100));
+        nic.wait(TX, 1);
+        assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 1);
+        assert_eq!(nic.guest.status(), 15);
+    }
 }

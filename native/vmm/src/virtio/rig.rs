@@ -21,7 +21,7 @@ use crate::bus::Bus;
 use crate::device::Device;
 use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts};
 use crate::layout::ECAM_START;
-use crate::net::Tap;
+use crate::net::{Link, Tap};
 use crate::pci::testing::{host_bridge, FakeWiring};
 use crate::pci::Place;
 use crate::thread::unconfined;
@@ -47,6 +47,18 @@ impl Rig {
     /// Two disks on one file's worth of space each (the second read-only), a network interface with two queue
     /// pairs, a random number generator and a balloon.
     pub fn new(ring: Option<Ring>) -> Rig {
+        let (ours, theirs): (Vec<_>, Vec<_>) =
+            (0..2).map(|_| UnixDatagram::pair().unwrap()).unzip();
+        for wire in &ours {
+            wire.set_read_timeout(Some(Duration::from_secs(10)))
+                .unwrap();
+        }
+        let tap = Tap::sockets(theirs.into_iter().map(Into::into).collect());
+        Rig::linked(ring, Link::Tap(tap), ours)
+    }
+
+    /// The same with another link.
+    pub fn linked(ring: Option<Ring>, link: Link, wire: Vec<UnixDatagram>) -> Rig {
         let wiring = Arc::new(FakeWiring::default());
         let file = nameless_file();
         let trouble = Arc::new(Mutex::new(Vec::new()));
@@ -66,17 +78,11 @@ impl Rig {
             disk("data", nameless_file(), true),
         ];
         let rings = ring.into_iter().collect();
-        let (ours, theirs): (Vec<_>, Vec<_>) =
-            (0..2).map(|_| UnixDatagram::pair().unwrap()).unzip();
-        for wire in &ours {
-            wire.set_read_timeout(Some(Duration::from_secs(10)))
-                .unwrap();
-        }
         let nic = NicSpec {
             id: "net".to_owned(),
             mac: MAC,
             queues: 2,
-            tap: Tap::sockets(theirs.into_iter().map(Into::into).collect()),
+            link,
             slot: None,
         };
         let balloon = Balloon::new(testing::MEMORY).unwrap();
@@ -93,7 +99,7 @@ impl Rig {
             memory,
             devices,
             file,
-            wire: ours,
+            wire,
             balloon,
             trouble,
         }
