@@ -4,8 +4,8 @@
 It needs: CAP_SYS_ADMIN (namespaces, mounts), CAP_SETUID and CAP_SETGID (workers, owners), CAP_SETPCAP
 (bounding sets, securebits), CAP_NET_ADMIN (taps, rules), CAP_SYS_PTRACE (figures of non-dumpable workers),
 CAP_KILL, CAP_CHOWN (its socket) and CAP_DAC_READ_SEARCH; CAP_SYS_RESOURCE lets it bound spare workers where
-there is no cgroup. Whatever may block is done in children. SIGTERM ends the broker and no worker; SIGHUP reads
-the policy again.
+there is no cgroup. Whatever may block is done in children. SIGTERM ends the broker and no worker; SIGHUP
+reads the policy again.
 """
 
 import argparse
