@@ -23,7 +23,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Thread
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self, cast
@@ -39,6 +39,39 @@ _DISCARD, _ZERO, _ZERO_UNMAP = 0, 1, 2
 Report = Callable[[int, int], None]
 
 
+class Secret:
+    """A passphrase: 1 to 4,096 bytes, never shown. It goes to the core through a pipe, never as text."""
+
+    def __init__(self, passphrase: bytes | str) -> None:
+        self._bytes = passphrase.encode() if isinstance(passphrase, str) else bytes(passphrase)
+        if not 1 <= len(self._bytes) <= 4096:
+            raise VmbusError("InvalidArgument", "a passphrase has 1 to 4,096 bytes")
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+    def pipe(self) -> int:
+        """The reading end of a pipe that holds the passphrase; the caller closes it."""
+        reading, writing = os.pipe()
+        # A pipe takes 4,096 bytes without anybody reading (pipe(7)).
+        os.write(writing, self._bytes)
+        os.close(writing)
+        return reading
+
+
+class Encryption(NamedTuple):
+    """How a new image is encrypted with LUKS; the names are QEMU's (aes-256, xts, plain64, sha256)."""
+
+    secret: Secret
+    cipher: str | None = None
+    mode: str | None = None
+    ivgen: str | None = None
+    ivgen_hash: str | None = None
+    hash: str | None = None
+    iter_time: int = 2000
+    """Milliseconds that opening shall take here."""
+
+
 class Layer(NamedTuple):
     """One file of a chain, as its overlay names it."""
 
@@ -47,6 +80,7 @@ class Layer(NamedTuple):
     backing_name: str | None = None
     data_name: str | None = None
     data_path: str | None = None
+    secret: Secret | None = None
 
 
 def create(
@@ -65,6 +99,7 @@ def create(
     data_file: str | None = None,
     data_raw: bool = False,
     preallocation: Literal["off", "metadata", "falloc", "full"] = "off",
+    encrypt: Encryption | None = None,
 ) -> None:
     """Make an image of ``size`` bytes at ``path``; what was there is gone.
 
@@ -89,12 +124,17 @@ def create(
     }
     with contextlib.ExitStack() as stack:
         if format == "raw":
+            if encrypt is not None:
+                raise VmbusError("InvalidArgument", "a raw image is not encrypted")
             _create_raw(path, size, preallocation)
             return
         request["fd"] = _file(stack, path, os.O_RDWR | os.O_CREAT)
         if data_file is not None:
             data_path = beside(path, data_file)
             request["data_fd"] = _file(stack, data_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        if encrypt is not None:
+            described = {name: value for name, value in encrypt._asdict().items() if name != "secret"}
+            request["encrypt"] = described | {"secret_fd": _secret(stack, encrypt.secret)}
         _perform(request)
 
 
@@ -129,15 +169,64 @@ def set_backing(path: str, backing_name: str | None, backing_format: Format | No
         )
 
 
+def add_key(
+    path: str,
+    secret: Secret,
+    new: Secret,
+    *,
+    slot: int | None = None,
+    iter_time: int = 2000,
+    force: bool = False,
+) -> None:
+    """Put a passphrase into a key slot of a LUKS image: ``slot``, or the first inactive one.
+
+    With ``force`` an active slot is overwritten. ``iter_time`` is in milliseconds. A power cut
+    leaves all slots as they were, or the new one active.
+    """
+    _amend(path, secret, {"change": "add", "slot": slot, "iter_time": iter_time, "force": force}, new=new)
+
+
+def erase_key(
+    path: str, secret: Secret, *, slot: int | None = None, old: Secret | None = None, force: bool = False
+) -> None:
+    """Erase a key slot of a LUKS image, or all that the passphrase ``old`` opens.
+
+    The last active one is erased only with ``force``: then the content is lost for ever.
+    """
+    _amend(path, secret, {"change": "erase", "slot": slot, "force": force}, old=old)
+
+
+def _amend(
+    path: str,
+    secret: Secret,
+    request: dict[str, Any],
+    *,
+    new: Secret | None = None,
+    old: Secret | None = None,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        request |= {"op": "amend-keys", "fd": _file(stack, path, os.O_RDWR)}
+        for key, one in (("secret_fd", secret), ("new_secret_fd", new), ("old_secret_fd", old)):
+            if one is not None:
+                request[key] = _secret(stack, one)
+        _perform(request)
+
+
 def beside(path: str, name: str) -> str:
     """The file that a header of the image at ``path`` names: relative to that image's directory."""
     return os.path.join(os.path.dirname(path), name.removeprefix("file:"))
 
 
 def chain(
-    path: str, format: Format, *, backing: bool = True, lock: bool = True, guess: bool = False
+    path: str,
+    format: Format,
+    *,
+    backing: bool = True,
+    lock: bool = True,
+    guess: bool = False,
+    secrets: Sequence[Secret | None] = (),
 ) -> list[Layer]:
-    """The whole chain of an image, active layer first.
+    """The whole chain of an image, active layer first; ``secrets`` are the layers' passphrases.
 
     A backing file whose format its overlay does not state is refused, unless ``guess``. Raises
     VmbusError ImageInvalid for a chain that loops or is deeper than MAX_LAYERS.
@@ -150,7 +239,8 @@ def chain(
         data_name = header.get("data-name")
         data_path = None if data_name is None else beside(path, data_name)
         name = header.get("backing-name")
-        layers.append(Layer(path, format, name, data_name, data_path))
+        secret = secrets[len(layers)] if len(layers) < len(secrets) else None
+        layers.append(Layer(path, format, name, data_name, data_path, secret))
         if name is None or not backing:
             return layers
         stated = header.get("backing-format")
@@ -191,6 +281,8 @@ class Image:
                 if layer.data_path is not None:
                     one["data_fd"] = _file(stack, layer.data_path, flags)
                     one["data_name"] = layer.data_name
+                if layer.secret is not None:
+                    one["secret_fd"] = _secret(stack, layer.secret)
                 described.append(one)
             request = {
                 "layers": described,
@@ -404,14 +496,16 @@ def open(
     guess: bool = False,
     direct: bool = False,
     sync: bool = True,
+    secrets: Sequence[Secret | None] = (),
 ) -> Image:
     """Open an image with the chain that its headers name.
 
     ``snapshot`` shows the disk as it was then (read-only). ``guess`` looks at backing files whose format
-    is not stated. ``direct`` goes round the host's page cache. Without ``sync`` nothing is made durable: for
-    an image that is of no use unless it gets finished.
+    is not stated. ``secrets`` are the passphrases of encrypted layers, active one first. ``direct`` goes
+    round the host's page cache. Without ``sync`` nothing is made durable: for an image that is of no use
+    unless it gets finished.
     """
-    layers = chain(path, format, lock=locks, guess=guess)
+    layers = chain(path, format, lock=locks, guess=guess, secrets=secrets)
     return Image(layers, read_only=read_only, locks=locks, snapshot=snapshot, direct=direct, sync=sync)
 
 
@@ -430,6 +524,12 @@ def _create_raw(path: str, size: int, preallocation: str) -> None:
 
 def _file(stack: contextlib.ExitStack, path: str, flags: int) -> int:
     fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _secret(stack: contextlib.ExitStack, secret: Secret) -> int:
+    fd = secret.pipe()
     stack.callback(os.close, fd)
     return fd
 

@@ -26,7 +26,7 @@ vmbus\\-img makes, examines and changes qcow2 and raw images. It has the sub-com
 exit codes of
 .BR qemu\\-img (1),
 so that a script works by changing the name. It needs no service and no rights but those on the files.
-What it does not have is refused by name: encryption, persistent bitmaps, subclusters, other formats.
+What it does not have is refused by name: persistent bitmaps, subclusters, other formats.
 .PP
 Sizes are bytes, or carry b, k, M, G, T, P or E (powers of 1024).
 .SH COMMANDS

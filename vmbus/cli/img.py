@@ -2,12 +2,13 @@
 """vmbus-img: disk images from the command line, with qemu-img's sub-commands, options, JSON keys and
 exit codes, so that a script works by changing the name.
 
-What it does not have is refused with a message that names it: encryption, persistent bitmaps,
+What it does not have is refused with a message that names it: persistent bitmaps,
 and formats other than qcow2 and raw. As qemu-img does, it looks at what a file
 is when no format is given; scripts that handle other people's images should give one.
 
 One boundary (``main``) turns errors into one line on stderr and an exit code. This file holds the options and
-the sub-commands; img_text.py holds what people read, img_rebase.py the two operations between
+the sub-commands; img_source.py which image a word means and with which passphrase, img_amend.py changes of an
+image's options, img_text.py what people read, img_rebase.py the two operations between
 overlay and backing file.
 """
 
@@ -26,8 +27,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
 from vmbus import image
-from vmbus.cli import img_measure, img_rebase, img_text
-from vmbus.image import Format, Image
+from vmbus.cli import img_amend, img_measure, img_rebase, img_source, img_text
+from vmbus.cli.img_source import Secrets, Source
+from vmbus.image import Encryption, Format, Image
 from vmbus.wire.errors import VmbusError
 
 UNITS: Final = {
@@ -40,7 +42,7 @@ UNITS: Final = {
     "p": 1 << 50,
     "e": 1 << 60,
 }
-ABSENT: Final = frozenset({"amend", "bitmap"})
+ABSENT: Final = frozenset({"bitmap"})
 MIB: Final = 1 << 20
 CHECK_CORRUPT, CHECK_LEAKS, CHECK_UNSUPPORTED = 2, 3, 63
 COMPARE_DIFFERENT, COMPARE_CANNOT_OPEN, COMPARE_CANNOT_READ = 1, 2, 4
@@ -103,11 +105,20 @@ def _arguments() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
         one.set_defaults(run=run)
         one.add_argument("-q", dest="quiet", action="store_true", help="say nothing but errors")
+        one.add_argument(
+            "--object", dest="objects", action="append", default=[], help="secret,id=ID,data=TEXT"
+        )
         return one
 
     def common(one: argparse.ArgumentParser) -> None:
         one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
         one.add_argument("-U", "--force-share", dest="share", action="store_true", help="no locks")
+        by_options(one)
+
+    def by_options(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "--image-opts", dest="by_options", action="store_true", help="FILE is options, a=b,c=d"
+        )
 
     def cache(one: argparse.ArgumentParser, *flags: str) -> None:
         modes = ["none", "writeback", "unsafe", "directsync", "writethrough"]
@@ -147,6 +158,12 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("-c", dest="compress", action="store_true", help="compress")
     one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
     one.add_argument("-n", dest="existing", action="store_true", help="write into an existing target")
+    one.add_argument(
+        "--target-image-opts",
+        dest="target_by_options",
+        action="store_true",
+        help="with -n: TARGET is options",
+    )
     one.add_argument("--target-is-zero", action="store_true", help="with -n: the target reads as zeros")
     one.add_argument("-S", dest="sparse", type=size, default=4096, help="zeros of this length are left out")
     one.add_argument("-m", dest="threads", type=int, help="threads")
@@ -165,6 +182,7 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("-s", dest="strict", action="store_true", help="sizes must be equal too")
     one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
     cache(one, "-T")
+    by_options(one)
     one.add_argument("file")
     one.add_argument("other")
 
@@ -193,9 +211,19 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("--size", type=size, help="an empty disk of this size, instead of a file")
     one.add_argument("file", nargs="?")
 
+    one = command("amend", _amend, "change an image's options, and an encrypted one's key slots")
+    one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
+    by_options(one)
+    one.add_argument("-o", dest="options", action="append", default=[], help="options, a=b,c=d")
+    one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
+    one.add_argument("--force", action="store_true", help="also where the content may be lost")
+    cache(one, "-t")
+    one.add_argument("file")
+
     one = command("resize", _resize, "change a disk's size")
     one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
     one.add_argument("--shrink", action="store_true", help="yes, the end will be lost")
+    by_options(one)
     one.add_argument("file")
     one.add_argument("size", type=_relative_size, help="SIZE, +MORE or -LESS")
 
@@ -244,6 +272,7 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("-d", dest="drop", action="store_true", help="do not empty the overlay")
     one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
     cache(one, "-t")
+    by_options(one)
     one.add_argument("file")
 
     one = command("rebase", _rebase, "put an overlay on another backing file")
@@ -253,19 +282,31 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("-F", "-B", dest="backing_format", choices=image.FORMATS, help="its format")
     one.add_argument("-p", dest="progress", action="store_true", help="show the progress")
     cache(one, "-t", "-T")
+    by_options(one)
+    one.add_argument(
+        "--backing-secret", dest="new_secrets", action="append", default=[], metavar="ID",
+        help="passphrase of the new backing file; again for the one below it (not in qemu-img)",
+    )  # fmt: skip
     one.add_argument("file")
 
     return parser
 
 
-def _format(path: str, stated: str | None) -> Format:
-    return cast(Format, stated) if stated else image.probe(path)
+def _known(options: argparse.Namespace) -> Secrets:
+    return img_source.secrets(options.objects)
+
+
+def _source(options: argparse.Namespace, text: str | None = None, stated: str | None = None) -> Source:
+    """The image that the command is about, or the one that ``text`` means."""
+    if text is None:
+        text, stated = options.file, options.format
+    return img_source.source(text, stated, _known(options), options=options.by_options)
 
 
 def _create(options: argparse.Namespace) -> int:
     _make(
         options.file, options.format, options.size, options.options, options.backing, options.backing_format,
-        look=not options.unsafe,
+        _known(options), look=not options.unsafe,
     )  # fmt: skip
     if not options.quiet:
         print(f"Formatting '{options.file}', fmt={options.format}")
@@ -279,10 +320,12 @@ def _make(
     listed: list[str],
     backing: str | None,
     backing_format: str | None,
+    known: Secrets,
     *,
     look: bool,
-) -> None:
-    settings = _settings(format, listed)
+) -> Source:
+    """Make an image; gives how to open it."""
+    settings = _settings(format, listed, known)
     backing = settings.pop("backing_file", backing)
     backing_format = settings.pop("backing_fmt", backing_format)
     length = settings.pop("size", length)
@@ -305,13 +348,16 @@ def _make(
         backing_format=cast("Format | None", backing_format),
         **settings,
     )
+    encrypt = cast("Encryption | None", settings.get("encrypt"))
+    return Source(path, format, (encrypt.secret,) if encrypt else ())
 
 
-def _settings(format: Format, listed: list[str]) -> dict[str, Any]:
+def _settings(format: Format, listed: list[str], known: Secrets) -> dict[str, Any]:
     """The options of -o as arguments of image.create."""
     settings: dict[str, Any] = {}
-    for pair in ",".join(listed).split(",") if listed else []:
-        name, _, value = pair.partition("=")
+    encrypt: dict[str, str] = {}
+    for name, value in img_source.pairs(",".join(listed)).items():
+        pair = f"{name}={value}"
         match name:
             case "size":
                 settings["size"] = size(value)
@@ -337,17 +383,25 @@ def _settings(format: Format, listed: list[str]) -> dict[str, Any]:
                 settings[name] = value
             case "encryption" if value == "off":
                 pass
-            case "encryption" | "encrypt.format" | "nocow" | "extent_size_hint":
+            case "encryption":
+                raise VmbusError("NotSupported", f"option {pair}: the old AES is only read")
+            case "nocow" | "extent_size_hint":
                 raise VmbusError("NotSupported", f"option {pair}")
+            case _ if name.startswith("encrypt.") and format == "qcow2":
+                encrypt[name.removeprefix("encrypt.")] = value
             case _:
                 raise VmbusError("InvalidArgument", f"Invalid parameter '{pair}' for format {format}")
+    if encrypt:
+        settings["encrypt"] = img_source.encryption(encrypt, known)
     return settings
 
 
 def _info(options: argparse.Namespace) -> int:
-    format = _format(options.file, options.format)
+    source = _source(options)
     described = []
-    for layer in image.chain(options.file, format, backing=options.chain, lock=not options.share, guess=True):
+    for layer in image.chain(
+        source.path, source.format, backing=options.chain, lock=not options.share, guess=True
+    ):
         described.append(img_text.info(layer, image.info(layer.path, layer.format, lock=not options.share)))
     if options.output == "json":
         print(json.dumps(described if options.chain else described[0], indent=4))
@@ -357,12 +411,13 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    if _format(options.file, options.format) == "raw":
+    source = _source(options)
+    if source.format == "raw":
         print("This image format does not support checks", file=sys.stderr)
         return CHECK_UNSUPPORTED
-    found = image.check(options.file, repair=options.repair, lock=not options.share)
+    found = image.check(source.path, repair=options.repair, lock=not options.share)
     if options.output == "json":
-        print(json.dumps(img_text.check(options.file, found), indent=4))
+        print(json.dumps(img_text.check(source.path, found), indent=4))
     elif not options.quiet:
         print(img_text.check_for_people(found), end="")
     if found["corruptions"]:
@@ -371,25 +426,32 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    format = _format(options.file, options.format)
+    known = _known(options)
+    origin = _source(options)
     snapshot = options.snapshot.rpartition("=")[2] if options.snapshot else None
     target_format = cast(Format, options.target_format)
     if options.compress and target_format == "raw":
         raise VmbusError("InvalidArgument", "Compression not supported for file format 'raw'")
+    if options.compress and "encrypt" in _settings(target_format, options.options, known):
+        raise VmbusError("InvalidArgument", "Compression and encryption not supported at the same time")
     with image.open(
-        options.file, format, read_only=True, locks=not options.share, snapshot=snapshot, guess=True,
+        origin.path, origin.format, secrets=origin.secrets, read_only=True, locks=not options.share,
+        snapshot=snapshot, guess=True,
         direct=options.cache_T in {"none", "directsync"},
     ) as source:  # fmt: skip
-        if not options.existing:
-            _make(
+        if options.existing:
+            made = img_source.source(options.target, target_format, known, options=options.target_by_options)
+        else:
+            made = _make(
                 options.target, target_format, source.size, options.options, options.backing,
-                options.backing_format, look=True,
+                options.backing_format, known, look=True,
             )  # fmt: skip
         zero = options.target_is_zero or not (options.existing or options.backing)
         mode = options.cache_t or "unsafe"
         with image.open(
-            options.target, target_format, direct=mode in {"none", "directsync"}, sync=mode != "unsafe"
-        ) as target:
+            made.path, made.format, secrets=made.secrets, direct=mode in {"none", "directsync"},
+            sync=mode != "unsafe",
+        ) as target:  # fmt: skip
             source.copy_to(
                 target,
                 compress=options.compress,
@@ -407,8 +469,8 @@ def _compare(options: argparse.Namespace) -> int:
             print(text)
 
     with (
-        _read_only(options.file, options.format, options.share) as one,
-        _read_only(options.other, options.other_format, options.share) as other,
+        _read_only(options, options.file, options.format) as one,
+        _read_only(options, options.other, options.other_format) as other,
     ):
         if one.size != other.size and options.strict:
             say("Strict mode: Image size mismatch!")
@@ -430,8 +492,9 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_only(path: str, format: str | None, share: bool) -> Image:
-    return image.open(path, _format(path, format), read_only=True, locks=not share, guess=True)
+def _read_only(options: argparse.Namespace, text: str, stated: str | None) -> Image:
+    path, format, secrets = _source(options, text, stated)
+    return image.open(path, format, secrets=secrets, read_only=True, locks=not options.share, guess=True)
 
 
 def _dd(options: argparse.Namespace) -> int:
@@ -447,11 +510,11 @@ def _dd(options: argparse.Namespace) -> int:
         raise VmbusError("InvalidArgument", str(error)) from None
     if not 0 < block < 1 << 31:
         raise VmbusError("InvalidArgument", "bs must be at least 1 and below 2G")
-    with _read_only(operands["if"], options.format, options.share) as source:
+    with _read_only(options, operands["if"], options.format) as source:
         # As in qemu-img, `count` includes what is skipped.
         end = min(source.size, count * block)
         start = skip * block
-        _make(operands["of"], options.target_format, max(0, end - start), [], None, None, look=False)
+        _make(operands["of"], options.target_format, max(0, end - start), [], None, None, {}, look=False)
         if start > source.size:
             print("vmbus-img: cannot skip to specified offset", file=sys.stderr)
         with image.open(operands["of"], options.target_format, sync=False) as target:
@@ -463,7 +526,7 @@ def _dd(options: argparse.Namespace) -> int:
 
 
 def _map(options: argparse.Namespace) -> int:
-    with _read_only(options.file, options.format, options.share) as one:
+    with _read_only(options, options.file, options.format) as one:
         end = one.size if options.length is None else min(one.size, options.start + options.length)
         ranges = one.map(options.start, end)
         paths = [layer.data_path or layer.path for layer in one.layers]
@@ -476,17 +539,23 @@ def _map(options: argparse.Namespace) -> int:
 
 def _measure(options: argparse.Namespace) -> int:
     target = cast(Format, options.target_format)
-    settings = _settings(target, options.options)
+    settings = _settings(target, options.options, _known(options))
     if (options.size is None) == (options.file is None):
         raise VmbusError("InvalidArgument", "Either --size N or one filename must be specified.")
     ranges = None
     bitmaps = False
     length = options.size
     if options.file is not None:
-        format = _format(options.file, options.format)
+        path, format, secrets = _source(options)
         snapshot = options.snapshot.rpartition("=")[2] if options.snapshot else None
         with image.open(
-            options.file, format, read_only=True, locks=not options.share, snapshot=snapshot, guess=True
+            path,
+            format,
+            secrets=secrets,
+            read_only=True,
+            locks=not options.share,
+            snapshot=snapshot,
+            guess=True,
         ) as source:
             length, ranges = source.size, list(source.map())
         bitmaps = format == "qcow2" and target == "qcow2" and settings.get("version", 3) == 3
@@ -501,6 +570,9 @@ def _measure(options: argparse.Namespace) -> int:
         found["required"] = img_measure.required(length, ranges, **shape)
         if settings.get("preallocation") in {"falloc", "full"}:
             found["required"] = found["fully-allocated"]
+        if "encrypt" in settings:
+            header = img_measure.luks_header(settings["encrypt"], shape["cluster_size"])
+            found = {key: size + header for key, size in found.items()}
     if bitmaps:
         found["bitmaps"] = 0
     if options.output == "json":
@@ -512,10 +584,16 @@ def _measure(options: argparse.Namespace) -> int:
     return 0
 
 
+def _amend(options: argparse.Namespace) -> int:
+    img_amend.amend(_source(options), options.options, _known(options), force=options.force)
+    return 0
+
+
 def _resize(options: argparse.Namespace) -> int:
     sign, length = options.size
     # The chain is needed: growing hides what a longer backing file would show.
-    with image.open(options.file, _format(options.file, options.format), guess=True) as one:
+    path, format, secrets = _source(options)
+    with image.open(path, format, secrets=secrets, guess=True) as one:
         wanted = one.size + length if sign == "+" else one.size - length if sign == "-" else length
         if wanted < 0:
             raise VmbusError("InvalidArgument", "New image size must be positive")
@@ -528,10 +606,13 @@ def _resize(options: argparse.Namespace) -> int:
 
 
 def _snapshot(options: argparse.Namespace) -> int:
-    if _format(options.file, options.format) == "raw":
+    path, format, secrets = _source(options)
+    if format == "raw":
         raise VmbusError("NotSupported", "snapshots in a raw image")
     changes = options.create or options.apply or options.delete
-    with image.open(options.file, "qcow2", read_only=not changes, locks=not options.share, guess=True) as one:
+    with image.open(
+        path, format, secrets=secrets, read_only=not changes, locks=not options.share, guess=True
+    ) as one:
         if options.create:
             one.snapshot(options.create)
         elif options.apply:
@@ -545,9 +626,11 @@ def _snapshot(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     mode = options.cache_t or "writeback"
+    path, format, secrets = _source(options)
     with image.open(
-        options.file,
-        _format(options.file, options.format),
+        path,
+        format,
+        secrets=secrets,
         read_only=not options.write,
         locks=not options.share,
         guess=True,
@@ -579,11 +662,13 @@ def _serve(options: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    path, format, secrets = _source(options)
     with contextlib.ExitStack() as stack:
         disk = stack.enter_context(
             image.open(
-                options.file,
-                _format(options.file, options.format),
+                path,
+                format,
+                secrets=secrets,
                 read_only=options.read_only,
                 locks=not options.share,
                 snapshot=options.snapshot,
@@ -633,25 +718,26 @@ def _listener(path: str | None, fd: int | None) -> socket.socket:
 
 def _commit(options: argparse.Namespace) -> int:
     report = img_text.progress(shown=options.progress and not options.quiet)
-    format = _format(options.file, options.format)
-    img_rebase.commit(options.file, format, base=options.base, empty=not options.drop, report=report)
+    img_rebase.commit(_source(options), base=options.base, empty=not options.drop, report=report)
     if not options.quiet:
         print("Image committed.")
     return 0
 
 
 def _rebase(options: argparse.Namespace) -> int:
-    if _format(options.file, options.format) == "raw":
+    source = _source(options)
+    if source.format == "raw":
         raise VmbusError("NotSupported", "a backing file under a raw image")
     if options.backing is None:
         raise VmbusError("InvalidArgument", "the new backing file is missing: -b FILE, or -b '' for none")
     backing = options.backing or None
     backing_format = cast("Format | None", options.backing_format)
     if options.unsafe:
-        image.set_backing(options.file, backing, backing_format)
+        image.set_backing(source.path, backing, backing_format)
         return 0
     report = img_text.progress(shown=options.progress and not options.quiet)
-    img_rebase.rebase(options.file, backing, backing_format, report=report)
+    new = img_source.secret_chain(options.new_secrets, _known(options))
+    img_rebase.rebase(source, backing, backing_format, new, report=report)
     return 0
 
 

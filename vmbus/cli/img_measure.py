@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from vmbus.image import Encryption
+
 
 def _up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
@@ -57,3 +59,11 @@ def required(
         size, cluster_size=cluster_size, refcount_bits=refcount_bits, extended_l2=extended_l2
     )
     return whole - _up(size, cluster_size) + data
+
+
+def luks_header(encrypt: Encryption, cluster_size: int) -> int:
+    """Bytes of an encrypted image's LUKS header with its key material, in whole clusters."""
+    bits = int((encrypt.cipher or "aes-256").rpartition("-")[2])
+    key = bits // 8 * (2 if (encrypt.mode or "xts") == "xts" else 1)
+    header = 4096 + 8 * -(-key * 4000 // 4096) * 4096
+    return -(-header // cluster_size) * cluster_size

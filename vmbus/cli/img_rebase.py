@@ -8,20 +8,24 @@ written part of the overlay into the image below, and running it again completes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vmbus import image
+from vmbus.cli.img_source import Source
 from vmbus.cli.img_text import same_file
-from vmbus.image import Format, Image, Report
+from vmbus.image import Format, Image, Report, Secret
 from vmbus.wire.errors import VmbusError
 
 _PIECE = 2 << 20
 
 
-def commit(path: str, format: Format, *, base: str | None, empty: bool, report: Report | None) -> None:
+def commit(source: Source, *, base: str | None, empty: bool, report: Report | None) -> None:
     """Write what the layers above ``base`` (default: the next one) hold into it, then empty the overlay.
 
     With a base further down the overlay is not emptied, as the layers between still lie above the base.
     """
-    layers = image.chain(path, format, guess=True)
+    path = source.path
+    layers = image.chain(path, source.format, guess=True, secrets=source.secrets)
     if len(layers) == 1:
         raise VmbusError("InvalidArgument", "Image does not have a backing file")
     depth = 1
@@ -31,23 +35,34 @@ def commit(path: str, format: Format, *, base: str | None, empty: bool, report: 
             raise VmbusError("InvalidArgument", f"Did not find '{base}' in the backing chain of '{path}'")
         depth = places[0]
     # The target's locks keep everybody else off the chain: who has the overlay open denies writes below it.
-    with Image(layers[depth:]) as target, Image(layers, read_only=True, locks=False) as source:
-        if source.size > target.size:
-            target.resize(source.size)
-        source.copy_to(target, above=depth, target_is_zero=False, report=report)
+    with Image(layers[depth:]) as target, Image(layers, read_only=True, locks=False) as overlay:
+        if overlay.size > target.size:
+            target.resize(overlay.size)
+        overlay.copy_to(target, above=depth, target_is_zero=False, report=report)
         target.flush()
     if empty and depth == 1 and layers[0].format == "qcow2":
         with Image(layers) as overlay:
             overlay.empty()
 
 
-def rebase(path: str, backing: str | None, backing_format: Format | None, *, report: Report | None) -> None:
-    """Put the overlay on ``backing`` (None: on nothing), copying into it what reads differently there."""
-    layers = image.chain(path, "qcow2", guess=True)
+def rebase(
+    source: Source,
+    backing: str | None,
+    backing_format: Format | None,
+    secrets: Sequence[Secret | None],
+    *,
+    report: Report | None,
+) -> None:
+    """Put the overlay on ``backing`` (None: on nothing), copying into it what reads differently there.
+
+    ``secrets`` are the passphrases of the new backing file and those below it.
+    """
+    path = source.path
+    layers = image.chain(path, "qcow2", guess=True, secrets=source.secrets)
     new_layers = []
     if backing is not None:
         below = image.beside(path, backing)
-        new_layers = image.chain(below, backing_format or image.probe(below), guess=True)
+        new_layers = image.chain(below, backing_format or image.probe(below), guess=True, secrets=secrets)
         backing_format = new_layers[0].format
     if any(same_file(layer.path, path) for layer in new_layers):
         raise VmbusError("InvalidArgument", f"'{path}' would be its own backing file")

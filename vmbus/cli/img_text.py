@@ -39,6 +39,9 @@ def info(layer: Layer, found: dict[str, Any]) -> dict[str, Any]:
     if qcow2["version"] > 2:
         data["lazy-refcounts"] = qcow2["lazy-refcounts"]
     data["refcount-bits"] = qcow2["refcount-bits"]
+    if qcow2["encrypt"] is not None:
+        described["encrypted"] = True
+        data["encrypt"] = qcow2["encrypt"]
     if qcow2["version"] > 2:
         data["corrupt"] = qcow2["corrupt"]
         data["extended-l2"] = qcow2["extended-l2"]
@@ -58,6 +61,8 @@ def info_for_people(described: dict[str, Any]) -> str:
         f"virtual size: {_size(length)} ({length} bytes)",
         f"disk size: {_size(described['actual-size'])}",
     ]
+    if described.get("encrypted"):
+        lines.append("encrypted: yes")
     if described["dirty-flag"]:
         lines.append("cleanly shut down: no")
     if "cluster-size" in described:
@@ -71,10 +76,22 @@ def info_for_people(described: dict[str, Any]) -> str:
         lines.append(snapshots_for_people(described["snapshots"]).rstrip("\n"))
     if "format-specific" in described:
         lines.append("Format specific information:")
-        for key, value in described["format-specific"]["data"].items():
-            shown = str(value).lower() if isinstance(value, bool) else value
-            lines.append(f"    {key.replace('-', ' ')}: {shown}")
+        lines += _nested(described["format-specific"]["data"], "    ")
     return "\n".join(lines)
+
+
+def _nested(data: dict[str, Any], margin: str) -> list[str]:
+    lines = []
+    for key, value in data.items():
+        name = margin + key.replace("-", " ")
+        if isinstance(value, dict):
+            lines += [f"{name}:", *_nested(value, margin + "    ")]
+        elif isinstance(value, list):
+            listed = {f"[{place}]": one for place, one in enumerate(value)}
+            lines += [f"{name}:", *_nested(listed, margin + "    ")]
+        else:
+            lines.append(f"{name}: {str(value).lower() if isinstance(value, bool) else value}")
+    return lines
 
 
 def snapshots_for_people(snapshots: list[dict[str, Any]]) -> str:

@@ -12,10 +12,11 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_qcow2::{
-    bench, check, compare, copy, create_qcow2, empty, first_nonzero, info, looks_like_qcow2,
-    range_at, resize, serve, set_backing, snapshot, BenchOptions, CheckReport, CopyOptions,
-    CreateOptions, Disk, Error, Format, Image, ImageInfo, LayerFiles, OpenOptions, Preallocation,
-    Progress, Repair, ServeOptions, Snapshot,
+    amend_keys, bench, check, compare, copy, create_qcow2, empty, first_nonzero, info,
+    looks_like_qcow2, range_at, resize, serve, set_backing, snapshot, BenchOptions, CheckReport,
+    CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error, Format, Image, ImageInfo,
+    KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair, Secret, ServeOptions,
+    Snapshot,
 };
 
 use crate::error::{borrowed, guard, Failure};
@@ -35,7 +36,7 @@ pub struct VmbusImage {
 }
 
 /// Open and activate a chain. JSON: `layers` (each with `fd`, `format`, and where it has them
-/// `backing_name`, `data_fd`, `data_name`), `read_only`, `locks`, `sync`, `discard`, `cache` (bytes), `snapshot`.
+/// `backing_name`, `data_fd`, `data_name`, `secret_fd`), `read_only`, `locks`, `sync`, `discard`, `cache` (bytes), `snapshot`.
 ///
 /// # Safety
 /// `json` points to `len` bytes, `out` to room for a handle.
@@ -289,6 +290,7 @@ fn perform(
                 flag(request, "lock"),
             )?))
         }
+        "amend-keys" => amend(request),
         "set-backing" => {
             let name = request["backing_name"].as_str();
             let format = request["backing_format"]
@@ -435,6 +437,7 @@ fn create(request: &Value) -> Outcome<Value> {
         data_name: request["data_name"].as_str().map(str::to_owned),
         data_raw: flag(request, "data_raw"),
         preallocation,
+        encryption: encryption(&request["encrypt"])?,
     };
     let data = if request["data_fd"].is_null() {
         None
@@ -477,8 +480,32 @@ fn describe(info: &ImageInfo) -> Value {
             "extended-l2": qcow2.extended_l2,
             "dirty": qcow2.dirty, "corrupt": qcow2.corrupt, "backing-name": qcow2.backing_name,
             "backing-format": qcow2.backing_format, "data-name": qcow2.data_name, "data-raw": qcow2.data_raw,
-            "bitmaps": qcow2.bitmaps, "snapshots": qcow2.snapshots.iter().map(snapshot_json).collect::<Vec<_>>(),
+            "encrypt": qcow2.encryption.as_ref().map(encryption_json), "bitmaps": qcow2.bitmaps, "snapshots": qcow2.snapshots.iter().map(snapshot_json).collect::<Vec<_>>(),
         });
+    }
+    value
+}
+
+/// With qemu-img's keys.
+fn encryption_json(encryption: &Encryption) -> Value {
+    let luks = match encryption {
+        Encryption::Aes => return json!({"format": "aes"}),
+        Encryption::Luks(luks) => luks,
+    };
+    let slot = |(iterations, offset): &(Option<u32>, u64)| match iterations {
+        Some(count) => json!({
+            "active": true, "iters": count, "key-offset": offset, "stripes": luks.stripes,
+        }),
+        None => json!({"active": false, "key-offset": offset}),
+    };
+    let mut value = json!({
+        "format": "luks", "cipher-alg": luks.cipher, "cipher-mode": luks.mode, "ivgen-alg": luks.iv,
+        "hash-alg": luks.hash, "uuid": luks.uuid, "detached-header": false,
+        "payload-offset": luks.payload_offset, "master-key-iters": luks.iterations,
+        "slots": luks.slots.iter().map(slot).collect::<Vec<_>>(),
+    });
+    if let Some(hash) = &luks.iv_hash {
+        value["ivgen-hash-alg"] = json!(hash);
     }
     value
 }
@@ -520,6 +547,7 @@ fn open(request: &Value) -> Outcome<Arc<Image>> {
             },
             backing_name: layer["backing_name"].as_str().map(str::to_owned),
             data_name: layer["data_name"].as_str().map(str::to_owned),
+            secret: secret(layer, "secret_fd")?,
         });
     }
     let defaults = OpenOptions::default();
@@ -561,6 +589,66 @@ fn flag(request: &Value, key: &str) -> bool {
 
 fn format(request: &Value) -> Outcome<Format> {
     Ok(text(request, "format")?.parse()?)
+}
+
+/// A passphrase, read to the end of the file or pipe that the request names: it never stands in JSON.
+fn secret(request: &Value, key: &str) -> Outcome<Option<Secret>> {
+    if request[key].is_null() {
+        return Ok(None);
+    }
+    Ok(Some(Secret::read(file(request, key)?)?))
+}
+
+fn needed_secret(request: &Value, key: &str) -> Outcome<Secret> {
+    let missing = || Failure::about("InvalidArgument", key, "a passphrase is needed");
+    secret(request, key)?.ok_or_else(missing)
+}
+
+fn iteration_time(request: &Value) -> Duration {
+    Duration::from_millis(request["iter_time"].as_u64().unwrap_or(2000))
+}
+
+fn encryption(request: &Value) -> Outcome<Option<EncryptOptions>> {
+    if request.is_null() {
+        return Ok(None);
+    }
+    let name = |key: &str| request[key].as_str().map(str::to_owned);
+    Ok(Some(EncryptOptions {
+        cipher: name("cipher"),
+        mode: name("mode"),
+        iv: name("ivgen"),
+        iv_hash: name("ivgen_hash"),
+        hash: name("hash"),
+        iteration_time: iteration_time(request),
+        ..EncryptOptions::new(needed_secret(request, "secret_fd")?)
+    }))
+}
+
+/// Add or erase key slots.
+fn amend(request: &Value) -> Outcome<Value> {
+    let slot = request["slot"].as_u64().map(|slot| slot as usize);
+    let change = match text(request, "change")? {
+        "add" => KeyChange::Add {
+            secret: needed_secret(request, "new_secret_fd")?,
+            slot,
+            iteration_time: iteration_time(request),
+        },
+        "erase" => match slot {
+            Some(slot) => KeyChange::Erase { slot },
+            None => KeyChange::EraseMatching {
+                secret: needed_secret(request, "old_secret_fd")?,
+            },
+        },
+        _ => return Err(Failure::about("InvalidArgument", "change", "add or erase")),
+    };
+    let secret = needed_secret(request, "secret_fd")?;
+    amend_keys(
+        &file(request, "fd")?,
+        &secret,
+        &change,
+        flag(request, "force"),
+    )?;
+    Ok(Value::Null)
 }
 
 /// A duplicate of the caller's fd; the caller's own stays open and its own.

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::buffer::Buffer;
+use crate::crypt::cipher::SECTOR;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::mailbox::{Mailbox, Waiter};
@@ -150,6 +151,22 @@ pub(crate) fn read_extent(image: &Image, source: &Source, part: &mut [u8]) -> Re
             .get(*file)
             .ok_or_else(missing)?
             .read_at(part, offset.0)?,
+        Source::Sealed {
+            file,
+            offset,
+            place,
+        } => {
+            let file = image.files().get(*file).ok_or_else(missing)?;
+            let skip = (offset.0 % SECTOR as u64) as usize;
+            let mut sectors = vec![0; (skip + part.len()).next_multiple_of(SECTOR)];
+            file.read_at(&mut sectors, offset.0 - skip as u64)?;
+            if let Some(sealer) = &file.sealer {
+                sealer.open(place.wrapping_sub(skip as u64), &mut sectors);
+            }
+            if let Some(from) = sectors.get(skip..skip + part.len()) {
+                part.copy_from_slice(from);
+            }
+        }
         Source::Compressed {
             file,
             offset,

@@ -59,6 +59,37 @@ impl Disk {
 
     /// Write `data` at byte `offset` of the disk.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
+        match self.sectors(offset, data.len() as u64) {
+            None => self.write_at(offset, data),
+            Some((start, len)) => {
+                // Whole sectors are encrypted: what lies around the data is read first.
+                let mut around = vec![0; len as usize];
+                self.read(start, &mut around)?;
+                let skip = (offset - start) as usize;
+                if let Some(place) = around.get_mut(skip..skip + data.len()) {
+                    place.copy_from_slice(data);
+                }
+                self.write_at(start, &around)
+            }
+        }
+    }
+
+    /// The whole sectors around a range that an encrypted image cannot write as it is.
+    fn sectors(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
+        const UNIT: u64 = 512;
+        let aligned = offset % UNIT == 0 && len % UNIT == 0;
+        let end = offset.checked_add(len)?;
+        if aligned || len == 0 || end > self.image.size() || !self.image.encrypted() {
+            return None;
+        }
+        let start = offset / UNIT * UNIT;
+        Some((
+            start,
+            end.next_multiple_of(UNIT).min(self.image.size()) - start,
+        ))
+    }
+
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> Result<()> {
         let piece = libc::iovec {
             iov_base: data.as_ptr().cast_mut().cast(),
             iov_len: data.len(),
@@ -78,11 +109,18 @@ impl Disk {
 
     /// Discard a range.
     pub fn discard(&mut self, offset: u64, len: u64) -> Result<()> {
+        if self.sectors(offset, len).is_some() {
+            // A discard may be left undone.
+            return Ok(());
+        }
         self.perform(Op::Discard, offset, len, smallvec![])
     }
 
     /// Make a range read as zeros; with `unmap` its space may be given back.
     pub fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> Result<()> {
+        if self.sectors(offset, len).is_some() {
+            return self.write(offset, &vec![0; len as usize]);
+        }
         self.perform(Op::WriteZeroes { unmap }, offset, len, smallvec![])
     }
 

@@ -16,6 +16,8 @@ pub enum Kind {
     BackingChanged,
     /// The image uses, or the caller wants, something that this version does not do.
     NotSupported,
+    /// The passphrase is not one of the image's.
+    AccessDenied,
     /// Somebody else holds the image.
     InUse,
     /// The image or the engine is not in a state in which this can be done.
@@ -34,6 +36,7 @@ impl Kind {
             Kind::ImageInvalid => "ImageInvalid",
             Kind::BackingChanged => "BackingChanged",
             Kind::NotSupported => "NotSupported",
+            Kind::AccessDenied => "AccessDenied",
             Kind::InUse => "InUse",
             Kind::InvalidState => "InvalidState",
             Kind::NoSpace | Kind::Io => "Unavailable",

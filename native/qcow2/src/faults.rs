@@ -35,6 +35,7 @@ fn image(directory: &Path, read_only: bool) -> Arc<Image> {
         data_file: None,
         backing_name: backing_name.map(str::to_owned),
         data_name: None,
+        secret: None,
     };
     let layers = vec![
         layer("image", Format::Qcow2, Some("base")),

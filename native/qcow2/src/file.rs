@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 
 use crate::buffer::Buffer;
+use crate::crypt::Sealer;
 use crate::error::{Error, Kind, Result};
 
 /// The file with what never changes about it.
@@ -21,6 +22,8 @@ pub(crate) struct BlockFile {
     pub(crate) alignment: usize,
     /// (device, inode), or (device number, 0) of a block device: tells the same file opened twice.
     pub(crate) identity: (u64, u64),
+    /// The cipher of the guest data in it, where that is encrypted.
+    pub(crate) sealer: Option<Sealer>,
 }
 
 impl BlockFile {
@@ -59,6 +62,7 @@ impl BlockFile {
             writable: flags & libc::O_ACCMODE != libc::O_RDONLY,
             alignment,
             identity,
+            sealer: None,
             file,
         })
     }
@@ -136,6 +140,18 @@ impl BlockFile {
         self.file
             .write_all_at(bounce.bytes(), start)
             .map_err(failed)
+    }
+
+    /// Write guest data: as [`BlockFile::write_at`], encrypted first where the file's data is.
+    pub(crate) fn write_data_at(&self, data: &[u8], offset: u64) -> Result<()> {
+        match &self.sealer {
+            None => self.write_at(data, offset),
+            Some(sealer) => {
+                let mut sealed = data.to_vec();
+                sealer.seal(offset, &mut sealed);
+                self.write_at(&sealed, offset)
+            }
+        }
     }
 
     /// fdatasync.

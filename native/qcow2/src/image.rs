@@ -14,13 +14,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::Buffer;
+use crate::crypt::{self, Secret};
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
 use crate::mailbox::Waiter;
 use crate::plan::{CommitStep, Extents, Need, Planned, Stop, WriteStep, ZeroStep};
 use crate::qcow2::zero::Zeroing;
-use crate::state::State;
+use crate::state::{Layer, State};
 use crate::types::Format;
 
 /// The deepest chain that is opened.
@@ -39,6 +40,8 @@ pub struct LayerFiles {
     pub backing_name: Option<String>,
     /// The data file's name as the header must have it.
     pub data_name: Option<String>,
+    /// The passphrase of an encrypted image.
+    pub secret: Option<Secret>,
 }
 
 /// How to open a chain.
@@ -97,6 +100,7 @@ impl Image {
         }
         let mut files = Vec::new();
         let mut described = Vec::new();
+        let mut secrets = Vec::new();
         for layer in layers {
             let file = files.len();
             files.push(BlockFile::new(layer.file)?);
@@ -107,6 +111,7 @@ impl Image {
                 }
                 None => file,
             };
+            secrets.push(layer.secret);
             described.push(crate::state::Described {
                 format: layer.format,
                 file,
@@ -118,6 +123,7 @@ impl Image {
         no_file_twice(&files)?;
         let active_files = described.first().map_or(0, |layer| layer.data + 1);
         let state = State::open(&files, described, &options)?;
+        unlock(&mut files, &state, &secrets)?;
         Ok(Image {
             size: AtomicU64::new(state.size()),
             files,
@@ -187,6 +193,14 @@ impl Image {
     /// How many host files the chain has: the room it needs in a ring's file table.
     pub fn file_count(&self) -> u32 {
         self.files.len() as u32
+    }
+
+    /// Whether guest data of the active layer is encrypted. Writes are then of whole 512-byte sectors.
+    pub fn encrypted(&self) -> bool {
+        self.files
+            .iter()
+            .take(self.active_files)
+            .any(|file| file.sealer.is_some())
     }
 
     pub(crate) fn files(&self) -> &[BlockFile] {
@@ -295,6 +309,30 @@ impl Image {
             self.files.iter().for_each(|file| locks::unlock(file.fd()));
         }
     }
+}
+
+/// Give each file with encrypted data its cipher.
+fn unlock(files: &mut [BlockFile], state: &State, secrets: &[Option<Secret>]) -> Result<()> {
+    for (number, (layer, secret)) in state.layers.iter().zip(secrets).enumerate() {
+        let (place, sealer) = match layer {
+            Layer::Raw(_) if secret.is_some() => {
+                let message = "a passphrase for a raw image, which is not encrypted";
+                return Err(Error::new(Kind::InvalidArgument, message).of_layer(number));
+            }
+            Layer::Raw(_) => continue,
+            Layer::Qcow2(qcow2) => {
+                let missing = || Error::invalid("no such file in the chain");
+                let file = files.get(qcow2.geometry.file).ok_or_else(missing)?;
+                let sealer = crypt::unlock(file, &qcow2.header, secret.as_ref())
+                    .map_err(|e| e.of_layer(number))?;
+                (qcow2.geometry.data, sealer)
+            }
+        };
+        if let Some(file) = files.get_mut(place) {
+            file.sealer = sealer;
+        }
+    }
+    Ok(())
 }
 
 /// The same file twice in a chain would be a loop, or a layer under itself.

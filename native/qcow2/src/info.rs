@@ -4,6 +4,7 @@
 
 use std::fs::File;
 
+use crate::crypt::info::{self, Encryption};
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
@@ -50,6 +51,8 @@ pub struct Qcow2Info {
     pub data_name: Option<String>,
     /// The data file holds exactly the guest's bytes.
     pub data_raw: bool,
+    /// How guest data is encrypted.
+    pub encryption: Option<Encryption>,
     /// There are persistent bitmaps.
     pub bitmaps: bool,
     /// The internal snapshots.
@@ -96,6 +99,7 @@ fn describe(file: &BlockFile, format: Format) -> Result<ImageInfo> {
         backing_format: header.backing_format(),
         data_name: header.data_name(),
         data_raw: has(header.autoclear, autoclear::DATA_FILE_RAW),
+        encryption: info::describe(file, &header)?,
         bitmaps: header.extension(extension::BITMAPS).is_some(),
         snapshots,
     };

@@ -8,6 +8,7 @@
 //! | `cache`    | metadata blocks in memory                                              |
 //! | `commit`   | the order in which metadata reaches the disk (the proof against cuts)  |
 //! | `epoch`    | when a freed cluster may be used again                                 |
+//! | `crypt`    | encrypted images: LUKS, ciphers, key slots                             |
 //! | `plan`     | what metadata code tells an engine                                     |
 //! | `engine`   | requests in, plans carried out, completions out                        |
 //! | `ring`     | one I/O thread's io_uring, made before the sandbox closes              |
@@ -40,6 +41,7 @@ mod cache;
 mod commit;
 mod compress;
 mod copy;
+mod crypt;
 mod disk;
 mod engine;
 mod epoch;
@@ -65,6 +67,10 @@ mod types;
 
 pub use bench::{bench, BenchOptions};
 pub use copy::{compare, copy, first_nonzero, CopyOptions, Progress};
+pub use crypt::amend::{amend_keys, KeyChange};
+pub use crypt::create::EncryptOptions;
+pub use crypt::info::{Encryption, LuksInfo};
+pub use crypt::{fuzz_luks_header, Secret};
 pub use disk::Disk;
 pub use engine::{Engine, Slot};
 pub use error::{Error, Kind, Result};

@@ -131,7 +131,9 @@ impl State {
             (range.present, range.zero, range.data) =
                 (true, part == Part::Zero, part == Part::Data);
             range.compressed = matches!(mapping, Mapping::Compressed { .. });
-            range.offset = mapping.host().map(|(host, _)| host.0 + at % size);
+            // Nobody can use the place of encrypted data.
+            let place = mapping.host().filter(|_| !geometry.sealed());
+            range.offset = place.map(|(host, _)| host.0 + at % size);
             return Ok(range);
         }
         range.len = len;

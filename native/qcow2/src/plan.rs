@@ -21,6 +21,12 @@ pub(crate) enum Source {
     Zero,
     /// They stand in a file as they are.
     File { file: FileId, offset: HostOffset },
+    /// They stand in a file, encrypted; the sectors' IVs count from byte `place` (crypt/mod.rs).
+    Sealed {
+        file: FileId,
+        offset: HostOffset,
+        place: u64,
+    },
     /// They are in a compressed cluster, `skip` bytes into what it expands to.
     Compressed {
         file: FileId,
@@ -66,6 +72,18 @@ pub(crate) fn push_extent(extents: &mut Extents, extent: Extent) {
                     offset: start,
                 },
             ) => file == next && offset.plus(last.len) == *start,
+            (
+                Source::Sealed {
+                    file,
+                    offset,
+                    place,
+                },
+                Source::Sealed {
+                    file: next,
+                    offset: start,
+                    place: from,
+                },
+            ) => file == next && offset.plus(last.len) == *start && place + last.len == *from,
             _ => false,
         };
         if joins {

@@ -193,6 +193,7 @@ impl Bed {
             data_file: None,
             backing_name,
             data_name: None,
+            secret: None,
         };
         let mut layers = vec![layer(
             name,

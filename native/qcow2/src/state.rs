@@ -17,7 +17,7 @@ use crate::plan::{
 use crate::qcow2::alloc::Writer;
 use crate::qcow2::check;
 use crate::qcow2::entry::{Mapping, Part};
-use crate::qcow2::header::{autoclear, field, incompatible};
+use crate::qcow2::header::{autoclear, field, incompatible, CryptMethod};
 use crate::qcow2::zero::Zeroing;
 use crate::qcow2::{snapshot, Geometry, Qcow2};
 use crate::types::{Format, GuestCluster, HostOffset};
@@ -335,10 +335,22 @@ impl State {
                     cluster_size: size,
                     skip,
                 },
-                (Part::Data, _, Some((host, _))) => Source::File {
-                    file: geometry.data,
-                    offset: host.plus(skip),
-                },
+                (Part::Data, _, Some((host, _))) => {
+                    let (file, offset) = (geometry.data, host.plus(skip));
+                    match geometry.crypt {
+                        CryptMethod::None => Source::File { file, offset },
+                        CryptMethod::Aes => Source::Sealed {
+                            file,
+                            offset,
+                            place: at,
+                        },
+                        CryptMethod::Luks { .. } => Source::Sealed {
+                            file,
+                            offset,
+                            place: offset.0,
+                        },
+                    }
+                }
                 _ => Source::Zero,
             };
             push_extent(extents, Extent { len, source });

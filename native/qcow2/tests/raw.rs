@@ -44,6 +44,7 @@ fn image(file: File) -> Arc<Image> {
         data_file: None,
         backing_name: None,
         data_name: None,
+        secret: None,
     };
     let image = Image::open_chain(vec![layer], OpenOptions::default()).expect("open_chain");
     image.activate().expect("activate");
@@ -165,6 +166,7 @@ fn an_image_in_use_is_refused() {
         data_file: None,
         backing_name: None,
         data_name: None,
+        secret: None,
     };
     let second =
         Image::open_chain(vec![layer(open(&scratch.0, 0))], OpenOptions::default()).expect("open");

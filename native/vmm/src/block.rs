@@ -65,6 +65,7 @@ pub fn image_error(error: vmbus_qcow2::Error) -> Error {
         Image::ImageInvalid => Kind::ImageInvalid,
         Image::BackingChanged => Kind::BackingChanged,
         Image::NotSupported => Kind::NotSupported,
+        Image::AccessDenied => Kind::AccessDenied,
         Image::InUse => Kind::InUse,
         Image::InvalidState => Kind::InvalidState,
         Image::NoSpace | Image::Io => Kind::Unavailable,

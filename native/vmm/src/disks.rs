@@ -84,6 +84,7 @@ fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
                 data_file: data_file.map(File::from),
                 backing_name: layer.backing_name.clone(),
                 data_name: layer.data_name.clone(),
+                secret: None,
             })
         })
         .collect::<Result<Vec<_>>>()?;

@@ -42,6 +42,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use crate::buffer::{self, Buffer};
+use crate::crypt::cipher::SECTOR;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::mailbox::Mailbox;
@@ -243,6 +244,9 @@ impl Engine {
         }
         if !matches!(request.op, Op::Read | Op::Flush) {
             attached.image.writable()?;
+            if attached.image.encrypted() && (request.offset | request.len) % SECTOR as u64 != 0 {
+                return refuse("encrypted images are written in sectors of 512 bytes");
+            }
         }
         Ok(())
     }

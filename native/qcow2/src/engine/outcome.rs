@@ -63,6 +63,23 @@ impl Engine {
                 unsafe { buffer::scatter(buffer.bytes().get(skip..).unwrap_or(&[]), &pieces) };
                 self.counted_off(owner, outcome);
             }
+            After::Unseal {
+                owner,
+                slot,
+                file,
+                place,
+                mut buffer,
+                skip,
+                pieces,
+            } => {
+                let outcome = outcome.and_then(|()| {
+                    self.sealer(slot, file)?.open(place, buffer.bytes_mut());
+                    // SAFETY: as above.
+                    unsafe { buffer::scatter(buffer.bytes().get(skip..).unwrap_or(&[]), &pieces) };
+                    Ok(())
+                });
+                self.counted_off(owner, outcome);
+            }
             After::Expand {
                 owner,
                 buffer,

@@ -75,6 +75,16 @@ pub(crate) enum After {
         skip: usize,
         pieces: IoVecs,
     },
+    /// Decrypt and copy; the IVs count from byte `place`.
+    Unseal {
+        owner: Owner,
+        slot: u64,
+        file: FileId,
+        place: u64,
+        buffer: Buffer,
+        skip: usize,
+        pieces: IoVecs,
+    },
     /// Expand and copy.
     Expand {
         owner: Owner,

@@ -6,7 +6,13 @@ use super::backend::IoOp;
 use super::task::{After, Io, Job, Owner};
 use super::Engine;
 use crate::buffer::{self, Buffer, IoVecs};
+use crate::crypt::cipher::SECTOR;
+use crate::crypt::Sealer;
+use crate::error::{Error, Result};
 use crate::plan::{Allocation, Extents, FileId, Source, WriteStep};
+
+/// Encrypted data is read and written in stretches of this size.
+const STRETCH: u64 = 256 << 10;
 
 impl Engine {
     pub(super) fn read(&mut self, key: u64, extents: &Extents) {
@@ -38,10 +44,11 @@ impl Engine {
                 let Some(alignment) = self.alignment(slot, file) else {
                     return;
                 };
-                if buffer::refused(&pieces, alignment) {
-                    let mut buffer = Buffer::zeroed(len as usize);
-                    // SAFETY: the pieces are valid until completion (submit's contract).
-                    unsafe { buffer::gather(&pieces, buffer.bytes_mut()) };
+                if self.sealer(slot, file).is_ok() && len > STRETCH {
+                    return self.write_stretches(key, slot, file, offset.0, &pieces);
+                }
+                if self.bounces(slot, file, &pieces, alignment) {
+                    let mut buffer = self.bounce(slot, file, offset.0, &pieces);
                     let pieces = IoVecs::from_slice(&[buffer.iovec(0, len as usize)]);
                     let op = IoOp::Write {
                         pieces,
@@ -76,6 +83,59 @@ impl Engine {
                 self.begin_job(key, *allocation, pieces);
             }
         }
+    }
+
+    /// Encrypt and write a stretch at a time, so that the disk is busy meanwhile. The task has been
+    /// counted on once.
+    fn write_stretches(
+        &mut self,
+        key: u64,
+        slot: u64,
+        file: FileId,
+        offset: u64,
+        pieces: &[libc::iovec],
+    ) {
+        let len = buffer::total(pieces).unwrap_or(0);
+        let mut done = 0;
+        while done < len {
+            let take = (len - done).min(STRETCH);
+            let at = offset + done;
+            let mut buffer = self.bounce(slot, file, at, &buffer::subrange(pieces, done, take));
+            let op = IoOp::Write {
+                pieces: IoVecs::from_slice(&[buffer.iovec(0, take as usize)]),
+                offset: at,
+            };
+            self.counted_on(Owner::Task(key));
+            let after = After::Bounced {
+                task: key,
+                _buffer: buffer,
+            };
+            self.start(Io {
+                slot,
+                file,
+                op,
+                expected: take,
+                after,
+            });
+            done += take;
+        }
+        self.counted_off(Owner::Task(key), Ok(()));
+    }
+
+    /// Whether data must not be written from where it is.
+    fn bounces(&self, slot: u64, file: FileId, pieces: &[libc::iovec], unit: usize) -> bool {
+        buffer::refused(pieces, unit) || self.sealer(slot, file).is_ok()
+    }
+
+    /// The pieces' bytes as they are to stand at `offset` of the file.
+    fn bounce(&self, slot: u64, file: FileId, offset: u64, pieces: &[libc::iovec]) -> Buffer {
+        let mut buffer = Buffer::zeroed(buffer::total(pieces).unwrap_or(0) as usize);
+        // SAFETY: the pieces are a request's, valid until its completion (submit's contract), or a job's.
+        unsafe { buffer::gather(pieces, buffer.bytes_mut()) };
+        if let Ok(sealer) = self.sealer(slot, file) {
+            sealer.seal(offset, buffer.bytes_mut());
+        }
+        buffer
     }
 
     pub(super) fn begin_job(&mut self, task: u64, allocation: Allocation, pieces: IoVecs) {
@@ -125,11 +185,9 @@ impl Engine {
         let mut bounce = None;
         if self
             .alignment(slot, file)
-            .is_some_and(|unit| buffer::refused(&pieces, unit))
+            .is_some_and(|unit| self.bounces(slot, file, &pieces, unit))
         {
-            let mut buffer = Buffer::zeroed(expected as usize);
-            // SAFETY: head and tail are the job's, the guest's pieces are valid until completion.
-            unsafe { buffer::gather(&pieces, buffer.bytes_mut()) };
+            let mut buffer = self.bounce(slot, file, offset, &pieces);
             pieces = IoVecs::from_slice(&[buffer.iovec(0, expected as usize)]);
             bounce = Some(buffer);
         }
@@ -158,6 +216,11 @@ impl Engine {
                 Source::File { file, offset } => {
                     self.fetch_plain(owner, *file, offset.0, extent.len, part)
                 }
+                Source::Sealed {
+                    file,
+                    offset,
+                    place,
+                } => self.fetch_sealed(owner, *file, offset.0, *place, &part),
                 Source::Compressed {
                     file,
                     offset,
@@ -247,6 +310,59 @@ impl Engine {
             expected: length as u64,
             after,
         });
+    }
+
+    /// Read encrypted data, a stretch at a time, so that one is decrypted while the next is read.
+    fn fetch_sealed(
+        &mut self,
+        owner: Owner,
+        file: FileId,
+        offset: u64,
+        place: u64,
+        part: &[libc::iovec],
+    ) {
+        let len = buffer::total(part).unwrap_or(0);
+        let mut done = 0;
+        while done < len {
+            let Some(slot) = self.counted_on(owner) else {
+                return;
+            };
+            let unit = self.alignment(slot, file).unwrap_or(1).max(SECTOR) as u64;
+            let start = (offset + done) / unit * unit;
+            let skip = offset + done - start;
+            let take = (len - done).min(STRETCH - skip);
+            let length = (skip + take).next_multiple_of(unit) as usize;
+            let mut buffer = Buffer::zeroed(length);
+            let op = IoOp::Read {
+                pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
+                offset: start,
+            };
+            let after = After::Unseal {
+                owner,
+                slot,
+                file,
+                place: place.wrapping_add(done).wrapping_sub(skip),
+                buffer,
+                skip: skip as usize,
+                pieces: buffer::subrange(part, done, take),
+            };
+            self.start(Io {
+                slot,
+                file,
+                op,
+                expected: length as u64,
+                after,
+            });
+            done += take;
+        }
+    }
+
+    /// The cipher of a file with encrypted data.
+    pub(super) fn sealer(&self, slot: u64, file: FileId) -> Result<&Sealer> {
+        self.slots
+            .get(slot)
+            .and_then(|attached| attached.image.files().get(file)?.sealer.as_ref())
+            .ok_or_else(|| Error::invalid("no cipher for encrypted data"))
     }
 
     pub(super) fn alignment(&self, slot: u64, file: FileId) -> Option<usize> {

@@ -21,6 +21,8 @@ pub(crate) struct Export<'a> {
     pub(crate) name: &'a str,
     pub(crate) size: u64,
     pub(crate) read_only: bool,
+    /// What places and lengths of requests must be multiples of.
+    pub(crate) unit: u32,
 }
 
 /// What was agreed on.
@@ -118,7 +120,7 @@ pub(crate) fn negotiate(socket: &mut UnixStream, export: &Export) -> io::Result<
                     described.extend(export.flags(agreed).to_be_bytes());
                     say(reply::INFO, &described);
                     let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
-                    [1, PREFERRED, MAX_REQUEST]
+                    [export.unit, PREFERRED, MAX_REQUEST]
                         .iter()
                         .for_each(|size| sizes.extend(size.to_be_bytes()));
                     say(reply::INFO, &sizes);

@@ -84,6 +84,7 @@ pub fn serve_client(
         name: &options.export,
         size: image.size(),
         read_only: image.read_only(),
+        unit: if image.encrypted() { 512 } else { 1 },
     };
     let agreed = negotiate(&mut socket, &export).map_err(|e| Error::io("handshake", &e))?;
     match agreed {
@@ -130,6 +131,7 @@ mod tests {
             data_file: None,
             backing_name: None,
             data_name: None,
+            secret: None,
         };
         std::fs::remove_file(path).unwrap();
         let image = Image::open_chain(vec![layer], OpenOptions::default()).unwrap();

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
 use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
-use crate::qcow2::header::{extension, Header};
+use crate::qcow2::header::{extension, CryptMethod, Header};
 use crate::qcow2::mapping::decode_l1;
 use crate::qcow2::{refcount, snapshot, Geometry};
 
@@ -168,6 +168,7 @@ impl<'a> Checker<'a> {
             refcount_order: header.refcount_order,
             codec: header.codec,
             extended_l2: header.extended_l2(),
+            crypt: header.crypt,
         };
         let reftable = read_reftable(file, &header)?;
         Ok(Checker {
@@ -269,6 +270,9 @@ impl<'a> Checker<'a> {
                     geometry.cluster(),
                 );
             }
+        }
+        if let CryptMethod::Luks { offset, len } = self.header.crypt {
+            self.count(&mut window, report, "LUKS header", offset, len);
         }
         self.walk_l1(
             &mut window,

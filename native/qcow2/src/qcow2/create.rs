@@ -5,16 +5,19 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use crate::crypt::create::EncryptOptions;
+use crate::crypt::keyslot::Area;
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::image::{Image, LayerFiles, OpenOptions};
-use crate::plan::{Codec, Stop, WriteStep};
+use crate::plan::{Codec, Stop, WriteStep, ZeroStep};
 use crate::qcow2::entry::{L2Entry, Subclusters};
 use crate::qcow2::header::{
-    autoclear, extension, feature_names, incompatible, l1_entries, Extension, Header,
+    autoclear, extension, feature_names, incompatible, l1_entries, CryptMethod, Extension, Header,
     LAZY_REFCOUNTS, MIN_EXTENDED_BITS,
 };
 use crate::qcow2::refcount;
+use crate::qcow2::zero::Zeroing;
 use crate::state::Layer;
 use crate::types::{Format, GuestCluster};
 
@@ -58,6 +61,8 @@ pub struct CreateOptions {
     pub data_raw: bool,
     /// What is allocated at once.
     pub preallocation: Preallocation,
+    /// Encrypt with LUKS.
+    pub encryption: Option<EncryptOptions>,
 }
 
 impl Default for CreateOptions {
@@ -74,6 +79,7 @@ impl Default for CreateOptions {
             data_name: None,
             data_raw: false,
             preallocation: Preallocation::Off,
+            encryption: None,
         }
     }
 }
@@ -110,6 +116,14 @@ impl CreateOptions {
         if self.data_raw && self.data_name.is_none() {
             return refuse("data_file_raw needs data_file".into());
         }
+        if self.encryption.is_some()
+            && self.preallocation != Preallocation::Off
+            && (self.version == 2 || self.data_name.is_some())
+        {
+            return refuse(
+                "encryption with preallocation needs compat 1.1, and no data_file".into(),
+            );
+        }
         if self.data_raw && self.backing.is_some() {
             return refuse("a backing file and data_file_raw exclude each other".into());
         }
@@ -122,6 +136,9 @@ impl CreateOptions {
         }
         if self.backing.is_some() && self.preallocation != Preallocation::Off && !self.extended_l2 {
             return refuse("a backing file and preallocation need extended_l2".into());
+        }
+        if let Some(encryption) = &self.encryption {
+            encryption.header()?;
         }
         let mut extensions = Vec::new();
         if let Some((_, format)) = &self.backing {
@@ -144,7 +161,7 @@ impl CreateOptions {
             version: self.version,
             cluster_bits: self.cluster_size.trailing_zeros(),
             size: 0,
-            crypt_method: 0,
+            crypt: CryptMethod::None,
             l1_entries: 0,
             l1_offset: 0,
             reftable_offset: self.cluster_size,
@@ -201,25 +218,34 @@ pub fn create_qcow2(file: &File, data_file: Option<&File>, options: &CreateOptio
         data_file: data_file.map(clone).transpose()?,
         backing_name: None,
         data_name: options.data_name.clone(),
+        secret: None,
     };
-    // The backing file's name is written last, so that the image can be opened alone here.
+    // The backing file's name is written last, so that the image can be opened alone here. So is the
+    // place of the LUKS header: until then there is nothing encrypted in the image.
     let image = Arc::new(Image::open_chain(vec![layer], OpenOptions::default())?);
     image.activate()?;
     let prepared = crate::qcow2::resize::resize(&image, size, false)
-        .and_then(|()| preallocate(&image, options.preallocation))
+        .and_then(|()| preallocate(&image, options))
         .and_then(|()| match &options.backing {
             Some(_) if options.preallocation != Preallocation::Off => show_backing(&image),
             _ => Ok(()),
-        });
+        })
+        .and_then(|()| encrypt(&image, options));
     let closed = image.inactivate();
-    prepared?;
+    let crypt = prepared?;
     closed?;
     if let (true, Some(data)) = (options.preallocation == Preallocation::Off, data_file) {
         BlockFile::new(clone(data)?)?.set_len(size)?;
     }
-    if header.backing_name.is_some() {
+    if header.backing_name.is_some() || crypt.is_some() {
         let mut named = Header::read(&target)?;
         named.backing_name = header.backing_name;
+        if let Some((offset, len)) = crypt {
+            named.crypt = CryptMethod::Luks { offset, len };
+            let data = [offset.to_be_bytes(), len.to_be_bytes()].concat();
+            let kind = extension::CRYPTO;
+            named.extensions.insert(0, Extension { kind, data });
+        }
         target.write_at(&named.serialize()?, 0)?;
     }
     target.sync()
@@ -241,8 +267,28 @@ fn write_empty(target: &BlockFile, header: &Header) -> Result<()> {
     target.write_at(&start, 0)
 }
 
-/// Map every cluster of the disk.
-fn preallocate(image: &Arc<Image>, how: Preallocation) -> Result<()> {
+/// Make room for a LUKS header with its key material and write it; gives its place.
+fn encrypt(image: &Arc<Image>, options: &CreateOptions) -> Result<Option<(u64, u64)>> {
+    let Some(encryption) = &options.encryption else {
+        return Ok(None);
+    };
+    let len = encryption.header()?.payload;
+    let run = crate::blocking::run(image, |state, waiter| {
+        state.allocate_area(image.files(), len.div_ceil(options.cluster_size), waiter)
+    })?;
+    let offset = run.first.0 * options.cluster_size;
+    let missing = || Error::invalid("no such file");
+    let file = image.files().first().ok_or_else(missing)?;
+    let room = run.count * options.cluster_size;
+    file.write_at(&vec![0; room as usize], offset)?;
+    crate::crypt::create::write(&Area { file, offset, len }, encryption)?;
+    Ok(Some((offset, len)))
+}
+
+/// Map every cluster of the disk. In an encrypted image they are zero clusters that keep their place:
+/// what was never written is not zeros once it is decrypted.
+fn preallocate(image: &Arc<Image>, options: &CreateOptions) -> Result<()> {
+    let how = options.preallocation;
     if how == Preallocation::Off {
         return Ok(());
     }
@@ -262,6 +308,9 @@ fn preallocate(image: &Arc<Image>, how: Preallocation) -> Result<()> {
             let written = file.write_at(&zeros, allocation.offset.0);
             image.finish(allocation.ticket, written.is_ok());
             written?;
+        }
+        if options.encryption.is_some() {
+            keep_as_zeros(image, at, step.len())?;
         }
         at += step.len();
     }
@@ -304,6 +353,28 @@ fn show_backing(image: &Arc<Image>) -> Result<()> {
         })?;
     }
     crate::blocking::settle(image)
+}
+
+fn keep_as_zeros(image: &Arc<Image>, mut at: u64, len: u64) -> Result<()> {
+    let how = Zeroing {
+        required: true,
+        unmap: false,
+    };
+    let end = at + len;
+    while at < end {
+        let step = crate::blocking::run(image, |state, waiter| {
+            state.plan_zero(image.files(), at, end - at, how, waiter)
+        })?;
+        match step {
+            ZeroStep::Done { len } => at += len,
+            ZeroStep::Write { .. } | ZeroStep::Fallocate { .. } => {
+                return Err(Error::unsupported(
+                    "preallocation cannot keep clusters as zeros",
+                ))
+            }
+        }
+    }
+    Ok(())
 }
 
 fn write_zeros_into_holes(file: &BlockFile, len: u64) -> Result<()> {

@@ -322,6 +322,7 @@ mod tests {
             refcount_order: 4,
             codec: Codec::Zlib,
             extended_l2,
+            crypt: crate::qcow2::header::CryptMethod::None,
         }
     }
 

@@ -20,6 +20,9 @@ const MAX_SNAPSHOTS: u32 = 65536;
 const MAX_NAME: u32 = 1023;
 /// The smallest clusters that have subclusters: 16 KiB.
 pub(crate) const MIN_EXTENDED_BITS: u32 = 14;
+/// A LUKS header alone, and far more than one with eight slots of the longest keys takes.
+const MIN_LUKS: u64 = 592;
+const MAX_LUKS: u64 = 64 << 20;
 
 /// Where fields stand that are changed in place.
 pub(crate) mod field {
@@ -61,6 +64,7 @@ pub(crate) mod extension {
     pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
     pub(crate) const BITMAPS: u32 = 0x2385_2875;
     pub(crate) const DATA_FILE: u32 = 0x4441_5441;
+    pub(crate) const CRYPTO: u32 = 0x0537_be77;
 }
 
 /// A header extension as it stands in the file.
@@ -70,13 +74,71 @@ pub(crate) struct Extension {
     pub(crate) data: Vec<u8>,
 }
 
+/// How guest data is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CryptMethod {
+    None,
+    /// QEMU's old AES, which is read only to get away from it.
+    Aes,
+    /// LUKS; its header with key material takes `len` bytes at `offset`.
+    Luks {
+        offset: u64,
+        len: u64,
+    },
+}
+
+impl CryptMethod {
+    fn parse(method: u32, extensions: &[Extension], cluster_bits: u32) -> Result<CryptMethod> {
+        match method {
+            0 => Ok(CryptMethod::None),
+            1 => Ok(CryptMethod::Aes),
+            2 => {
+                let pointer = extensions
+                    .iter()
+                    .find(|extension| extension.kind == extension::CRYPTO)
+                    .filter(|extension| extension.data.len() == 16)
+                    .and_then(|extension| {
+                        Some((be64(&extension.data, 0)?, be64(&extension.data, 8)?))
+                    });
+                let (offset, len) = pointer.ok_or_else(|| {
+                    Error::invalid(
+                        "the image is encrypted, but does not say where its LUKS header is",
+                    )
+                })?;
+                if offset == 0 || offset % (1 << cluster_bits) != 0 || offset >= 1 << 56 {
+                    return Err(Error::invalid(format!(
+                        "the LUKS header's offset {offset:#x} is impossible"
+                    )));
+                }
+                if !(MIN_LUKS..=MAX_LUKS).contains(&len) {
+                    return Err(Error::invalid(format!(
+                        "a LUKS header of {len} bytes is impossible"
+                    )));
+                }
+                Ok(CryptMethod::Luks { offset, len })
+            }
+            n => Err(Error::invalid(format!(
+                "encryption method {n} does not exist"
+            ))),
+        }
+    }
+
+    fn number(self) -> u32 {
+        match self {
+            CryptMethod::None => 0,
+            CryptMethod::Aes => 1,
+            CryptMethod::Luks { .. } => 2,
+        }
+    }
+}
+
 /// A checked header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) version: u32,
     pub(crate) cluster_bits: u32,
     pub(crate) size: u64,
-    pub(crate) crypt_method: u32,
+    pub(crate) crypt: CryptMethod,
     pub(crate) l1_entries: u32,
     pub(crate) l1_offset: u64,
     pub(crate) reftable_offset: u64,
@@ -159,7 +221,7 @@ impl Header {
             version,
             cluster_bits: word(20)?,
             size: long(field::SIZE)?,
-            crypt_method: word(32)?,
+            crypt: CryptMethod::parse(word(32)?, &extensions, word(20)?.min(21))?,
             l1_entries: word(field::L1_SIZE)?,
             l1_offset: long(field::L1_OFFSET)?,
             reftable_offset: long(field::REFTABLE_OFFSET)?,
@@ -197,12 +259,6 @@ impl Header {
                 "refcount width 2^{} is more than 64 bits",
                 self.refcount_order
             ));
-        }
-        match self.crypt_method {
-            0 => {}
-            1 => return Err(Error::unsupported("images with the legacy AES encryption")),
-            2 => return Err(Error::unsupported("LUKS-encrypted images")),
-            n => return invalid(format!("encryption method {n} does not exist")),
         }
         let cluster = 1u64 << self.cluster_bits;
         let aligned = |offset: u64| offset % cluster == 0 && offset < 1 << 56;
@@ -292,7 +348,7 @@ impl Header {
         put32(&mut out, 4, self.version);
         put32(&mut out, 20, self.cluster_bits);
         put64(&mut out, field::SIZE, self.size);
-        put32(&mut out, 32, self.crypt_method);
+        put32(&mut out, 32, self.crypt.number());
         put32(&mut out, field::L1_SIZE, self.l1_entries);
         put64(&mut out, field::L1_OFFSET, self.l1_offset);
         put64(&mut out, field::REFTABLE_OFFSET, self.reftable_offset);

@@ -35,7 +35,7 @@ use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::plan::{Codec, FileId};
 use crate::state::Described;
-use header::{autoclear, Header};
+use header::{autoclear, CryptMethod, Header};
 
 /// The largest unit in which tables are cached.
 const BLOCK: u64 = 4096;
@@ -54,6 +54,7 @@ pub(crate) struct Geometry {
     pub(crate) codec: Codec,
     /// L2 entries of two words (entry.rs).
     pub(crate) extended_l2: bool,
+    pub(crate) crypt: CryptMethod,
 }
 
 impl Geometry {
@@ -108,6 +109,11 @@ impl Geometry {
         }
     }
 
+    /// Whether guest data is encrypted: then a cluster that was never written does not read as zeros.
+    pub(crate) fn sealed(&self) -> bool {
+        self.crypt != CryptMethod::None
+    }
+
     pub(crate) fn external_data(&self) -> bool {
         self.file != self.data
     }
@@ -159,6 +165,7 @@ impl Qcow2 {
             refcount_order: header.refcount_order,
             codec: header.codec,
             extended_l2: header.extended_l2(),
+            crypt: header.crypt,
         };
         Ok(Qcow2 { geometry, header })
     }
@@ -170,6 +177,11 @@ impl Qcow2 {
             .ok_or_else(|| Error::invalid("no such file in the chain"))?;
         let header = Header::read(file)?;
         check_tables(file, &header)?;
+        if header.crypt != self.header.crypt {
+            return Err(Error::invalid(
+                "the image's encryption has changed since it was opened",
+            ));
+        }
         let same = header.backing_name == self.header.backing_name
             && header.data_name() == self.header.data_name()
             && header.has_data_file() == self.header.has_data_file();
@@ -191,6 +203,11 @@ impl Qcow2 {
     /// Whether this version may write to the image at all.
     pub(crate) fn check_writable(&self) -> Result<()> {
         let bits = self.header.incompatible;
+        if self.header.crypt == CryptMethod::Aes {
+            return Err(Error::unsupported(
+                "writing with the old AES encryption: convert the image to another one",
+            ));
+        }
         if bits & header::incompatible::CORRUPT != 0 {
             return Err(Error::invalid(
                 "the image is marked corrupt: repair it with check -r all, or open it read-only",

@@ -25,7 +25,7 @@ use std::collections::HashMap;
 use crate::bytes::{be16, be32, be64, put64};
 use crate::error::{Error, Result};
 use crate::file::BlockFile;
-use crate::qcow2::header::{extension, field, incompatible, Header};
+use crate::qcow2::header::{extension, field, incompatible, CryptMethod, Header};
 use crate::qcow2::mapping::{decode_l1, L2Table};
 use crate::qcow2::{refcount, snapshot, Geometry};
 use crate::state::{Layer, State};
@@ -55,6 +55,8 @@ pub(crate) enum Holds {
     SnapshotL2 = 64,
     /// The bitmap directory, a bitmap's table, or a bitmap.
     Bitmaps = 128,
+    /// The LUKS header with its key material.
+    Luks = 512,
 }
 
 /// Two of the same kind lie there.
@@ -94,6 +96,9 @@ impl Metadata {
         let l1_len = u64::from(header.l1_entries) * 8;
         metadata.add(range(header.l1_offset, l1_len), Holds::L1);
         metadata.add_l2(file, geometry, (header.l1_offset, l1_len), Holds::L2)?;
+        if let CryptMethod::Luks { offset, len } = header.crypt {
+            metadata.add(range(offset, len), Holds::Luks);
+        }
         metadata.add_snapshots(file, header, geometry)?;
         metadata.add_bitmaps(file, header, geometry)?;
         Ok(metadata)
@@ -338,6 +343,7 @@ fn name(bits: u16) -> &'static str {
         (Holds::Snapshots, "a table of a snapshot"),
         (Holds::SnapshotL2, "an L2 table of a snapshot"),
         (Holds::Bitmaps, "a bitmap's table"),
+        (Holds::Luks, "the LUKS header"),
         (Holds::L2, "an L2 table"),
     ];
     names

@@ -41,6 +41,11 @@ impl State {
                 )))
             }
         };
+        if geometry.sealed() {
+            return Err(Stop::Fail(Error::unsupported(
+                "compressed writes to an encrypted image",
+            )));
+        }
         if geometry.external_data() {
             return Err(Stop::Fail(Error::unsupported(
                 "compressed writes with an external data file",

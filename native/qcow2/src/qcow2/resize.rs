@@ -176,13 +176,13 @@ fn write_zeros(image: &Image, step: &WriteStep) -> Result<()> {
             .files()
             .get(*file)
             .ok_or_else(missing)?
-            .write_at(&vec![0; *len as usize], offset.0),
+            .write_data_at(&vec![0; *len as usize], offset.0),
         WriteStep::Allocate(allocation) => {
             let file = image.files().get(allocation.file).ok_or_else(missing)?;
             let mut data = crate::blocking::fetch(image, &allocation.head)?;
             data.resize(data.len() + allocation.len as usize, 0);
             data.extend(crate::blocking::fetch(image, &allocation.tail)?);
-            let written = file.write_at(&data, allocation.offset.0);
+            let written = file.write_data_at(&data, allocation.offset.0);
             image.finish(allocation.ticket, written.is_ok());
             written
         }

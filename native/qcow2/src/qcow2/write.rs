@@ -272,7 +272,9 @@ impl State {
             None if geometry.external_data() => (HostOffset(start), target.count, false),
             None => {
                 let run = self.allocate(files, target.count, waiter)?;
-                (run.offset(geometry), run.count, run.fresh)
+                // What was never written is not zeros once it is decrypted.
+                let zeros = run.fresh && !geometry.sealed();
+                (run.offset(geometry), run.count, zeros)
             }
         };
         // Fewer than asked for: the step ends with the last cluster.

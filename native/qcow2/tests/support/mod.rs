@@ -109,6 +109,7 @@ pub fn layer(path: &Path, format: Format, backing: Option<&str>, write: bool) ->
         data_file: None,
         backing_name: backing.map(str::to_owned),
         data_name: None,
+        secret: None,
     }
 }
 

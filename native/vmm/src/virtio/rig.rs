@@ -153,6 +153,7 @@ fn disk(id: &str, file: File, read_only: bool) -> DiskSpec {
         data_file: None,
         backing_name: None,
         data_name: None,
+        secret: None,
     };
     let options = OpenOptions {
         read_only,
