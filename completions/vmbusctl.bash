@@ -24,15 +24,15 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine memory set-memory hugepages host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine memory set-memory prefault hugepages host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         run)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         list)
@@ -90,6 +90,10 @@ _vmbusctl() {
             options="-h --help --wait --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
+        prefault)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
         hugepages)
             options="-h --help --page-size --node --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
@@ -120,7 +124,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --bus-address" | "define --bus-name")
+        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --bus-address" | "define --bus-name")
             return
             ;;
         "run --kernel")
@@ -145,7 +149,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --bus-address" | "run --bus-name")
+        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --bus-address" | "run --bus-name")
             return
             ;;
         "list --bus-address" | "list --bus-name")
@@ -202,6 +206,9 @@ _vmbusctl() {
             return
             ;;
         "set-memory --wait" | "set-memory --bus-address" | "set-memory --bus-name")
+            return
+            ;;
+        "prefault --bus-address" | "prefault --bus-name")
             return
             ;;
         "hugepages --page-size")

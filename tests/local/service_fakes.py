@@ -38,6 +38,9 @@ class FakeWorker:
         self.asked: list[str] = []
         self.history = b"login: "
         self.balloon: dict[str, Any] | None = None
+        self.touching = 0
+        """The number of a Prefault that waits, if ``slow``."""
+        self.slow = False
         self.heeds = True
         """Whether the guest gives back what it is asked for."""
         self.console: socket.socket | None = None
@@ -157,9 +160,16 @@ class FakeWorker:
         if isinstance(request, wire.Console):
             self.console = socket.socket(fileno=fds[0])
             self.console.send(self.history)
+        if isinstance(request, wire.Prefault) and self.slow:
+            self.touching = request.id
+            return
+        if isinstance(request, wire.CancelPrefault) and self.touching:
+            self.say(wire.Result(id=self.touching, error="Cancelled", message="stopped"))
+            self.touching = 0
         stats: dict[str, Any] = {}
         if isinstance(request, wire.Stats):
             stats = {"vcpus": {"exits": 7}, "odd": None, "devices": {"balloon": self.balloon}}
+            stats["memory"] = {"prefaulted": self.memory // 2}
         self.say(wire.Result(id=request.id, stats=stats))
         self._act(request)
 

@@ -4,23 +4,28 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.lab.system import System
-from tests.local.service_bed import ROOT, scenario
+from tests.lab.system import BOB, System
+from tests.local.service_bed import ROOT, form, scenario
 from tests.local.test_service_real import Stage, console_says
+from vmbus.bus import Variant
+from vmbus.wire.errors import VmbusError
 
 pytestmark = pytest.mark.requires("root", "kvm")
 
 MIB = 1 << 20
 MEMORY = 64 * MIB
+POLICY = '[quota]\nfor = [ {users = ["vmbus-alice"], locked = "12M"} ]\n'
 
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
-    with System() as system:
+    with System(policy=POLICY) as system:
         yield Stage(system)
 
 
@@ -49,3 +54,72 @@ async def test_what_a_guest_gives_back_the_host_has(stage: Stage) -> None:
             assert await alice.client.get(machine, "Machine", "MemoryActual") == MEMORY - 12 * MIB
             await alice(machine, "Machine.Kill")
             await alice(machine, "Machine.Undefine")
+
+
+@scenario
+async def test_memory_is_there_before_the_guest_runs(stage: Stage) -> None:
+    async with stage.caller() as alice:
+        for kind in ("mergeable", "shareable"):
+            definition = stage.guest("idle", memory=MEMORY, memory_kind=kind, prefault=True)
+            machine = await alice(ROOT, "Manager.DefineMachine", definition)
+            await alice(machine, "Machine.Start", {"paused": Variant("b", True)}, {})
+            found = await alice(machine, "Machine.GetMemory")
+            assert found["resident"] == MEMORY, found
+            await alice(machine, "Machine.Kill")
+            await alice(machine, "Machine.Undefine")
+
+
+@scenario
+async def test_touching_is_a_job_beside_the_running_guest(stage: Stage) -> None:
+    async with stage.caller() as alice:
+        size = 1 << 30
+        machine = await alice(ROOT, "Manager.DefineMachine", stage.guest("idle", memory=size))
+        await alice(machine, "Machine.Start", {}, {})
+        job = await alice(machine, "Machine.Prefault")
+        await alice(job, "Job.Cancel")
+        assert await alice.client.get(job, "Job", "State") == "cancelled"
+        assert (await alice(machine, "Machine.GetMemory"))["resident"] < size
+        job = await alice(machine, "Machine.Prefault")
+        while await alice.client.get(job, "Job", "State") == "running":
+            await asyncio.sleep(0.05)
+        assert list(await alice.client.get(job, "Job", "Progress")) == [size, size]
+        assert (await alice(machine, "Machine.GetMemory"))["resident"] == size
+        assert await alice.state(machine) == "running"
+        await alice(machine, "Machine.Kill")
+
+
+@scenario
+async def test_memory_comes_from_the_nodes_it_is_bound_to(stage: Stage) -> None:
+    async with stage.caller() as alice:
+        definition = stage.guest("idle", memory=MEMORY, memory_nodes=[0])
+        machine = await alice(ROOT, "Manager.DefineMachine", definition)
+        await alice(machine, "Machine.Start", {}, {})
+        pid = await alice.client.get(machine, "Machine", "WorkerPid")
+        maps = Path(f"/proc/{pid}/numa_maps")
+        if maps.exists():
+            assert "bind:0" in maps.read_text()
+        await alice(machine, "Machine.Kill")
+
+
+@scenario
+async def test_memory_is_locked_where_it_is_asked_for_and_allowed(stage: Stage) -> None:
+    size = 8 * MIB  # what may be locked without CAP_SYS_RESOURCE on most hosts
+    async with stage.caller() as alice, stage.caller(BOB) as bob:
+        definition = stage.guest("idle", memory=size, locked=True, prefault=True)
+        machine = await alice(ROOT, "Manager.DefineMachine", definition)
+        await alice(machine, "Machine.Start", {}, {})
+        found = await alice(machine, "Machine.GetMemory")
+        assert found["locked"] == found["resident"] == size
+        with pytest.raises(VmbusError) as caught:
+            await alice(machine, "Machine.SetMemoryTarget", size // 2)
+        assert caught.value.kind == "NotSupported" and "locked" in caught.value.message
+        pid = await alice.client.get(machine, "Machine", "WorkerPid")
+        limit = re.search(r"^Max locked memory +(\d+) +(\d+)", Path(f"/proc/{pid}/limits").read_text(), re.M)
+        assert limit and int(limit[1]) == int(limit[2]) == size
+        with pytest.raises(VmbusError) as caught:
+            await alice(ROOT, "Manager.DefineMachine", stage.guest("idle", memory=2 * size, locked=True))
+        assert caught.value.kind == "QuotaExceeded" and "locked" in caught.value.message
+        with pytest.raises(VmbusError) as caught:
+            await bob(ROOT, "Manager.DefineMachine", form(memory=size, locked=True))
+        assert caught.value.kind == "QuotaExceeded"
+        await alice(machine, "Machine.Kill")

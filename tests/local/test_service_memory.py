@@ -146,3 +146,59 @@ async def test_a_restarted_service_finds_target_and_actual(bed: Bed) -> None:
     async with bed.caller() as alice:
         await actual(alice, machine, MEMORY // 2)
         assert await alice.client.get(machine, "Machine", "MemoryTarget") == MEMORY // 2
+
+
+@scenario
+async def test_memory_is_touched_by_a_job_that_shows_its_progress_and_can_be_cancelled(bed: Bed) -> None:
+    async with bed.caller() as alice:
+        machine, worker = await running(alice, bed)
+        worker.slow = True
+        job = await alice(machine, "Machine.Prefault")
+        while list(await alice.client.get(job, "Job", "Progress")) != [MEMORY // 2, MEMORY]:
+            await asyncio.sleep(0.02)
+        with pytest.raises(VmbusError) as caught:
+            await alice(machine, "Machine.Prefault")
+        assert caught.value.kind == "InvalidState"
+        await alice(job, "Job.Cancel")
+        assert "cancel-prefault" in worker.asked
+        assert await alice.client.get(job, "Job", "State") == "cancelled"
+        worker.slow = False
+        job = await alice(machine, "Machine.Prefault")
+        while await alice.client.get(job, "Job", "State") == "running":
+            await asyncio.sleep(0.02)
+        assert await alice.client.get(job, "Job", "State") == "done"
+        assert list(await alice.client.get(job, "Job", "Progress")) == [MEMORY, MEMORY]
+
+
+@scenario
+async def test_a_start_touches_memory_where_the_definition_says_so(bed: Bed) -> None:
+    async with bed.caller() as alice:
+        _, plain = await running(alice, bed)
+        assert "prefault" not in plain.asked
+        _, worker = await running(alice, bed, prefault=True)
+        asked = [name for name in worker.asked if name in ("configure", "prefault", "run")]
+        assert asked == ["configure", "prefault", "run"]
+
+
+@scenario
+async def test_a_start_that_is_cancelled_while_it_touches_memory_leaves_nothing(bed: Bed) -> None:
+    async with bed.caller() as alice:
+        bed.broker.make_worker = lambda worker: setattr(worker, "slow", True)
+        machine = await alice.define(memory=MEMORY, prefault=True)
+        start = asyncio.ensure_future(alice(machine, "Machine.Start", {}, {}))
+        while await alice.client.get(machine, "Machine", "StateReason") != "prefault":
+            await asyncio.sleep(0.02)
+        await alice(machine, "Machine.Kill")
+        with pytest.raises(VmbusError) as caught:
+            await start
+        assert caught.value.kind == "Cancelled"
+        assert await alice.until(machine, "stopped") == "stopped"
+        assert uuid_of(machine) not in bed.broker.workers
+
+
+@scenario
+async def test_nodes_that_the_host_lacks_are_refused(bed: Bed) -> None:
+    async with bed.caller() as alice:
+        with pytest.raises(VmbusError) as caught:
+            await alice.define(memory_nodes=[0, 1000])
+        assert caught.value.kind == "NotSupported" and "node 1000" in caught.value.message

@@ -28,7 +28,7 @@ def loaded(text: bytes) -> Any:
     return msgspec.to_builtins(policy.load(text))
 
 
-def granted(text: bytes, name: str, groups: list[str]) -> tuple[list[str], tuple[int, int, int, int]]:
+def granted(text: bytes, name: str, groups: list[str]) -> tuple[list[str], list[int]]:
     from vmbus.broker.dropped import policy
 
     account = policy.Account(name, f"/home/{name}", groups)
@@ -43,7 +43,7 @@ def rights(**changes: Any) -> Rights:
         "gids": [1000],
         "prefixes": ["/home/alice", "/srv/a"],
     }
-    known |= {"grants": ["bridges.br0"], "memory": 1000, "vcpus": 4, "machines": 2, "hugepages": 500}
+    known |= {"grants": ["bridges.br0"], "limits": [1000, 4, 2, 500, 100]}
     return Rights(**(known | changes))
 
 
@@ -54,7 +54,7 @@ def test_the_example_is_used_as_it_is() -> None:
     assert policy["bridges"] == {}
     prefixes, limits = as_nobody(granted, EXAMPLE.read_bytes(), "alice", [])
     assert prefixes == ["/home/alice", "/boot", "/var/lib/vmbus/images"]
-    assert limits == (8 << 30, 16, 16, 0)
+    assert limits == [8 << 30, 16, 16, 0, 0]
 
 
 def test_every_commented_line_of_the_example_is_valid_too() -> None:
@@ -100,11 +100,14 @@ def test_grants_and_quotas_are_for_those_they_name() -> None:
     grant = [ {users = ["alice"], prefixes = ["/a/{user}"]}, {groups = ["vm"], prefixes = ["{home}/vm"]} ]
     [quota]
     memory = "1G"
-    for = [ {groups = ["vm"], memory = "64G", vcpus = 0, hugepages = "2G"}, {users = ["*"], machines = 1} ]
+    for = [
+      {groups = ["vm"], memory = "64G", vcpus = 0, hugepages = "2G", locked = "1G"},
+      {users = ["*"], machines = 1},
+    ]
     """
-    assert as_nobody(granted, text, "alice", []) == (["/a/alice"], (1 << 30, 8, 1, 0))
-    assert as_nobody(granted, text, "bob", ["vm"]) == (["/home/bob/vm"], (64 << 30, 0, 8, 2 << 30))
-    assert as_nobody(granted, text, "bob", []) == ([], (1 << 30, 8, 1, 0))
+    assert as_nobody(granted, text, "alice", []) == (["/a/alice"], [1 << 30, 8, 1, 0, 0])
+    assert as_nobody(granted, text, "bob", ["vm"]) == (["/home/bob/vm"], [64 << 30, 0, 8, 2 << 30, 1 << 30])
+    assert as_nobody(granted, text, "bob", []) == ([], [1 << 30, 8, 1, 0, 0])
 
 
 def test_a_home_directory_that_is_the_root_grants_nothing() -> None:
@@ -185,22 +188,20 @@ def test_a_home_directory_with_dots_grants_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("used", "memory", "vcpus", "hugepages", "argument"),
+    ("used", "wanted", "argument"),
     [
-        ((0, 0, 0, 0), 1001, 1, 0, "memory"),
-        ((900, 0, 0, 0), 101, 1, 0, "memory"),
-        ((0, 3, 0, 0), 1, 2, 0, "vcpus"),
-        ((0, 0, 2, 0), 1, 1, 0, ""),
-        ((0, 0, 0, 0), 501, 1, 501, "memory"),
-        ((400, 1, 1, 400), 101, 1, 101, "memory"),
+        ([500, 0, 0, 0, 0], [501, 1, 1, 0, 0], "memory"),
+        ([0, 3, 0, 0, 0], [1, 2, 1, 0, 0], "vcpus"),
+        ([0, 0, 2, 0, 0], [1, 1, 1, 0, 0], ""),
+        ([0, 0, 0, 0, 0], [501, 1, 1, 501, 0], "memory"),
+        ([400, 1, 1, 400, 0], [101, 1, 1, 101, 0], "memory"),
+        ([60, 1, 1, 0, 60], [41, 1, 1, 0, 41], "locked"),
     ],
 )
-def test_a_quota_is_for_all_machines_together(
-    used: tuple[int, int, int, int], memory: int, vcpus: int, hugepages: int, argument: str
-) -> None:
-    rights().check_quota((900, 3, 1, 400), 100, 1, 100)
+def test_a_quota_is_for_all_machines_together(used: list[int], wanted: list[int], argument: str) -> None:
+    rights().check_quota([900, 3, 1, 400, 0], [100, 1, 1, 100, 100])
     with pytest.raises(VmbusError) as caught:
-        rights().check_quota(used, memory, vcpus, hugepages)
+        rights().check_quota(used, wanted)
     assert (caught.value.kind, caught.value.argument) == ("QuotaExceeded", argument)
 
 

@@ -49,6 +49,8 @@ def test_what_is_built_is_parsed_to_the_same() -> None:
         nics=[Nic(id="net", mac="52:54:00:00:00:01", bridge="br0")],
         rng=False,
         balloon=False,
+        prefault=True,
+        memory_nodes=[0, 1],
         memory_minimum=1 << 29,
         on_reset="end",
     )

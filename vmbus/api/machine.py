@@ -146,6 +146,10 @@ class MachineApi:
         """SetMemoryTarget."""
         await self._memory.set_target(item.machine, target)
 
+    def prefault(self, caller: Caller, item: MachineObject) -> str:
+        """Prefault."""
+        return job_path(self._memory.prefault(item.machine).number)
+
     async def get_memory(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetMemory."""
         return _figures(await self._memory.figures(item.machine))

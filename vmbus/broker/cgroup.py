@@ -62,10 +62,11 @@ class WorkerCgroup:
             (self.path / name).write_text(value)
 
 
-def limits(memory: int, vcpus: int) -> dict[int, int]:
-    """The rlimits of a worker; RLIMIT_AS only if ``memory`` (bytes, for all of it) is not 0."""
-    bounds = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 1024, resource.RLIMIT_NPROC: PIDS}
-    bounds |= {resource.RLIMIT_MEMLOCK: 1 << 20, resource.RLIMIT_MSGQUEUE: 0, resource.RLIMIT_RTPRIO: 0}
+def limits(memory: int, vcpus: int, locked: int = 0) -> dict[int, int]:
+    """The rlimits of a worker; RLIMIT_AS if ``memory`` (bytes, for all of it) is not 0, ``locked`` bytes."""
+    bounds = dict.fromkeys((resource.RLIMIT_CORE, resource.RLIMIT_MSGQUEUE, resource.RLIMIT_RTPRIO), 0)
+    bounds[resource.RLIMIT_MEMLOCK] = locked or 1 << 20
+    bounds |= {resource.RLIMIT_NOFILE: 1024, resource.RLIMIT_NPROC: PIDS}
     if memory:
         bounds[resource.RLIMIT_AS] = memory + _ADDRESS_SPACE + vcpus * _ADDRESS_SPACE_VCPU
     return bounds

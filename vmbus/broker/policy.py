@@ -7,6 +7,7 @@ the ``Rights`` of a user. ``Survey`` is what a child finds out at start.
 """
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -14,6 +15,15 @@ from vmbus.broker.children import Crew, nobody
 from vmbus.broker.loop import Task
 from vmbus.broker.root import Image
 from vmbus.wire.errors import VmbusError
+
+# What is limited, in the order of ``amounts``, and the argument that asks for it.
+_QUOTAS = ("bytes of guest memory", "vCPUs", "running machines", "bytes of huge pages", "bytes of locked RAM")
+_NAMES = ("memory", "vcpus", "", "memory", "locked")
+
+
+def amounts(machine: Any) -> list[int]:
+    """What a machine adds to its owner's: see _QUOTAS."""
+    return [machine.memory, machine.vcpus, 1, machine.hugepages, machine.locked]
 
 
 class Survey(msgspec.Struct, frozen=True):
@@ -54,10 +64,7 @@ class Rights(msgspec.Struct, frozen=True):
     gids: list[int]
     prefixes: list[str]
     grants: list[str]  # tables of broker.toml: bridges.NAME, user-network
-    memory: int  # bytes
-    vcpus: int
-    machines: int
-    hugepages: int  # bytes, of ``memory``
+    limits: list[int]  # of all its running machines together, as ``amounts``
 
     def check_grant(self, grant: str) -> None:
         """Raises AccessDenied unless the table ``grant`` of broker.toml (bridges.br0, …) names the user."""
@@ -65,14 +72,9 @@ class Rights(msgspec.Struct, frozen=True):
             message = f"[{grant}] of broker.toml is not there, or does not grant it to {self.name}"
             raise VmbusError("AccessDenied", message, argument=grant.partition(".")[0].rstrip("s"))
 
-    def check_quota(self, used: tuple[int, int, int, int], memory: int, vcpus: int, hugepages: int) -> None:
-        """Raises QuotaExceeded if one more machine is too much beside ``used`` (see Workers.used_by)."""
-        for argument, what, have, more, limit in (
-            ("memory", "bytes of guest memory", used[0], memory, self.memory),
-            ("vcpus", "vCPUs", used[1], vcpus, self.vcpus),
-            ("", "running machines", used[2], 1, self.machines),
-            ("memory", "bytes of huge pages", used[3], hugepages, self.hugepages),
-        ):
+    def check_quota(self, used: list[int], wanted: list[int]) -> None:
+        """Raises QuotaExceeded if ``wanted`` is too much beside ``used``, both as ``amounts`` has them."""
+        for argument, what, have, more, limit in zip(_NAMES, _QUOTAS, used, wanted, self.limits, strict=True):
             if have + more > limit:
                 message = f"{self.name} may have {limit} {what} in all; {have} in use, {more} asked for"
                 raise VmbusError("QuotaExceeded", message, argument=argument)

@@ -14,6 +14,7 @@ import prctl
 from vmbus.broker import files, owners, tap, workers
 from vmbus.broker.children import nobody
 from vmbus.broker.loop import Task, start
+from vmbus.broker.policy import amounts
 from vmbus.broker.steps import log
 from vmbus.wire import broker as wire
 from vmbus.wire.errors import VmbusError
@@ -82,7 +83,7 @@ class Requests:
 
     def do_check(self, request: wire.Check) -> Task[Answer]:
         rights = yield from self._owners.rights(request.uid)
-        rights.check_quota((0, 0, 0, 0), request.memory, request.vcpus, request.hugepages)
+        rights.check_quota([0] * 5, amounts(request))
         for grant in request.grants:
             rights.check_grant(grant)
         work = nobody("paths", "check", rights, request.paths)
@@ -98,8 +99,7 @@ class Requests:
         _in_range("memory", request.memory, MOST_MEMORY)
         _in_range("vcpus", request.vcpus, MOST_VCPUS)
         self._workers.must_not_have(request.uuid)
-        used = self._workers.used_by(rights.uid)
-        rights.check_quota(used, request.memory, request.vcpus, request.hugepages)
+        rights.check_quota(self._workers.used_by(rights.uid), amounts(request))
         fds = yield from self._workers.provide(request, rights.uid)
         return wire.Reply(id=request.id), fds
 

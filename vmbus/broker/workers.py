@@ -44,6 +44,7 @@ class Record(msgspec.Struct, frozen=True):
     owner: int  # uid; -1 for a spare one
     memory: int = 0  # bytes, of the guest
     hugepages: int = 0  # bytes of it that are huge pages
+    locked: int = 0  # bytes of it that may be locked
     vcpus: int = 1
     epoch: int = 0
     pid: int = 0
@@ -126,12 +127,11 @@ class Workers:
         ]
         return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in records]
 
-    def used_by(self, owner: int) -> tuple[int, int, int, int]:
-        """Memory, vCPUs, number and huge pages of the machines that ``owner`` has running or starting."""
+    def used_by(self, owner: int) -> list[int]:
+        """What the machines that ``owner`` has running or starting add up to, as ``policy.amounts``."""
         records = [*(worker.record for worker in self._live.values()), *self._starting.values()]
-        mine = [record for record in records if record.owner == owner and not record.of]
-        memory, vcpus = sum(record.memory for record in mine), sum(record.vcpus for record in mine)
-        return memory, vcpus, len(mine), sum(record.hugepages for record in mine)
+        mine = [policy.amounts(record) for record in records if record.owner == owner and not record.of]
+        return [sum(column) for column in zip([0] * 5, *mine, strict=True)]
 
     # A start.
 
@@ -141,10 +141,10 @@ class Workers:
         Counts against the owner from the first moment, so that two requests at once cannot both pass.
         """
         uuid, memory, vcpus, huge = request.uuid, request.memory, request.vcpus, request.hugepages
-        self._starting[uuid] = wanted = Record(owner, memory, huge, vcpus)
+        self._starting[uuid] = wanted = Record(owner, memory, huge, request.locked, vcpus)
         whole = memory + self.rules.survey.overhead
         try:
-            if self._spares:
+            if self._spares and not request.locked:  # one that exists cannot be given more
                 worker = self._spares.pop()
                 worker.name, path = uuid, self._directory / uuid
                 worker.directory.path.rename(path)
@@ -157,7 +157,7 @@ class Workers:
         self._live[uuid] = worker
         try:
             self._bound(worker, whole, vcpus)
-            worker.save(owner=owner, memory=memory, hugepages=huge, vcpus=vcpus)
+            worker.save(owner=owner, memory=memory, hugepages=huge, vcpus=vcpus, locked=request.locked)
             if request.memory_kind != "mergeable":
                 work = children.nobody("memfd", "deliver", memory, request.page_size)
                 with worker.directory.connect(Greeting(role="inlet")) as inlet:
@@ -203,7 +203,7 @@ class Workers:
         group = str(self._base / f"worker-{uid}") if self._base is not None else ""
         if group:
             made.append(cgroup.WorkerCgroup(Path(group)))
-        limits = cgroup.limits(0 if group else whole, wanted.vcpus)
+        limits = cgroup.limits(0 if group else whole, wanted.vcpus, wanted.locked)
         index = uid - self._uids.range.start  # two categories make a label its own
         label = self.rules.survey.label.format(index % 512, 512 + index // 512)
         image = root.Image([], [], command) if command else self.rules.survey.image

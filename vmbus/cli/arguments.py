@@ -154,6 +154,13 @@ def _description(to: argparse.ArgumentParser) -> None:
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")
     add("--memory-kind", choices=("mergeable", "shareable", "huge"), help="default mergeable")
     add("--page-size", choices=("2M", "1G"), help="of huge memory (default 2M)")
+    add(
+        "--memory-minimum",
+        metavar="SIZE",
+        help="the least the guest is asked to get by with (default a quarter)",
+    )
+    add("--prefault", action="store_true", help="touch all memory before the guest runs")
+    add("--no-balloon", action="store_true", help="no virtio balloon: the guest gives no memory back")
     add("--on-reset", choices=("restart", "end"), help="what a reset by the guest does (default restart)")
     add("--no-rng", action="store_true", help="no virtio random number generator")
 
@@ -412,6 +419,13 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl set-memory web 256M --wait 10", "and wait until it has done so"),
         ),
         _set_memory,
+    ),
+    Command(
+        "prefault",
+        "touch all of a running machine's memory, so that the guest waits for none later",
+        "With prefault in the definition this is part of each start. ^C stops it; what was touched stays so.",
+        (("vmbusctl prefault web", "and wait until it is done"),),
+        _machine,
     ),
     Command(
         "hugepages",

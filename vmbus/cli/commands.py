@@ -240,6 +240,7 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "undefine": simple("Undefine", "undefined"),
     "memory": memory.memory,
     "set-memory": memory.set_memory,
+    "prefault": memory.prefault,
     "host": host,
 }
 
@@ -279,6 +280,9 @@ def _flags(arguments: argparse.Namespace) -> description.Flags:
         machine_type=arguments.machine_type,
         memory_kind=arguments.memory_kind,
         page_size=arguments.page_size,
+        memory_minimum=arguments.memory_minimum,
+        prefault=True if arguments.prefault else None,
+        balloon=False if arguments.no_balloon else None,
         on_reset=arguments.on_reset,
         rng=False if arguments.no_rng else None,
         disks=arguments.disk,

@@ -45,6 +45,9 @@ class Flags:
     machine_type: str | None = None
     memory_kind: str | None = None
     page_size: str | None = None
+    memory_minimum: str | None = None
+    prefault: bool | None = None
+    balloon: bool | None = None
     on_reset: str | None = None
     rng: bool | None = None
     disks: Sequence[str] = field(default_factory=tuple)
@@ -141,6 +144,9 @@ def _apply(tree: dict[str, Any], flags: Flags) -> None:
         ("machine-type", flags.machine_type),
         ("memory-kind", flags.memory_kind),
         ("page-size", flags.page_size),
+        ("memory-minimum", flags.memory_minimum),
+        ("prefault", flags.prefault),
+        ("balloon", flags.balloon),
         ("on-reset", flags.on_reset),
         ("rng", flags.rng),
     ):

@@ -93,6 +93,20 @@ async def set_memory(remote: Remote, arguments: argparse.Namespace) -> int:
     return 0
 
 
+async def prefault(remote: Remote, arguments: argparse.Namespace) -> int:
+    """Machine.Prefault, until it is done; interrupted, it is cancelled."""
+    job = await remote.prefault(await remote.find(arguments.machine))
+    try:
+        await remote.finish(job)
+    except asyncio.CancelledError:
+        with contextlib.suppress(VmbusError):
+            await remote.cancel(job)
+        raise
+    if arguments.json:
+        output.print_json({"machine": arguments.machine, "done": "touched"})
+    return 0
+
+
 async def _watched(remote: Remote, arguments: argparse.Namespace, looks: int) -> AsyncIterator[Sample]:
     """So many looks, for ever if 0, an interval apart whatever a look takes."""
     begin = time.monotonic()

@@ -160,6 +160,14 @@ class Remote:
         """Machine.SetMemoryTarget; returns when the guest has been asked."""
         await self._call(path, "Machine.SetMemoryTarget", target)
 
+    async def prefault(self, path: str) -> str:
+        """Machine.Prefault; the job's path."""
+        return str(await self._call(path, "Machine.Prefault"))
+
+    async def cancel(self, job: str) -> None:
+        """Job.Cancel; returns when everything is undone."""
+        await self._call(job, "Job.Cancel")
+
     async def host_memory(self) -> Mapping[str, Any]:
         """Host.GetMemory."""
         found: Mapping[str, Any] = await self._call(HOST, "Host.GetMemory")

@@ -20,7 +20,7 @@ import msgspec
 
 from vmbus.service.channel import Channel
 from vmbus.wire import broker as wire
-from vmbus.wire.definition import Definition, Nic, huge_page_size
+from vmbus.wire.definition import Definition, Nic, grants, huge_page_size
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.memory import Seen, Tuned
 from vmbus.wire.packet import MAX_FDS
@@ -121,13 +121,19 @@ class BrokerClient:
         """Forget that record."""
         await self._ask(lambda n: wire.Disown(id=n, uuid=uuid))
 
-    async def check(
-        self, uid: int, *, memory: int, hugepages: int, vcpus: int, grants: list[str], paths: list[str]
-    ) -> None:
-        """Raise QuotaExceeded or AccessDenied if broker.toml would not let ``uid`` have this."""
+    async def check(self, uid: int, definition: Definition, paths: list[str]) -> None:
+        """Raise QuotaExceeded or AccessDenied if broker.toml would not let ``uid`` have such a machine."""
+        memory = definition.memory
         await self._ask(
             lambda n: wire.Check(
-                id=n, uid=uid, memory=memory, hugepages=hugepages, vcpus=vcpus, grants=grants, paths=paths
+                id=n,
+                uid=uid,
+                memory=memory,
+                hugepages=memory if huge_page_size(definition) else 0,
+                locked=memory if definition.locked else 0,
+                vcpus=definition.vcpus,
+                grants=grants(definition),
+                paths=paths,
             )
         )
 
@@ -141,6 +147,7 @@ class BrokerClient:
                 vcpus=definition.vcpus,
                 memory_kind=definition.memory_kind,
                 page_size=huge_page_size(definition),
+                locked=definition.memory if definition.locked else 0,
             ),
             timeout=60,
         )

@@ -10,11 +10,12 @@ from typing import Final
 import msgspec
 
 from vmbus.service.broker_client import BrokerClient
+from vmbus.service.host import numa_nodes
 from vmbus.service.machine import Machine
 from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.wire import packet
-from vmbus.wire.definition import Definition, grants, huge_page_size, slots
+from vmbus.wire.definition import Definition, huge_page_size, slots
 from vmbus.wire.errors import VmbusError
 
 MACHINES: Final = 4096
@@ -49,16 +50,13 @@ class Definitions:
         if page and not (HUGEPAGES / f"hugepages-{page >> 10}kB").is_dir():
             text = f"this host's CPU or kernel has no pages of {definition.page_size or '2M'}"
             raise VmbusError("NotSupported", text, argument="page-size")
+        missing = set(definition.memory_nodes) - set(numa_nodes())
+        if missing:
+            text = f"this host has no memory on node {min(missing)}; the nodes with memory: {numa_nodes()}"
+            raise VmbusError("NotSupported", text, argument="memory-nodes")
         paths = {slot.path: slot.name for slot in slots(definition) if slot.path is not None}
         try:
-            await self._broker.check(
-                owner,
-                memory=definition.memory,
-                hugepages=definition.memory if page else 0,
-                vcpus=definition.vcpus,
-                grants=grants(definition),
-                paths=list(paths),
-            )
+            await self._broker.check(owner, definition, list(paths))
         except VmbusError as error:
             if error.argument != "path":
                 raise

@@ -21,6 +21,7 @@ def capabilities(*, broker: bool, polkit: bool, notes: list[str]) -> Form:
         "cpu-vendor": ("s", _cpu_vendor()),
         "cpu-count": ("u", os.cpu_count() or 1),
         "memory": ("t", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")),
+        "numa-nodes": ("au", numa_nodes()),
         "machine-types": ("as", _choices(Definition, "machine_type")),
         "memory-kinds": ("as", _choices(Definition, "memory_kind")),
         "max-vcpus": ("u", _most(Definition, "vcpus")),
@@ -32,6 +33,16 @@ def capabilities(*, broker: bool, polkit: bool, notes: list[str]) -> Form:
         "polkit": ("b", polkit),
         "notes": ("as", notes),
     }
+
+
+def numa_nodes() -> list[int]:
+    """The nodes that have memory; [0] on a host without NUMA."""
+    nodes: list[int] = []
+    for part in _read("/sys/devices/system/node/has_memory").split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            nodes += range(int(first), int(last or first) + 1)
+    return nodes or [0]
 
 
 def _field(struct: type[msgspec.Struct], name: str) -> inspect.Type:

@@ -27,6 +27,7 @@ from vmbus.service.claims import Claims
 from vmbus.service.files import PassedFile
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import CLEAN_ENDS, Machine, Run
+from vmbus.service.memory import touch
 from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.service.worker_client import WorkerClient
@@ -118,6 +119,7 @@ class Lifecycle:
             ("files", lambda: self._hand_over_files(machine, files)),
             ("network", lambda: self._connect_nics(machine)),
             ("build", lambda: machine.connection().configure(machine.uuid, machine.definition)),
+            *([("prefault", lambda: touch(machine, machine.job))] if machine.definition.prefault else []),
             ("run", lambda: self._let_go(machine, paused=paused)),
         ]
 

@@ -98,7 +98,7 @@ async def serve(options: argparse.Namespace) -> int:
     owned = Owned(notes, broker)
     lifecycle = Lifecycle(registry, broker, owned, claims, jobs)
     definitions = Definitions(registry, broker, owned)
-    memory = Memory()
+    memory = Memory(jobs)
     lifecycle.on_found = memory.found
     hugepages = HugePages(registry, broker, jobs, wanted.hugepages.persistent)
     lifecycle.on_finished.append(hugepages.machine_ended)

@@ -13,9 +13,12 @@ machine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
+from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import Machine
 from vmbus.wire.definition import has_balloon, memory_floor
 from vmbus.wire.errors import VmbusError
@@ -27,13 +30,17 @@ FOLLOW: Final = 120.0
 """Seconds for which a guest is looked at after it was given a target."""
 LOOK: Final = (0.1, 0.2, 0.5, 1.0)
 """Seconds between two looks; the last is repeated."""
+PROGRESS: Final = 0.2
+"""Seconds between two looks at how far a prefault is."""
 _GUEST_FIGURES: Final = 32
 
 
 class Memory:
     """The operations on machines' memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._touched: set[str] = set()
         self._followers: dict[str, asyncio.Task[None]] = {}
 
     async def set_target(self, machine: Machine, target: int) -> None:
@@ -43,6 +50,22 @@ class Memory:
         await machine.connection().set_memory_target(target)
         machine.set_memory(target, machine.memory_actual)
         self._follow(machine)
+
+    def prefault(self, machine: Machine) -> Job:
+        """Touch all of the machine's memory, as a job."""
+        machine.require("Prefault", "running", "paused")
+        machine.connection()
+        if machine.uuid in self._touched:
+            raise VmbusError("InvalidState", "the machine's memory is being touched already; see its job")
+        self._touched.add(machine.uuid)
+        job = self._jobs.start("prefault", machine.owner, machine.uuid, self._prefault(machine, lambda: job))
+        return job
+
+    async def _prefault(self, machine: Machine, job: Callable[[], Job]) -> None:
+        try:
+            await touch(machine, job())
+        finally:
+            self._touched.discard(machine.uuid)
 
     async def figures(self, machine: Machine) -> dict[str, Any]:
         """Machine.GetMemory: see the XML. Plain values."""
@@ -133,12 +156,35 @@ class Memory:
             looks += 1
 
 
+async def touch(machine: Machine, job: Job | None) -> None:
+    """Have the worker touch all of the machine's memory; ``job`` shows how far it is. Cancelled, it stops."""
+    worker, size = machine.connection(), machine.definition.memory
+    asking = asyncio.ensure_future(worker.prefault())
+    try:
+        while not (await asyncio.wait({asking}, timeout=PROGRESS))[0]:
+            memory = (await worker.stats()).get("memory")
+            if job is not None and isinstance(memory, dict):
+                job.progress = (_count(memory.get("prefaulted"), size), size)
+        await asking
+    except asyncio.CancelledError:
+        with contextlib.suppress(VmbusError):
+            await worker.cancel_prefault()
+            await asking
+        raise
+    finally:
+        asking.cancel()
+    if job is not None:
+        job.progress = (size, size)
+
+
 def check_target(machine: Machine, target: int) -> None:
     """Raise unless the machine may be asked to get by with ``target`` bytes."""
     definition = machine.definition
     if not has_balloon(definition):
         kind = definition.memory_kind
-        if kind in ("mergeable", "shareable"):
+        if definition.locked:
+            why = "it is locked in RAM"
+        elif kind in ("mergeable", "shareable"):
             why = "it is defined without a balloon; set balloon to true in its definition"
         else:
             why = f"{kind} memory is reserved for its machine: it cannot be ballooned, merged or swapped"

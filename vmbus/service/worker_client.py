@@ -29,6 +29,8 @@ SUPPORTED: Final = [wire.VERSION]
 """Versions beyond the lifeline that this service drives: N and N-1, when there is an N-1."""
 EVENTS: Final = 100
 """Events that are taken from a worker in a second; each is written down and sent on."""
+PREFAULT_DEADLINE: Final = 3600.0
+"""Seconds for a guest's memory to be touched: a TiB takes some minutes."""
 BUILD_DEADLINE: Final = 60.0
 """Seconds for a machine to be built: images are opened, huge pages are touched."""
 
@@ -141,6 +143,15 @@ class WorkerClient:
         """Ask the guest to get by with so many bytes."""
         self._unrestricted()
         await self._ask(lambda n: wire.MemoryTarget(id=n, bytes=target))
+
+    async def prefault(self) -> None:
+        """Touch all of the guest's memory; returns when that is done."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Prefault(id=n), timeout=PREFAULT_DEADLINE)
+
+    async def cancel_prefault(self) -> None:
+        """Stop that."""
+        await self._ask(lambda n: wire.CancelPrefault(id=n))
 
     def close(self) -> None:
         """Close the connection and the files."""

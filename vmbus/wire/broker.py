@@ -60,6 +60,7 @@ class Check(_Request, tag="check", frozen=True, kw_only=True):
     memory: int = 0  # bytes, 0: not asked
     vcpus: int = 0
     hugepages: int = 0  # bytes of memory that are huge pages
+    locked: int = 0  # bytes of memory that are never swapped
     grants: list[str] = []  # tables of broker.toml: bridges.NAME, user-network
     paths: list[str] = []
 
@@ -81,6 +82,7 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     page_size: Literal[0, 0x200000, 0x40000000] = 0  # bytes; not 0 for huge memory
     kind: Literal["worker", "passt"] = "worker"
     slot: SlotName = "-"  # of a helper
+    locked: Annotated[int, Meta(ge=0)] = 0  # bytes of memory that the worker may lock
 
     @property
     def hugepages(self) -> int:

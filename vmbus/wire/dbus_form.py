@@ -101,6 +101,8 @@ def _build(value: object, info: inspect.Type, name: str) -> tuple[str, Any]:
     if isinstance(value, str):
         return "s", value
     assert isinstance(value, list) and isinstance(info, inspect.ListType)
+    if isinstance(info.item_type, inspect.IntType):
+        return "au", value
     return "aa{sv}", [build(item) for item in value]
 
 
@@ -228,6 +230,10 @@ def _check_memory(definition: Definition) -> None:
         raise _bad(
             "page-size", f"is for memory-kind huge; a machine's memory is one kind, and this is {kind}"
         )
+    if page and definition.locked:
+        raise _bad("locked", "huge memory is never swapped; leave it out")
+    if len(set(definition.memory_nodes)) < len(definition.memory_nodes):
+        raise _bad("memory-nodes", "a node is there twice")
     if page and definition.memory % page:
         size = definition.page_size or "2M"
         raise _bad("memory", f"{definition.memory} is not a multiple of {page}, a page of {size}")

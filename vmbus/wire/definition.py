@@ -99,6 +99,9 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     nics: Annotated[list[Nic], Meta(max_length=16)] = []
     rng: bool = True
     balloon: bool = True  # virtio-balloon; see ``has_balloon``
+    prefault: bool = False  # memory is touched before the guest runs
+    locked: bool = False  # memory is never swapped; broker.toml says who may
+    memory_nodes: Annotated[list[Annotated[int, Meta(ge=0, lt=1024)]], Meta(max_length=64)] = []  # NUMA
     memory_minimum: Annotated[int, Meta(ge=0, le=MEMORY_MOST, multiple_of=MIB)] = 0  # see ``memory_floor``
     on_reset: Literal["restart", "end"] = "restart"
 
@@ -111,8 +114,8 @@ def huge_page_size(definition: Definition) -> Literal[0, 0x200000, 0x40000000]:
 
 
 def has_balloon(definition: Definition) -> bool:
-    """Whether the machine has a balloon: not when its memory is reserved for it."""
-    return definition.balloon and definition.memory_kind in ("mergeable", "shareable")
+    """Whether the machine has a balloon: not when its memory is reserved for it, or has to stay."""
+    return definition.balloon and not definition.locked and definition.memory_kind != "huge"
 
 
 def memory_floor(definition: Definition) -> int:

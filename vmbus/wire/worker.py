@@ -54,6 +54,7 @@ class Configure(_Request, tag="configure", frozen=True, kw_only=True):
 
     uuid: str
     definition: Definition
+    merge: bool = True  # offer mergeable memory to KSM
 
 
 class Run(_Request, tag="run", frozen=True, kw_only=True):
@@ -100,6 +101,14 @@ class MemoryTarget(_Request, tag="memory-target", frozen=True, kw_only=True):
     bytes: Annotated[int, Meta(ge=0)]
 
 
+class Prefault(_Request, tag="prefault", frozen=True, kw_only=True):
+    """Touch all of the guest's memory. Result when that is done; Stats shows how far it is."""
+
+
+class CancelPrefault(_Request, tag="cancel-prefault", frozen=True, kw_only=True):
+    """Stop that: its result is Cancelled. No error if there is nothing to stop."""
+
+
 Request = (
     Hello
     | Ack
@@ -114,6 +123,8 @@ Request = (
     | Console
     | Stats
     | MemoryTarget
+    | Prefault
+    | CancelPrefault
 )
 
 

@@ -30,10 +30,12 @@ from vmbus.wire.worker import (
     VERSION,
     Ack,
     AddFile,
+    CancelPrefault,
     Configure,
     Console,
     Hello,
     MemoryTarget,
+    Prefault,
     Request,
     Result,
     Run,
@@ -56,7 +58,7 @@ _deliveries = msgspec.msgpack.Decoder(Delivery)
 _requests = msgspec.msgpack.Decoder(Request)
 
 # What an older or newer service, with which only the lifeline is shared, may not ask.
-_BEYOND_LIFELINE = (AddFile, Configure, Run, Stats, MemoryTarget)
+_BEYOND_LIFELINE = (AddFile, Configure, Run, Stats, MemoryTarget, Prefault, CancelPrefault)
 
 
 class Desk(Protocol):

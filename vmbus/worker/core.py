@@ -37,6 +37,8 @@ OPERATIONS: Final = {
     "stop": 5,
     "stats": 6,
     "memory-target": 7,
+    "prefault": 8,
+    "cancel-prefault": 9,
 }
 
 
@@ -110,10 +112,13 @@ def narrow(role: str) -> None:
     call(lib.vmbus_sandbox_narrow(ROLES[role]))
 
 
-def configuration(uuid: str, definition: Definition, files: Files, *, kvm: int, console: int) -> bytes:
+def configuration(
+    uuid: str, definition: Definition, files: Files, *, kvm: int, console: int, merge: bool = True
+) -> bytes:
     """The core's ``Config`` (native/vmm/src/config.rs) as JSON: the definition, each file by its fd.
 
-    Raises InvalidArgument for a slot that is not filled. All the slots that it names, ``kvm`` and ``console``
+    ``merge``: whether mergeable memory is offered to KSM. Raises InvalidArgument for a slot that is not
+    filled. All the slots that it names, ``kvm`` and ``console``
     belong to the core once the bytes are given to it.
     """
     kernel: dict[str, Any] = {"fd": files.one("kernel"), "cmdline": definition.kernel.cmdline}
@@ -160,6 +165,9 @@ def configuration(uuid: str, definition: Definition, files: Files, *, kvm: int, 
         ],
         "rng": definition.rng,
         "balloon": has_balloon(definition),
+        "merge": merge and definition.memory_kind == "mergeable",
+        "locked": definition.locked,
+        "memory_nodes": definition.memory_nodes,
         "on_reset": definition.on_reset,
     }
     if any(slot.name == "initrd" for slot in slots(definition)):

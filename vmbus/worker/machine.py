@@ -4,9 +4,9 @@
 | state | comes from | requests |
 |---|---|---|
 | ready | the start | AddFile, Configure, Console, Stop |
-| configured | Configure, once built | Run, Console, Stop, Stats, MemoryTarget |
-| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, MemoryTarget, Console |
-| paused | Pause | Resume, Reset, Stop, Stats, MemoryTarget, Console |
+| configured | Configure, once built | Run, Console, Stop, Stats, and what is about memory |
+| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory |
+| paused | Pause | Resume, Reset, Stop, Stats, Console, memory |
 | ended | the guest, Stop, an error, a build that failed | none |
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
@@ -23,10 +23,12 @@ from typing import Final
 
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.worker import (
+    CancelPrefault,
     Configure,
     Console,
     MemoryTarget,
     Pause,
+    Prefault,
     Request,
     Reset,
     Resume,
@@ -57,6 +59,8 @@ _OPERATIONS: Final[dict[type, tuple[str, frozenset[str]]]] = {
     Stop: ("stop", frozenset({"configured", "running", "paused"})),
     Stats: ("stats", frozenset({"configured", "running", "paused"})),
     MemoryTarget: ("memory-target", frozenset({"configured", "running", "paused"})),
+    Prefault: ("prefault", frozenset({"configured", "running", "paused"})),
+    CancelPrefault: ("cancel-prefault", frozenset({"configured", "running", "paused"})),
 }
 
 
@@ -123,7 +127,12 @@ class Machine:
             raise VmbusError("InvalidState", "the machine is configured already")
         definition = request.definition
         config = configuration(
-            request.uuid, definition, self._files, kvm=self._kvm, console=self._console_end
+            request.uuid,
+            definition,
+            self._files,
+            kvm=self._kvm,
+            console=self._console_end,
+            merge=request.merge,
         )
         self._files.hand_over(named_slots(definition))
         self._files.seal()

@@ -78,7 +78,7 @@ unsafe fn handle<'a>(machine: *mut VmbusMachine) -> Result<&'a mut VmbusMachine,
 }
 
 /// Asks for something: 0 run, 1 pause, 2 resume, 3 power button, 4 reset, 5 stop, 6 stats,
-/// 7 memory target of `argument` bytes (the others have no argument: 0). The answer is an event with the same `id`.
+/// 7 memory target of `argument` bytes (the others have no argument: 0), 8 prefault, 9 cancel prefault. The answer is an event with the same `id`.
 ///
 /// # Safety
 /// `machine` is a handle that is not freed and not in use by another thread.
@@ -99,11 +99,13 @@ pub unsafe extern "C" fn vmbus_machine_request(
             5 => Request::Stop,
             6 => Request::Stats,
             7 => Request::MemoryTarget(argument),
+            8 => Request::Prefault,
+            9 => Request::CancelPrefault,
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
                     "operation",
-                    format!("operation {operation} is none of 0 (run) to 7 (memory target)"),
+                    format!("operation {operation} is none of 0 (run) to 9 (cancel prefault)"),
                 ))
             }
         };

@@ -268,6 +268,9 @@ fn build(allowed: &mut Allowed) -> Result<(), Error> {
         libc::SYS_epoll_create1,
         libc::SYS_timerfd_create,
         libc::SYS_timerfd_gettime,
+        // Where the guest's memory is and that it stays there; RLIMIT_MEMLOCK is the broker's.
+        libc::SYS_mbind,
+        libc::SYS_mlock2,
     ]);
     allowed.one_of(
         libc::SYS_fcntl,

@@ -610,6 +610,8 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
         ),
         ("seccomp", libc::SYS_seccomp, [1, 0, 0, 0, 0, 0], &[]),
         ("madvise", libc::SYS_madvise, [BAD; 6], &EVERY),
+        ("mlock2", libc::SYS_mlock2, [BAD; 6], &[]),
+        ("mbind", libc::SYS_mbind, [BAD; 6], &[]),
         ("write", libc::SYS_write, [BAD; 6], &EVERY),
         ("futex", libc::SYS_futex, [BAD; 6], &EVERY),
         ("sendto", libc::SYS_sendto, [BAD, 0, 0, 0, 0, 0], &EVERY),

@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::error::{Error, Kind, Result};
 use crate::layout;
+use crate::memory::Plan;
 
 /// The machine type that this crate builds.
 pub const MACHINE_TYPE: &str = "vmbus-0";
@@ -20,6 +21,8 @@ pub const VCPUS_MAX: u8 = 16;
 pub const MEMORY_MIN: u64 = 4 << 20;
 /// The greatest: low RAM and what fits between 4 GiB and the 64-bit MMIO window.
 pub const MEMORY_MAX: u64 = layout::LOW_RAM_MAX + (layout::HIGH_RAM_END - layout::HIGH_RAM_START);
+/// NUMA nodes are numbered below this.
+pub const NODES_MAX: u16 = 1024;
 /// The longest kernel command line, without its NUL.
 pub const CMDLINE_MAX: usize = 2047;
 
@@ -41,6 +44,15 @@ pub struct Config {
     /// For `shareable` and `huge`: a sealed memfd of at least `memory` bytes.
     #[serde(default)]
     pub memory_fd: Option<RawFd>,
+    /// Mergeable memory is offered to KSM; without this it only could be.
+    #[serde(default)]
+    pub merge: bool,
+    /// Memory stays in RAM once it is touched, within RLIMIT_MEMLOCK.
+    #[serde(default)]
+    pub locked: bool,
+    /// NUMA nodes that memory comes from, and no others; none: wherever the kernel takes it.
+    #[serde(default)]
+    pub memory_nodes: Vec<u16>,
     /// `host` or the name of a model; see `cpu::model`.
     pub cpu_model: String,
     /// `/dev/kvm`; closed once the machine is built.
@@ -74,7 +86,7 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "lowercase")]
 pub enum MemoryKind {
-    /// Private and anonymous, offered to KSM.
+    /// Private and anonymous, such as KSM can merge.
     #[default]
     Mergeable,
     /// A sealed memfd, for helpers in other processes.
@@ -279,6 +291,24 @@ impl Config {
                 ))
             }
         }
+        if self.merge && self.memory_kind != MemoryKind::Mergeable {
+            return Err(Error::invalid(
+                "merge",
+                "KSM merges private memory only; make it mergeable",
+            ));
+        }
+        if self.balloon && self.locked {
+            return Err(Error::invalid(
+                "balloon",
+                "locked memory stays where it is; a balloon could give nothing back",
+            ));
+        }
+        if let Some(node) = self.memory_nodes.iter().find(|node| **node >= NODES_MAX) {
+            return Err(Error::invalid(
+                "memory_nodes",
+                format!("{node} is not below {NODES_MAX}"),
+            ));
+        }
         if self.balloon && self.memory_kind == MemoryKind::Huge {
             return Err(Error::invalid(
                 "balloon",
@@ -315,6 +345,17 @@ impl Config {
         }
         let number = u128::from_str_radix(&digits, 16).map_err(|_| wrong())?;
         Ok(number.to_be_bytes())
+    }
+
+    /// How the guest's memory is made.
+    pub fn memory_plan(&self) -> Plan {
+        Plan {
+            kind: self.memory_kind,
+            memory: self.memory,
+            merge: self.merge,
+            locked: self.locked,
+            nodes: self.memory_nodes.clone(),
+        }
     }
 
     fn fds(&self) -> Vec<(String, RawFd)> {
@@ -440,6 +481,12 @@ mod tests {
             (r#"{"machine_type": "vmbus-9"}"#, "machine_type"),
             (r#"{"memory_kind": "huge"}"#, "memory_fd"),
             (r#"{"memory_fd": 9}"#, "memory_fd"),
+            (
+                r#"{"memory_kind": "shareable", "memory_fd": 9, "merge": true}"#,
+                "merge",
+            ),
+            (r#"{"locked": true, "balloon": true}"#, "balloon"),
+            (r#"{"memory_nodes": [0, 1024]}"#, "memory_nodes"),
             (
                 r#"{"memory_kind": "huge", "memory_fd": 9, "balloon": true}"#,
                 "balloon",

@@ -8,7 +8,8 @@
 //! | paused | – | – | running | pressed | reset, paused | ended | as running, then paused | ended |
 //! | ended | – | – | – | – | – | – | | |
 //!
-//! "–" is answered with InvalidState; Stats is answered in every state, MemoryTarget in all but the last. A cause that was raised before a
+//! "–" is answered with InvalidState; Stats is answered in every state, MemoryTarget, Prefault and CancelPrefault in all but the
+//! last. A cause that was raised before a
 //! reset is stale and forgotten. Besides, this thread moves the console's bytes.
 
 use std::os::fd::RawFd;
@@ -28,6 +29,7 @@ use crate::error::{Error, Kind, Result};
 use crate::hotplug::Hotplug;
 use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request, Slot};
 use crate::platform::Platform;
+use crate::prefault::Prefault;
 use crate::thread::{self, panic_message, Role, ThreadHook};
 use crate::virtio::balloon::Balloon;
 
@@ -94,6 +96,7 @@ pub(crate) struct Control {
     devices: Vec<Arc<dyn Device>>,
     hotplug: Hotplug,
     balloon: Option<Arc<Balloon>>,
+    prefault: Prefault,
     platform: Platform,
     on_reset: OnReset,
     state: State,
@@ -107,11 +110,12 @@ impl Control {
         gate: Arc<Gate>,
         vcpus: VcpuThreads,
         devices: (Vec<Arc<dyn Device>>, Hotplug),
-        balloon: Option<Arc<Balloon>>,
+        memory: (Option<Arc<Balloon>>, Prefault),
         platform: Platform,
         on_reset: OnReset,
     ) -> Control {
         let (devices, hotplug) = devices;
+        let (balloon, prefault) = memory;
         Control {
             mailbox,
             gate,
@@ -119,6 +123,7 @@ impl Control {
             devices,
             hotplug,
             balloon,
+            prefault,
             platform,
             on_reset,
             state: State::Built,
@@ -157,6 +162,7 @@ impl Control {
             }
             while let Some(mail) = self.mailbox.inbox.pop() {
                 match mail {
+                    Mail::Request(id, Request::Prefault) => self.begin_prefault(id),
                     Mail::Request(id, request) => {
                         let result = self.carry_out(request);
                         self.tell(Event::Done { id, result });
@@ -178,7 +184,9 @@ impl Control {
     }
 
     fn carry_out(&mut self, request: Request) -> Result<String> {
-        use Request::{MemoryTarget, Pause, PowerButton, Reset, Resume, Run, Stats, Stop};
+        use Request::{
+            CancelPrefault, MemoryTarget, Pause, PowerButton, Reset, Resume, Run, Stats, Stop,
+        };
         use State::{Built, Paused, Running};
         match (request, self.state) {
             (Stats, _) => return Ok(self.stats()),
@@ -200,6 +208,7 @@ impl Control {
             (PowerButton, Running | Paused) => self.platform.pm.press_power_button(),
             (Reset, Running | Paused) => self.reset_or_end()?,
             (MemoryTarget(bytes), Built | Running | Paused) => self.set_memory_target(bytes)?,
+            (CancelPrefault, Built | Running | Paused) => self.prefault.cancel(),
             (Stop, Built | Running | Paused) => self.end(EndReason::Stopped, String::new()),
             (request, state) => {
                 return Err(Error::new(
@@ -247,6 +256,24 @@ impl Control {
                 device: id,
                 detail: detail.unwrap_or_default(),
             });
+        }
+    }
+
+    /// The answer comes from the thread that finishes it.
+    fn begin_prefault(&self, id: u64) {
+        let begun = if self.state == State::Ended {
+            let message = "there is no memory to touch: the machine is at its end";
+            Err(Error::new(Kind::InvalidState, "", message))
+        } else {
+            let mailbox = Arc::clone(&self.mailbox);
+            self.prefault.begin(Box::new(move |result| {
+                let result = result.map(|bytes| json!({ "bytes": bytes }).to_string());
+                mailbox.outbox.push(Event::Done { id, result });
+            }))
+        };
+        if let Err(error) = begun {
+            let result = Err(error);
+            self.tell(Event::Done { id, result });
         }
     }
 
@@ -331,6 +358,7 @@ impl Control {
         if self.state == State::Ended {
             return;
         }
+        self.prefault.cancel();
         let mut trouble = Vec::new();
         if self.state != State::Paused {
             trouble.extend(self.stand_still().err());
@@ -383,6 +411,7 @@ impl Control {
             "resets": self.resets,
             "vcpus": vcpus,
             "console": { "written": written, "read": read },
+            "memory": { "prefaulted": self.prefault.done() },
             "devices": devices,
         })
         .to_string()

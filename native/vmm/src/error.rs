@@ -28,6 +28,8 @@ pub enum Kind {
     Unavailable,
     /// The other side went away before it answered: the machine ended.
     Disconnected,
+    /// It was told to stop.
+    Cancelled,
     /// A bug of ours.
     Internal,
 }
@@ -45,6 +47,7 @@ impl Kind {
             Kind::NotSupported => "NotSupported",
             Kind::Unavailable => "Unavailable",
             Kind::Disconnected => "Disconnected",
+            Kind::Cancelled => "Cancelled",
             Kind::Internal => "Internal",
         }
     }

@@ -39,6 +39,7 @@ pub mod net;
 pub mod nics;
 pub mod pci;
 pub mod platform;
+pub mod prefault;
 pub mod slots;
 pub mod thread;
 pub mod virtio;

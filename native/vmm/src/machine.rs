@@ -9,6 +9,7 @@
 //! | control | 1 | requests, causes, the console's bytes (`control.rs`) |
 //! | block-N | one an I/O ring | disks (`block.rs`) |
 //! | network | one, if there are interfaces | their frames (`net.rs`) |
+//! | memory-N | one to four | touch memory before the guest does (`prefault.rs`) |
 //! | balloon | one, if there is a balloon | memory that the guest gives back (`balloon.rs`) |
 //!
 //! All are started within [`Machine::build`], by its caller's thread, and each narrows itself first thing by the hook.
@@ -53,6 +54,7 @@ use crate::pci::host::HostBridge;
 use crate::pci::root::Root;
 use crate::pci::{Function, KvmWiring};
 use crate::platform::{self, Legacy, Platform, Start};
+use crate::prefault::Prefault;
 use crate::slots::{self, Source, View};
 use crate::thread::{self, Role, ThreadHook};
 use crate::virtio::balloon::Balloon;
@@ -93,7 +95,7 @@ impl Machine {
         // SAFETY: the fd is ours, and is given away.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let fd = create_vm(&kvm)?;
-        let ram = memory::create(config.memory_kind, config.memory, memory_file)?;
+        let ram = memory::create(&config.memory_plan(), memory_file)?;
         platform::create_irqchip(&fd)?;
         let vm = Vm::new(fd, ram)?;
         memory::register(&vm.slots, &vm.memory, config.memory)?;
@@ -135,6 +137,7 @@ impl Machine {
             rng: config.rng,
             balloon: balloon.clone(),
         };
+        let prefault = Prefault::new(Arc::clone(&board.memory), &hook)?;
         let host = Arc::clone(&board.host);
         let devices = devices::assemble(board, parts, rings, &hook)?;
         // Firmware begins with PAM as after power-on, a kernel as firmware leaves it.
@@ -183,7 +186,7 @@ impl Machine {
             gate,
             vcpus,
             (devices.list, devices.hotplug),
-            balloon,
+            (balloon, prefault),
             platform,
             config.on_reset,
         );

@@ -33,6 +33,10 @@ pub enum Request {
     Stats,
     /// Ask the guest to get by with so many bytes of its memory.
     MemoryTarget(u64),
+    /// Touch all of the guest's memory; answered when that is done, with the bytes.
+    Prefault,
+    /// Stop doing that.
+    CancelPrefault,
 }
 
 /// Why a machine ended; the names are those of `vmbus/wire/worker.py`.

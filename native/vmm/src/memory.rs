@@ -14,8 +14,8 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use crate::config::MemoryKind;
-use crate::error::{Error, Result};
+use crate::config::{MemoryKind, NODES_MAX};
+use crate::error::{Error, Kind, Result};
 use crate::layout;
 use crate::slots::{self, Slots, Source, View};
 
@@ -25,11 +25,41 @@ pub fn split(memory: u64) -> (u64, u64) {
     (low, memory.saturating_sub(low))
 }
 
+/// How the guest's RAM is made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Where its pages come from.
+    pub kind: MemoryKind,
+    /// Bytes.
+    pub memory: u64,
+    /// Offered to KSM.
+    pub merge: bool,
+    /// Pages stay once they are there.
+    pub locked: bool,
+    /// NUMA nodes that pages come from; empty for any.
+    pub nodes: Vec<u16>,
+}
+
+impl Plan {
+    /// Memory of a kind, neither offered to KSM nor locked nor bound.
+    pub fn of(kind: MemoryKind, memory: u64) -> Plan {
+        Plan {
+            kind,
+            memory,
+            merge: false,
+            locked: false,
+            nodes: Vec::new(),
+        }
+    }
+}
+
 /// Makes the guest's RAM.
 ///
 /// # Errors
-/// `InvalidArgument` for a file that is too short; `Unavailable` when there is no memory.
-pub fn create(kind: MemoryKind, memory: u64, file: Option<OwnedFd>) -> Result<GuestMemoryMmap> {
+/// `InvalidArgument` for a file that is too short, or nodes that the host lacks; `AccessDenied` when it may not be
+/// locked; `Unavailable` when there is no memory.
+pub fn create(plan: &Plan, file: Option<OwnedFd>) -> Result<GuestMemoryMmap> {
+    let memory = plan.memory;
     let file = file.map(File::from);
     if let Some(file) = &file {
         let len = file
@@ -45,16 +75,16 @@ pub fn create(kind: MemoryKind, memory: u64, file: Option<OwnedFd>) -> Result<Gu
         }
     }
     let (low, high) = split(memory);
-    let mut regions = vec![region(kind, &file, 0, low, 0)?];
+    let mut regions = vec![region(plan, &file, 0, low, 0)?];
     if high > 0 {
-        regions.push(region(kind, &file, low, high, layout::HIGH_RAM_START)?);
+        regions.push(region(plan, &file, low, high, layout::HIGH_RAM_START)?);
     }
     GuestMemoryMmap::from_regions(regions)
         .map_err(|e| Error::internal(format!("the memory map: {e}")))
 }
 
 fn region(
-    kind: MemoryKind,
+    plan: &Plan,
     file: &Option<File>,
     offset: u64,
     size: u64,
@@ -78,9 +108,21 @@ fn region(
         .map_err(|e| Error::kernel("mmap of the guest's memory", e))?;
     advise(&mapping, libc::MADV_DONTFORK)?;
     advise(&mapping, libc::MADV_DONTDUMP)?;
-    if kind == MemoryKind::Mergeable {
-        // A kernel without KSM refuses (EINVAL): the machine only misses the saving.
-        let _ = advise(&mapping, libc::MADV_MERGEABLE);
+    // What a kernel without KSM, or without huge pages in shmem, refuses (EINVAL) the machine only misses.
+    match plan.kind {
+        MemoryKind::Mergeable if plan.merge => {
+            let _ = advise(&mapping, libc::MADV_MERGEABLE);
+        }
+        MemoryKind::Shareable => {
+            let _ = advise(&mapping, libc::MADV_HUGEPAGE);
+        }
+        MemoryKind::Mergeable | MemoryKind::Huge => {}
+    }
+    if !plan.nodes.is_empty() {
+        bind(&mapping, &plan.nodes)?;
+    }
+    if plan.locked {
+        lock(&mapping)?;
     }
     GuestRegionMmap::new(mapping, GuestAddress(address))
         .ok_or_else(|| Error::internal("a memory region wraps around"))
@@ -94,6 +136,64 @@ fn advise(mapping: &MmapRegion, advice: libc::c_int) -> Result<()> {
         Ok(())
     } else {
         Err(Error::kernel("madvise", std::io::Error::last_os_error()))
+    }
+}
+
+/// From now on its pages come from these NUMA nodes only (mbind(2)). Before anything is touched.
+fn bind(mapping: &MmapRegion, nodes: &[u16]) -> Result<()> {
+    let mut mask = [0u64; NODES_MAX as usize / 64];
+    for node in nodes {
+        if let Some(word) = mask.get_mut(usize::from(*node) / 64) {
+            *word |= 1 << (node % 64);
+        }
+    }
+    // SAFETY: the range is one mapping of ours; the mask has as many bits as are said, and one more, as the kernel
+    // wants it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            mapping.as_ptr(),
+            mapping.size(),
+            libc::MPOL_BIND,
+            mask.as_ptr(),
+            u64::from(NODES_MAX) + 1,
+            0,
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EINVAL) => Err(Error::invalid(
+            "memory_nodes",
+            format!("the host has no memory on any of the nodes {nodes:?}"),
+        )),
+        _ => Err(Error::kernel("mbind of the guest's memory", error)),
+    }
+}
+
+/// Its pages stay in RAM once they are there (mlock2(2), MLOCK_ONFAULT).
+fn lock(mapping: &MmapRegion) -> Result<()> {
+    // SAFETY: the range is one mapping of ours, and its contents do not change.
+    let result = unsafe {
+        libc::mlock2(
+            mapping.as_ptr().cast(),
+            mapping.size(),
+            libc::MLOCK_ONFAULT as _,
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::ENOMEM) => Err(Error::new(
+            Kind::AccessDenied,
+            "locked",
+            "RLIMIT_MEMLOCK allows less than the machine's memory to be locked",
+        )),
+        _ => Err(Error::kernel("mlock2 of the guest's memory", error)),
     }
 }
 
@@ -231,7 +331,7 @@ mod tests {
     #[test]
     fn a_file_that_is_too_short_is_refused() {
         let file = tempfile(1 << 20);
-        let error = create(MemoryKind::Shareable, 4 << 20, Some(file)).unwrap_err();
+        let error = create(&Plan::of(MemoryKind::Shareable, 4 << 20), Some(file)).unwrap_err();
         assert_eq!(error.argument, "memory_fd");
     }
 
@@ -241,7 +341,7 @@ mod tests {
         use vm_memory::Bytes;
         let file = tempfile(4 << 20);
         let other = File::from(file.try_clone().unwrap());
-        let memory = create(MemoryKind::Shareable, 4 << 20, Some(file)).unwrap();
+        let memory = create(&Plan::of(MemoryKind::Shareable, 4 << 20), Some(file)).unwrap();
         memory
             .write_obj(0x1234_u16, GuestAddress(0x20_0000))
             .unwrap();
@@ -257,7 +357,7 @@ mod tests {
             (MemoryKind::Mergeable, None),
             (MemoryKind::Shareable, Some(tempfile(4 << 20))),
         ] {
-            let memory = create(kind, 4 << 20, file).unwrap();
+            let memory = create(&Plan::of(kind, 4 << 20), file).unwrap();
             let fill = |from: u64| {
                 memory
                     .write_slice(&[7; 0x4000], GuestAddress(from))
@@ -302,19 +402,72 @@ mod tests {
         panic!("no mapping at {address:#x}");
     }
 
+    fn flags_of(plan: &Plan, file: Option<OwnedFd>) -> Vec<String> {
+        let memory = create(plan, file).unwrap();
+        flags(memory.get_host_address(GuestAddress(0)).unwrap() as u64)
+    }
+
     #[test]
-    fn only_mergeable_memory_is_offered_to_ksm_and_none_goes_to_children_or_dumps() {
+    fn only_what_is_to_be_merged_is_offered_to_ksm_and_none_goes_to_children_or_dumps() {
         let ksm = std::path::Path::new("/sys/kernel/mm/ksm").exists();
-        for (kind, file, mergeable) in [
-            (MemoryKind::Mergeable, None, ksm),
-            (MemoryKind::Shareable, Some(tempfile(4 << 20)), false),
+        for (kind, merge, mergeable) in [
+            (MemoryKind::Mergeable, true, ksm),
+            (MemoryKind::Mergeable, false, false),
+            (MemoryKind::Shareable, false, false),
         ] {
-            let memory = create(kind, 4 << 20, file).unwrap();
-            let flags = flags(memory.get_host_address(GuestAddress(0)).unwrap() as u64);
+            let file = (kind == MemoryKind::Shareable).then(|| tempfile(4 << 20));
+            let merge = Plan {
+                merge,
+                ..Plan::of(kind, 4 << 20)
+            };
+            let flags = flags_of(&merge, file);
             let has = |flag: &str| flags.iter().any(|f| f == flag);
             assert_eq!(has("mg"), mergeable, "{kind:?}: {flags:?}");
             assert!(has("dc") && has("dd"), "{kind:?}: {flags:?}");
         }
+        let merged_process = std::fs::read_to_string("/proc/self/ksm_stat").unwrap_or_default();
+        assert!(
+            !merged_process.contains("ksm_merge_any: yes"),
+            "never the whole process"
+        );
+    }
+
+    #[test]
+    fn shareable_memory_asks_for_huge_pages() {
+        let thp =
+            std::path::Path::new("/sys/kernel/mm/transparent_hugepage/shmem_enabled").exists();
+        let plan = Plan::of(MemoryKind::Shareable, 4 << 20);
+        let flags = flags_of(&plan, Some(tempfile(4 << 20)));
+        assert_eq!(flags.iter().any(|flag| flag == "hg"), thp, "{flags:?}");
+    }
+
+    #[test]
+    fn locked_memory_stays_and_beyond_the_limit_it_is_refused() {
+        let plan = Plan {
+            locked: true,
+            ..Plan::of(MemoryKind::Mergeable, 4 << 20)
+        };
+        let flags = flags_of(&plan, None);
+        assert!(flags.iter().any(|flag| flag == "lo"), "{flags:?}");
+    }
+
+    #[test]
+    fn memory_is_bound_to_nodes_that_there_are() {
+        let plan = |nodes| Plan {
+            nodes,
+            ..Plan::of(MemoryKind::Mergeable, 4 << 20)
+        };
+        let memory = create(&plan(vec![0]), None).unwrap();
+        let address = memory.get_host_address(GuestAddress(0)).unwrap() as usize;
+        let maps = std::fs::read_to_string("/proc/self/numa_maps").unwrap_or_default();
+        if let Some(line) = maps
+            .lines()
+            .find(|line| line.starts_with(&format!("{address:x} ")))
+        {
+            assert!(line.contains("bind:0"), "{line}");
+        }
+        let error = create(&plan(vec![1023]), None).unwrap_err();
+        assert_eq!(error.argument, "memory_nodes");
     }
 
     fn tempfile(len: u64) -> OwnedFd {

@@ -43,17 +43,13 @@ def look_up(uid: int, text: bytes, survey: Survey) -> Rights:
     gids = os.getgrouplist(entry.pw_name, entry.pw_gid)
     groups = [name for name in granted.group_names() if _gid(name) in gids]
     account = policy.Account(entry.pw_name, entry.pw_dir, groups)
-    memory, vcpus, machines, hugepages = granted.limits(account)
     return Rights(
         uid=uid,
         name=entry.pw_name,
         gids=[entry.pw_gid, *gids],
         prefixes=granted.prefixes(account),
         grants=granted.grants(account),
-        memory=memory,
-        vcpus=vcpus,
-        machines=machines,
-        hugepages=hugepages,
+        limits=granted.limits(account),
     )
 
 

@@ -65,6 +65,7 @@ class QuotaFor(_Whom, frozen=True, kw_only=True):
     vcpus: int | None = None
     machines: int | None = None
     hugepages: Size | None = None
+    locked: Size | None = None
 
 
 class Quota(_Strict, frozen=True, kw_only=True, rename={"exceptions": "for"}):
@@ -74,6 +75,7 @@ class Quota(_Strict, frozen=True, kw_only=True, rename={"exceptions": "for"}):
     vcpus: int = 8
     machines: int = 8
     hugepages: Size = "0"
+    locked: Size = "0"
     exceptions: list[QuotaFor] = []
 
 
@@ -144,16 +146,17 @@ class Policy(_Strict, frozen=True, kw_only=True, rename={"user_network": "user-n
             granted = [prefix for prefix in granted if "{home}" not in prefix]
         return [p.replace("{user}", account.name).replace("{home}", account.home) for p in granted]
 
-    def limits(self, account: Account) -> tuple[int, int, int, int]:
-        """Memory in bytes, vCPUs, machines, bytes of huge pages: the first exception that fits, and the
-        general limits."""
+    def limits(self, account: Account) -> list[int]:
+        """Memory in bytes, vCPUs, machines, bytes of huge pages and of locked memory: the first exception
+        that fits, and the general limits."""
         chosen = next((entry for entry in self.quota.exceptions if entry.fits(account)), QuotaFor())
-        return (
+        return [
             size(chosen.memory or self.quota.memory),
             self.quota.vcpus if chosen.vcpus is None else chosen.vcpus,
             self.quota.machines if chosen.machines is None else chosen.machines,
             size(chosen.hugepages or self.quota.hugepages),
-        )
+            size(chosen.locked or self.quota.locked),
+        ]
 
 
 def load(text: bytes) -> Policy:

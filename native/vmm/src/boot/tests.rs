@@ -31,7 +31,8 @@ fn boot(kernel: &[u8]) -> Boot {
 }
 
 fn ram() -> GuestMemoryMmap {
-    crate::memory::create(MemoryKind::Mergeable, MEMORY, None).unwrap()
+    let plan = crate::memory::Plan::of(MemoryKind::Mergeable, MEMORY);
+    crate::memory::create(&plan, None).unwrap()
 }
 
 fn put(bytes: &mut [u8], at: usize, value: &[u8]) {

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
-use vmbus_vmm::{EndReason, Kind, Request};
+use vmbus_vmm::{EndReason, Event, Kind, Request};
 
 use crate::{build, requires_kvm, run, Running};
 
@@ -181,4 +181,52 @@ fn a_target_that_cannot_be_is_refused() {
     let mut guest = build("idle", json!({})).unwrap();
     let error = guest.ask(Request::MemoryTarget(MEMORY)).0.unwrap_err();
     assert_eq!(error.kind, Kind::NotSupported);
+}
+
+#[test]
+fn memory_is_touched_before_the_guest_runs_or_while_it_does() {
+    requires_kvm!();
+    let (fd, file) = memory_file(MEMORY);
+    let config = json!({ "memory_kind": "shareable", "memory_fd": fd });
+    let mut guest = build("idle", config).unwrap();
+    assert!(held(&file) < 8 * MIB);
+    let (result, _) = guest.ask(Request::Prefault);
+    assert_eq!(result.unwrap(), json!({ "bytes": MEMORY }).to_string());
+    assert_eq!(held(&file), MEMORY);
+    guest.must(Request::Run);
+    guest.until("idle");
+    guest.must(Request::CancelPrefault);
+    let (again, _) = guest.ask(Request::Prefault);
+    assert_eq!(again.unwrap(), json!({ "bytes": MEMORY }).to_string());
+    guest.must(Request::Stop);
+    let error = guest.ask(Request::Prefault).0.unwrap_err();
+    assert_eq!(error.kind, Kind::InvalidState);
+}
+
+#[test]
+fn touching_is_given_up_when_it_is_cancelled_or_the_machine_ends() {
+    requires_kvm!();
+    for end in [Request::CancelPrefault, Request::Stop] {
+        let mut guest = build("idle", json!({ "memory": 1u64 << 30 })).unwrap();
+        guest.machine.request(77, Request::Prefault);
+        guest.machine.request(78, end);
+        let mut result = None;
+        while result.is_none() {
+            if let Event::Done {
+                id: 77,
+                result: touched,
+            } = guest.event()
+            {
+                result = Some(touched);
+            }
+        }
+        assert_eq!(
+            result.unwrap().unwrap_err().kind,
+            Kind::Cancelled,
+            "{end:?}"
+        );
+        let (stats, _) = guest.ask(Request::Stats);
+        let stats: Value = serde_json::from_str(&stats.unwrap()).unwrap();
+        assert!(stats["memory"]["prefaulted"].as_u64().unwrap() < 1 << 30);
+    }
 }
