@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console wait undefine memory set-memory prefault hugepages host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk wait undefine memory set-memory prefault hugepages host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -72,6 +72,22 @@ _vmbusctl() {
             ;;
         console)
             options="-h --help --read-only --steal --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        attach-nic)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        detach-nic)
+            options="-h --help --deadline --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        attach-disk)
+            options="-h --help --pass-files --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        detach-disk)
+            options="-h --help --deadline --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         wait)
@@ -185,6 +201,18 @@ _vmbusctl() {
             return
             ;;
         "console --bus-address" | "console --bus-name")
+            return
+            ;;
+        "attach-nic --bus-address" | "attach-nic --bus-name")
+            return
+            ;;
+        "detach-nic --deadline" | "detach-nic --bus-address" | "detach-nic --bus-name")
+            return
+            ;;
+        "attach-disk --bus-address" | "attach-disk --bus-name")
+            return
+            ;;
+        "detach-disk --deadline" | "detach-disk --bus-address" | "detach-disk --bus-name")
             return
             ;;
         "wait --state")

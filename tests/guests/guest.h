@@ -118,5 +118,6 @@ void mode_panic(void);
 void mode_shadow(void);
 void mode_fw_cfg(void);
 void mode_net_reach(void);
+void mode_plug(void);
 
 #endif

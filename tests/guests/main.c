@@ -39,6 +39,7 @@ static const struct mode modes[] = {
     { "shadow", mode_shadow },
     { "fw-cfg", mode_fw_cfg },
     { "net-reach", mode_net_reach },
+    { "plug", mode_plug },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

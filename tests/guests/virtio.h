@@ -7,7 +7,7 @@
 
 #include "guest.h"
 
-/* pci.c: configuration space, by ECAM; a function is device << 3 | function on bus 0. */
+/* pci.c: configuration space, by ECAM; a function is bus << 8 | device << 3 | function. */
 enum { ECAM = 0xb0000000 };
 u32 pci_read(u32 function, u32 offset, u32 bytes);
 void pci_write(u32 function, u32 offset, u32 bytes, u32 value);

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from tests.local.service_bed import ALICE, BOB, ROOT, Bed, Caller, form, scenario, uuid_of
-from vmbus.bus import RemoteError, SignalMessage
+from vmbus.bus import RemoteError, SignalMessage, variants
 from vmbus.service.dispatcher import IN_FLIGHT
-from vmbus.wire import contract
+from vmbus.wire import contract, dbus_form
+from vmbus.wire.definition import Disk, Layer, Nic
 from vmbus.wire.errors import VmbusError
 
 RULE = (
@@ -57,19 +58,19 @@ async def test_ones_own_machine_works_without_any_right(bed: Bed) -> None:
 
 @scenario
 async def test_another_s_machine_is_refused_in_every_method(bed: Bed) -> None:
-    arguments: dict[str, list[Any]] = {
-        "Start": [{}, {}],
-        "Stop": [0],
-        "OpenConsole": [{}],
-    }
+    nic = variants(dbus_form.build(Nic("nic0", "52:54:00:00:00:01", kind="user")))
+    disk = variants(dbus_form.build(Disk("data", [Layer("raw", "/data")])))
+    named = {"nic": nic, "disk": disk}
+    plain = {"s": "nic0", "t": 0, "u": 0, "a{sv}": {}, "a{sh}": {}}
     async with bed.caller(ALICE) as alice, bed.caller(BOB) as bob:
         machine = await alice.define()
-        for name in contract.load()["org.vmbus1.Machine"].methods:
+        for name, method in contract.load()["org.vmbus1.Machine"].methods.items():
             if name == "AddFile":
                 with open("/etc/hostname", "rb") as file:
                     await refused(bob(machine, "Machine.AddFile", "kernel", file.fileno()), "NotAuthorized")
             else:
-                await refused(bob(machine, f"Machine.{name}", *arguments.get(name, [])), "NotAuthorized")
+                arguments = [named.get(arg.name, plain[arg.signature]) for arg in method.ins]
+                await refused(bob(machine, f"Machine.{name}", *arguments), "NotAuthorized")
         assert await alice.state(machine) == "stopped"
 
 
@@ -195,7 +196,15 @@ async def one_of_each(alice: Caller) -> dict[str, str]:
     await alice(machine, "Machine.Start", {}, {})
     job = await alice(machine, "Machine.Stop", 0)
     await alice.until(machine, "stopped")
-    return {"Manager": ROOT, "Host": f"{ROOT}/host", "Machine": machine, "Job": job}
+    objects = await alice.client.managed_objects()
+    pools = [path for path, interfaces in objects.items() if "org.vmbus1.HugePages" in interfaces]
+    return {
+        "Manager": ROOT,
+        "Host": f"{ROOT}/host",
+        "Machine": machine,
+        "Job": job,
+        "HugePages": pools[0],
+    }
 
 
 @scenario

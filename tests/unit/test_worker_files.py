@@ -52,12 +52,15 @@ def test_a_message_without_a_file_is_refused() -> None:
     assert refusal(Files(), "kernel", []) == "InvalidArgument"
 
 
-def test_after_the_machine_is_built_nothing_is_added() -> None:
+def test_after_the_machine_is_built_only_files_of_devices_are_added() -> None:
     files = Files()
-    files.seal()
-    fd = some_fd()
+    files.built()
+    fd, disk = some_fd(), some_fd()
     assert refusal(files, "kernel", [fd]) == "InvalidState"
     assert not is_open(fd)
+    files.add("disk/data/0", [disk])
+    assert files.one("disk/data/0") == disk
+    files.close()
 
 
 def test_slots_are_bounded() -> None:

@@ -10,12 +10,14 @@ from vmbus.bus import Variant, variants
 from vmbus.service.definitions import Definitions
 from vmbus.service.dispatcher import Reply
 from vmbus.service.files import PassedFile
+from vmbus.service.hotplug import Hotplug
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
 from vmbus.service.memory import Memory
 from vmbus.service.parked import Parked
 from vmbus.service.standard import Caller
-from vmbus.wire.dbus_form import build
+from vmbus.wire.dbus_form import build, parse_disk, parse_nic
+from vmbus.wire.definition import Disk, Nic, brought
 from vmbus.wire.errors import VmbusError
 
 CANNOT: Final = {"mergeable": [], "shareable": ["merge"], "huge": ["swap", "balloon", "merge"]}
@@ -80,12 +82,22 @@ class MachineApi:
     """Its methods."""
 
     def __init__(
-        self, lifecycle: Lifecycle, definitions: Definitions, parked: Parked, memory: Memory
+        self,
+        lifecycle: Lifecycle,
+        hotplug: Hotplug,
+        definitions: Definitions,
+        parked: Parked,
+        memory: Memory,
     ) -> None:
         self._lifecycle = lifecycle
+        self._hotplug = hotplug
         self._definitions = definitions
         self._parked = parked
         self._memory = memory
+
+    def brings(self, method: str, args: list[Any]) -> set[str]:
+        """What a device that is attached asks for beyond the machine."""
+        return brought([parse_nic(args[0])]) if method == "AttachNic" else set()
 
     async def start(
         self, caller: Caller, item: MachineObject, options: dict[str, Any], files: dict[str, PassedFile]
@@ -110,10 +122,7 @@ class MachineApi:
 
     def stop(self, caller: Caller, item: MachineObject, deadline: int) -> str:
         """Stop."""
-        if deadline > DAY:
-            raise VmbusError(
-                "InvalidArgument", f"{deadline} is not in 0–{DAY} microseconds", argument="deadline"
-            )
+        _check_deadline(deadline)
         return job_path(self._lifecycle.stop(item.machine, deadline / 1e6).number)
 
     async def kill(self, caller: Caller, item: MachineObject) -> None:
@@ -138,6 +147,32 @@ class MachineApi:
         fd = await self._lifecycle.open_console(item.machine, write=wanted["write"], steal=wanted["steal"])
         return Reply([0], [fd])
 
+    async def attach_nic(self, caller: Caller, item: MachineObject, form: dict[str, Any]) -> int:
+        """AttachNic."""
+        return await self._hotplug.attach(item.machine, parse_nic(form), {})
+
+    async def attach_disk(
+        self, caller: Caller, item: MachineObject, form: dict[str, Any], files: dict[str, PassedFile]
+    ) -> int:
+        """AttachDisk."""
+        disk = parse_disk(form)
+        for file in files.values():
+            file.claimed = True
+        return await self._hotplug.attach(item.machine, disk, files)
+
+    def detach_nic(self, caller: Caller, item: MachineObject, identifier: str, deadline: int) -> str:
+        """DetachNic."""
+        return self._detach(item, Nic, identifier, deadline)
+
+    def detach_disk(self, caller: Caller, item: MachineObject, identifier: str, deadline: int) -> str:
+        """DetachDisk."""
+        return self._detach(item, Disk, identifier, deadline)
+
+    def _detach(self, item: MachineObject, kind: type[Disk | Nic], identifier: str, deadline: int) -> str:
+        _check_deadline(deadline)
+        job = self._hotplug.detach(item.machine, kind, identifier, deadline / 1e6)
+        return job_path(job.number)
+
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""
         return _figures(await self._lifecycle.stats(item.machine))
@@ -157,6 +192,11 @@ class MachineApi:
     async def undefine(self, caller: Caller, item: MachineObject) -> None:
         """Undefine."""
         await self._definitions.undefine(item.machine)
+
+
+def _check_deadline(deadline: int) -> None:
+    if deadline > DAY:
+        raise VmbusError("InvalidArgument", f"{deadline} is not in 0–{DAY} microseconds", argument="deadline")
 
 
 def job_path(number: int) -> str:

@@ -18,7 +18,7 @@ from vmbus.service.machine import Machine
 from vmbus.service.registry import Registry
 from vmbus.service.standard import Caller
 from vmbus.wire.dbus_form import parse
-from vmbus.wire.definition import grants
+from vmbus.wire.definition import brought
 from vmbus.wire.errors import VmbusError
 
 
@@ -57,10 +57,8 @@ class ManagerApi:
     def brings(self, method: str, args: list[Any]) -> set[str]:
         """What the definition asks for beyond a machine."""
         definition = parse(args[0])
-        brought = {grant.partition(".")[0].removesuffix("s") for grant in grants(definition)}
-        if definition.memory_kind == "huge":
-            brought.add("hugepages")
-        return brought
+        huge = {"hugepages"} if definition.memory_kind == "huge" else set()
+        return brought(definition.nics) | huge
 
     async def define_machine(self, caller: Caller, item: ManagerObject, form: dict[str, Any]) -> str:
         """DefineMachine."""

@@ -139,8 +139,8 @@ def _description(to: argparse.ArgumentParser) -> None:
         metavar="PATH,format=F[,...]",
         action="append",
         default=[],
-        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, read-only; may be "
-        "repeated, in order; a comma in a path is written twice",
+        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, read-only; may "
+        "be repeated, in order; a comma in a path is written twice",
     )
     add(
         "--nic",
@@ -148,7 +148,7 @@ def _description(to: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a network interface on that bridge, or of another kind: mac= (default: made up, and kept), "
-        "id=, queues=; may be repeated",
+        "id=, queues=, slot=; may be repeated",
     )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")
@@ -234,6 +234,41 @@ def _console(to: argparse.ArgumentParser) -> None:
     _machine(to)
     to.add_argument("--read-only", action="store_true", help="only look")
     to.add_argument("--steal", action="store_true", help="take the place of who writes there now")
+
+
+def _attach_nic(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument(
+        "nic",
+        metavar="BRIDGE[,mac=M]",
+        help="as for define --nic: mac= (default: made up, and kept), id=, queues=, slot=",
+    )
+
+
+def _attach_disk(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    action = to.add_argument(
+        "disk",
+        metavar="PATH,format=F[,...]",
+        help="as for define --disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, "
+        "read-only",
+    )
+    _completed(action, "file")
+    to.add_argument(
+        "--pass-files", action="store_true", help="open the images here, as you, and pass them (running only)"
+    )
+
+
+def _detach(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("id", metavar="ID", help="the device's id, as vmbusctl show has it")
+    to.add_argument(
+        "--deadline",
+        metavar="SECONDS",
+        type=float,
+        default=30.0,
+        help="how long the guest gets to let go of it (default 30); Linux takes five to begin",
+    )
 
 
 def _wait(to: argparse.ArgumentParser) -> None:
@@ -377,6 +412,41 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl console web --read-only </dev/null >web.log", "record it"),
         ),
         _console,
+    ),
+    Command(
+        "attach-nic",
+        "give a machine a network interface, running or not",
+        "It goes into the first free hotplug slot, or the one that slot= says; the definition keeps it.",
+        (
+            ("vmbusctl attach-nic web lan0", "an interface on the bridge lan0"),
+            ("vmbusctl attach-nic web lan0,id=lan,slot=2", "with a name and a place"),
+        ),
+        _attach_nic,
+    ),
+    Command(
+        "detach-nic",
+        "take a network interface away",
+        "A running guest is asked to let go of it. If it does not in time it keeps it, and the status is 1.",
+        (("vmbusctl detach-nic web nic0", "ask, and wait up to 30 seconds"),),
+        _detach,
+    ),
+    Command(
+        "attach-disk",
+        "give a machine a disk, running or not",
+        "It goes into the first free hotplug slot, or the one that slot= says; the definition keeps it.",
+        (
+            ("vmbusctl attach-disk web data.qcow2,format=qcow2", "a disk of yours"),
+            ("vmbusctl attach-disk web iso,format=raw,read-only --pass-files", "opened here, and passed"),
+        ),
+        _attach_disk,
+    ),
+    Command(
+        "detach-disk",
+        "take a disk away",
+        "A running guest is asked to let go of it; then all it wrote is in the image. If it does not in "
+        "time\nit keeps it, and the status is 1.",
+        (("vmbusctl detach-disk web disk1 --deadline 60", "ask, and wait up to a minute"),),
+        _detach,
     ),
     Command(
         "wait",

@@ -10,10 +10,11 @@ is made up, locally administered.
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,14 +22,14 @@ import msgspec
 
 from vmbus.cli import chain
 from vmbus.wire import dbus_form
-from vmbus.wire.definition import Definition, Disk
+from vmbus.wire.definition import Definition, Disk, Nic
 from vmbus.wire.errors import VmbusError
 
 _SUFFIXES: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DISK_FLAG_KEYS: Final = frozenset(
-    {"path", "format", "backing-format", "id", "read-only", "serial", "queues", "source"}
+    {"path", "format", "backing-format", "id", "read-only", "serial", "queues", "source", "slot"}
 )
-_NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id", "queues", "kind", "address"})
+_NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id", "queues", "kind", "address", "slot"})
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,28 @@ def build(file: str | None, flags: Flags) -> Definition:
     return dbus_form.parse(tree)
 
 
+def one_disk(text: str, taken: Collection[str]) -> Disk:
+    """A disk as ``--disk`` has it, its chain resolved, with an id that is not one of ``taken``."""
+    table = _from_flag(text, _DISK_FLAG_KEYS, "path", "disk")
+    return dbus_form.parse_disk(_disk({"id": _free("disk", taken), **table}, 0))
+
+
+def one_nic(text: str, taken: Collection[str]) -> Nic:
+    """A network interface as ``--nic`` has it, with an id that is not one of ``taken``."""
+    table = _from_flag(text, _NIC_FLAG_KEYS, "bridge", "nic")
+    return dbus_form.parse_nic(_nic({"id": _free("nic", taken), **table}, 0))
+
+
+def _free(kind: str, taken: Collection[str]) -> str:
+    return next(name for number in itertools.count() if (name := f"{kind}{number}") not in taken)
+
+
+def disk_for_fds(disk: Disk) -> Disk:
+    """The same disk with every file passed as an fd instead of opened by path."""
+    layers = [msgspec.structs.replace(layer, path=None, data_path=None) for layer in disk.layers]
+    return msgspec.structs.replace(disk, source="fd", layers=layers)
+
+
 def for_fds(definition: Definition) -> Definition:
     """The same machine with every file passed as an fd instead of opened by path (for a transient one)."""
     kernel = definition.kernel
@@ -91,7 +114,7 @@ def for_fds(definition: Definition) -> Definition:
             initrd_path=None,
             initrd=kernel.initrd or kernel.initrd_path is not None,
         ),
-        disks=[_disk_for_fds(disk) for disk in definition.disks],
+        disks=[disk_for_fds(disk) for disk in definition.disks],
     )
 
 
@@ -199,7 +222,7 @@ def _flag_value(key: str, value: str, flag: str) -> Any:
         if value not in words:
             raise VmbusError("InvalidArgument", f"{key} is yes or no, not {value!r}", argument=f"--{flag}")
         return words[value]
-    if key == "queues":
+    if key in ("queues", "slot"):
         if not value.isdigit():
             raise VmbusError("InvalidArgument", f"{key} is a number, not {value!r}", argument=f"--{flag}")
         return int(value)
@@ -243,11 +266,6 @@ def _disk(table: dict[str, Any], index: int) -> dict[str, Any]:
     )
     disk["layers"] = [dbus_form.plain(layer) for layer in layers]
     return disk
-
-
-def _disk_for_fds(disk: Disk) -> Disk:
-    layers = [msgspec.structs.replace(layer, path=None, data_path=None) for layer in disk.layers]
-    return msgspec.structs.replace(disk, source="fd", layers=layers)
 
 
 def _nic(table: dict[str, Any], index: int) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from vmbus.wire.definition import Definition, slots
+from vmbus.wire.definition import Definition, Slot, slots
 from vmbus.wire.errors import VmbusError
 
 MAX_FDS: Final = 16  # a system bus drops the sender of more, without a reply
@@ -38,8 +38,13 @@ def opened(wanted: Mapping[str, tuple[str, bool]]) -> Iterator[dict[str, int]]:
 
 def all_of(definition: Definition) -> dict[str, tuple[str, bool]]:
     """What ``opened`` needs for every slot of a definition; VmbusError where a path is missing."""
+    return of_slots(slots(definition))
+
+
+def of_slots(all_slots: Iterable[Slot]) -> dict[str, tuple[str, bool]]:
+    """The same for some slots."""
     wanted: dict[str, tuple[str, bool]] = {}
-    for slot in slots(definition):
+    for slot in all_slots:
         if slot.path is None:
             raise VmbusError("InvalidArgument", f"the path for {slot.name} is missing", argument=slot.name)
         wanted[slot.name] = (slot.path, slot.writable)

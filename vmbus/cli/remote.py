@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
-from vmbus.wire.definition import Definition
+from vmbus.wire.definition import Definition, Disk, Nic
 from vmbus.wire.errors import KINDS, VmbusError
 
 ROOT: Final = "/org/vmbus1"
@@ -50,8 +50,8 @@ class Connection(Protocol):
         """Return when vmbusd has left the bus, or the bus is gone."""
         ...
 
-    def form(self, definition: Definition) -> dict[str, Any]:
-        """The definition as an ``a{sv}``."""
+    def form(self, described: Definition | Disk | Nic) -> dict[str, Any]:
+        """A definition, or one device of it, as an ``a{sv}``."""
         ...
 
     def flags(self, **flags: bool) -> dict[str, Any]:
@@ -135,6 +135,20 @@ class Remote:
     async def stop(self, path: str, deadline_seconds: float) -> str:
         """Machine.Stop; the path of its job."""
         return str(await self._call(path, "Machine.Stop", round(deadline_seconds * 1e6)))
+
+    async def attach_nic(self, path: str, nic: Nic) -> int:
+        """Machine.AttachNic; its slot."""
+        return int(await self._call(path, "Machine.AttachNic", self._connection.form(nic)))
+
+    async def attach_disk(self, path: str, disk: Disk, files: Mapping[str, int]) -> int:
+        """Machine.AttachDisk; its slot."""
+        form = self._connection.form(disk)
+        return int(await self._call(path, "Machine.AttachDisk", form, dict(files)))
+
+    async def detach(self, path: str, kind: str, identifier: str, deadline_seconds: float) -> str:
+        """Machine.DetachNic or DetachDisk (``kind``: Nic, Disk); the path of its job."""
+        deadline = round(deadline_seconds * 1e6)
+        return str(await self._call(path, f"Machine.Detach{kind}", identifier, deadline))
 
     async def console(self, path: str, *, write: bool, steal: bool) -> socket.socket:
         """Machine.OpenConsole; the caller closes the socket."""

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -121,6 +121,10 @@ class BrokerClient:
         """Forget that record."""
         await self._ask(lambda n: wire.Disown(id=n, uuid=uuid))
 
+    async def check_device(self, uid: int, *, grants: Sequence[str] = (), paths: Sequence[str] = ()) -> None:
+        """The same for one device."""
+        await self._ask(lambda n: wire.Check(id=n, uid=uid, grants=list(grants), paths=list(paths)))
+
     async def check(self, uid: int, definition: Definition, paths: list[str]) -> None:
         """Raise QuotaExceeded or AccessDenied if broker.toml would not let ``uid`` have such a machine."""
         memory = definition.memory
@@ -132,7 +136,7 @@ class BrokerClient:
                 hugepages=memory if huge_page_size(definition) else 0,
                 locked=memory if definition.locked else 0,
                 vcpus=definition.vcpus,
-                grants=grants(definition),
+                grants=grants(definition.nics),
                 paths=paths,
             )
         )

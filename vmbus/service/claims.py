@@ -66,6 +66,12 @@ class Claims:
         durable.write(self._directory / uuid / FILE, held)
         self._held[uuid] = held
 
+    def release(self, uuid: str, prefix: str) -> None:
+        """The machine's worker has closed the files of the slots that begin with ``prefix``."""
+        held = [claim for claim in self._held.get(uuid, ()) if not claim.slot.startswith(prefix)]
+        durable.write(self._directory / uuid / FILE, held)
+        self._held[uuid] = held
+
     def drop(self, uuid: str) -> None:
         """The machine's worker has ended; the run directory goes with it."""
         self._held.pop(uuid, None)

@@ -25,6 +25,7 @@ from vmbus.service import descriptors
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
 from vmbus.service.files import PassedFile
+from vmbus.service.handover import Handover, check_passed, close_all
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import CLEAN_ENDS, Machine, Run
 from vmbus.service.memory import touch
@@ -33,7 +34,7 @@ from vmbus.service.registry import Registry
 from vmbus.service.worker_client import WorkerClient
 from vmbus.wire import broker as broker_wire
 from vmbus.wire import worker as worker_wire
-from vmbus.wire.definition import queue_pairs, slots
+from vmbus.wire.definition import slots
 from vmbus.wire.errors import VmbusError
 
 log = logging.getLogger("vmbus.lifecycle")
@@ -47,16 +48,23 @@ RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 
 
 class Lifecycle:
-    """The operations on machines. ``on_console`` and ``on_reset`` are the bus's."""
+    """The operations on machines. ``on_console``, ``on_reset`` are the bus's, ``on_detached`` Hotplug's."""
 
     def __init__(
-        self, registry: Registry, broker: BrokerClient, owned: Owned, claims: Claims, jobs: Jobs
+        self,
+        registry: Registry,
+        broker: BrokerClient,
+        owned: Owned,
+        claims: Claims,
+        jobs: Jobs,
+        handover: Handover,
     ) -> None:
         self._registry = registry
         self._broker = broker
         self._owned = owned
         self._claims = claims
         self._jobs = jobs
+        self._handover = handover
         self._tasks: set[asyncio.Task[None]] = set()
         self.on_found: Callable[[Machine], Awaitable[None]] = _nothing_more
         """Called when a machine that was running before is reached again."""
@@ -64,6 +72,7 @@ class Lifecycle:
         self.on_reset: Callable[[Machine], None] = lambda machine: None
         self.on_finished: list[Callable[[Machine], None]] = []
         """Told of each confirmed end."""
+        self.on_detached: Callable[[Machine, worker_wire.Event], None] = lambda machine, event: None
 
     # -- start
 
@@ -74,9 +83,9 @@ class Lifecycle:
         """
         try:
             machine.require("Start", "stopped", "crashed")
-            _check_files(machine, files)
+            check_passed(slots(machine.definition), files)
         except VmbusError:
-            _close_all(files)
+            close_all(files)
             raise
         machine.killed = False
         machine.set_state("starting")
@@ -103,7 +112,7 @@ class Lifecycle:
             await self._undo_start(machine, error)
             raise
         finally:
-            _close_all(files)
+            close_all(files)
             machine.job = None
         if machine.gone.is_set():  # the guest was quicker than this start
             self._finish_by_record(machine)
@@ -116,8 +125,8 @@ class Lifecycle:
         return [
             ("record", lambda: self._record(machine)),
             ("spawn", lambda: self._spawn(machine)),
-            ("files", lambda: self._hand_over_files(machine, files)),
-            ("network", lambda: self._connect_nics(machine)),
+            ("files", lambda: self._handover.files(machine, slots(machine.definition), files)),
+            ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             ("build", lambda: machine.connection().configure(machine.uuid, machine.definition)),
             *([("prefault", lambda: touch(machine, machine.job))] if machine.definition.prefault else []),
             ("run", lambda: self._let_go(machine, paused=paused)),
@@ -149,35 +158,6 @@ class Lifecycle:
         self._connect(machine, fds)
         await machine.connection().hello()
         await self._note_pid(machine)
-
-    async def _hand_over_files(self, machine: Machine, files: dict[str, PassedFile]) -> None:
-        for slot in slots(machine.definition):
-            regular = slot.name in ("kernel", "initrd")
-            if slot.path is None:
-                file = files[slot.name]
-                self._claims.add(machine.uuid, slot.name, file.identity(), writable=slot.writable)
-                await machine.connection().add_file(slot.name, file.fd)
-                continue
-            try:
-                identity = await self._broker.open(machine.uuid, slot.name, slot.path, writable=slot.writable)
-            except VmbusError as error:
-                raise _about(error, slot.name) from None
-            if regular and (identity.mode & 0o170000) != 0o100000:
-                raise VmbusError("InvalidArgument", f"{slot.path} is not a regular file", argument=slot.name)
-            self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
-
-    async def _connect_nics(self, machine: Machine) -> None:
-        definition = machine.definition
-        for nic in definition.nics:
-            slot = f"nic/{nic.id}"
-            try:
-                if nic.kind == "bridge":
-                    queues = queue_pairs(nic, definition.vcpus)
-                    await self._broker.tap(machine.uuid, nic, queues)
-                else:
-                    await self._broker.helper(machine.uuid, slot, "passt")
-            except VmbusError as error:
-                raise _about(error, slot) from None
 
     async def _let_go(self, machine: Machine, *, paused: bool) -> None:
         machine.set_memory(machine.definition.memory, machine.definition.memory)
@@ -347,6 +327,8 @@ class Lifecycle:
             self.on_reset(machine)
         elif event.kind == "state":
             self._guest_state(machine, event.state)
+        elif event.kind == "detached":
+            self.on_detached(machine, event)
         run = machine.run
         if run is not None and event.kind != "console":
             run = msgspec.structs.replace(run, seq=event.seq)
@@ -574,28 +556,3 @@ def _died(machine: Machine, step: str) -> VmbusError:
     else:
         why = "without saying why; the broker's log may tell"
     return VmbusError("Disconnected", f"the machine's worker ended in step {step}: {why}")
-
-
-def _about(error: VmbusError, argument: str) -> VmbusError:
-    return VmbusError(error.kind, error.message, argument=argument)
-
-
-def _close_all(files: dict[str, PassedFile]) -> None:
-    for file in files.values():
-        file.close()
-
-
-def _check_files(machine: Machine, files: dict[str, PassedFile]) -> None:
-    wanted = {slot.name: slot for slot in slots(machine.definition) if slot.path is None}
-    for name in files:
-        if name not in wanted:
-            known = ", ".join(wanted) or "no slot: all have paths"
-            raise VmbusError(
-                "InvalidArgument", f"no slot to be filled by a file; there is {known}", argument=name
-            )
-    for name, slot in wanted.items():
-        if name not in files:
-            raise VmbusError(
-                "InvalidArgument", "the slot has source fd; pass an open file for it", argument=name
-            )
-        files[name].check(name, writable=slot.writable, regular=name in ("kernel", "initrd"))

@@ -64,7 +64,7 @@ class Run(msgspec.Struct, frozen=True):
     """RUN/service/UUID/run.json.
 
     ``started``: the start was finished. ``first_run``: the guest has not run yet (a start with paused).
-    ``seq``: the last event stored.
+    ``seq``: the last event stored. ``detaching``: the devices that the guest was asked to let go of.
     """
 
     uuid: str
@@ -76,6 +76,7 @@ class Run(msgspec.Struct, frozen=True):
     started: bool = False
     first_run: bool = True
     seq: int = 0
+    detaching: frozenset[str] = frozenset()
     end_reason: str = ""
     end_detail: str = ""
 
@@ -117,6 +118,8 @@ class Machine:
         self.killed = False
         self.console_told = 0.0
         """When console activity was last announced, on the loop's clock."""
+        self.changing = False
+        """Whether a device is being attached."""
         self.busy = ""
         """Why no operation is possible just now, a sentence; empty for none."""
         self.gone = asyncio.Event()
@@ -151,6 +154,12 @@ class Machine:
         if flags != self.flags:
             self.flags = flags
             self.on_change(self, self.state, ("StatusFlags",))
+
+    def set_definition(self, definition: Definition) -> None:
+        """It is another machine from now on, as far as grants go."""
+        self.definition = definition
+        self.generation += 1
+        self.on_change(self, self.state, ("Definition", "Generation"))
 
     def set_pid(self, pid: int) -> None:
         """The worker's process."""

@@ -32,6 +32,8 @@ from vmbus.service.definitions import Definitions
 from vmbus.service.dispatcher import Dispatcher
 from vmbus.service.exports import Exports, Subscribers
 from vmbus.service.files import Files
+from vmbus.service.handover import Handover
+from vmbus.service.hotplug import Hotplug
 from vmbus.service.hugepages import HugePages
 from vmbus.service.jobs import Jobs
 from vmbus.service.lifecycle import Lifecycle
@@ -96,7 +98,10 @@ async def serve(options: argparse.Namespace) -> int:
         on_ended=lambda message: lifecycle.ended(message),  # noqa: PLW0108 (made below),
     )
     owned = Owned(notes, broker)
-    lifecycle = Lifecycle(registry, broker, owned, claims, jobs)
+    handover = Handover(broker, claims)
+    lifecycle = Lifecycle(registry, broker, owned, claims, jobs, handover)
+    hotplug = Hotplug(registry, broker, claims, jobs, handover)
+    lifecycle.on_detached = hotplug.detached
     definitions = Definitions(registry, broker, owned)
     memory = Memory(jobs)
     lifecycle.on_found = memory.found
@@ -112,6 +117,7 @@ async def serve(options: argparse.Namespace) -> int:
         polkit,
         registry,
         lifecycle,
+        hotplug,
         definitions,
         jobs,
         parked,
@@ -157,6 +163,7 @@ def _on_the_bus(
     polkit: Polkit,
     registry: Registry,
     lifecycle: Lifecycle,
+    hotplug: Hotplug,
     definitions: Definitions,
     jobs: Jobs,
     parked: Parked,
@@ -175,7 +182,7 @@ def _on_the_bus(
     manager = ManagerApi(registry, definitions, lifecycle, subscribers)
     handlers = {
         "org.vmbus1.Manager": manager,
-        "org.vmbus1.Machine": MachineApi(lifecycle, definitions, parked, memory),
+        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, definitions, parked, memory),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
         "org.vmbus1.HugePages": HugePagesApi(hugepages),

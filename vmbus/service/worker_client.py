@@ -20,7 +20,7 @@ import msgspec
 from vmbus.service.channel import Channel
 from vmbus.service.figures import Figures
 from vmbus.wire import worker as wire
-from vmbus.wire.definition import Definition
+from vmbus.wire.definition import Definition, Disk, Nic
 from vmbus.wire.errors import VmbusError
 
 _decoder = msgspec.msgpack.Decoder(wire.Answer)
@@ -133,6 +133,21 @@ class WorkerClient:
     async def console(self, fd: int, *, write: bool, steal: bool) -> None:
         """Give the console hub one end of a socketpair; ``fd`` stays the caller's."""
         await self._ask(lambda n: wire.Console(id=n, write=write, steal=steal), fds=[fd])
+
+    async def attach(self, device: Disk | Nic) -> None:
+        """Put a device into its hotplug slot; its files were handed over before."""
+        self._unrestricted()
+        disk, nic = (device, None) if isinstance(device, Disk) else (None, device)
+        await self._ask(lambda n: wire.Attach(id=n, disk=disk, nic=nic), timeout=BUILD_DEADLINE)
+
+    async def detach(self, device: str) -> None:
+        """Ask the guest to let go of ``device``; the event ``detached`` says that it has."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Detach(id=n, device=device))
+
+    async def keep(self, device: str) -> None:
+        """It may keep it."""
+        await self._ask(lambda n: wire.Keep(id=n, device=device))
 
     async def stats(self) -> dict[str, Any]:
         """What the machine counts."""

@@ -27,6 +27,7 @@ from vmbus.wire.definition import (
     Definition,
     Disk,
     Kernel,
+    Nic,
     huge_page_size,
 )
 from vmbus.wire.errors import VmbusError
@@ -51,6 +52,20 @@ def parse(form: Mapping[str, object]) -> Definition:
     definition = parse_struct(form, Definition)
     _check(definition)
     return definition
+
+
+def parse_disk(form: Mapping[str, object]) -> Disk:
+    """One disk, as ``parse``; errors are about ``disk.KEY``."""
+    disk = parse_struct(form, Disk, "disk")
+    _check_disk(disk, "disk")
+    return disk
+
+
+def parse_nic(form: Mapping[str, object]) -> Nic:
+    """One NIC, as ``parse``; errors are about ``nic.KEY``."""
+    nic = parse_struct(form, Nic, "nic")
+    _check_nic(nic, "nic")
+    return nic
 
 
 def parse_struct(form: object, cls: type[S], where: str = "") -> S:
@@ -212,15 +227,24 @@ def _check(definition: Definition) -> None:
     for index, disk in enumerate(definition.disks):
         _check_disk(disk, f"disks[{index}]")
     for index, nic in enumerate(definition.nics):
-        if (nic.kind == "bridge") != bool(nic.bridge):
-            said = "is for kind bridge only" if nic.bridge else "is missing; a nic of kind bridge names one"
-            raise _bad(f"nics[{index}].bridge", said)
-        if nic.address and (nic.kind != "bridge" or not _is_ipv4(nic.address)):
-            raise _bad(
-                f"nics[{index}].address", f"{nic.address!r} is not an IPv4 address of a nic of kind bridge"
-            )
-        if int(nic.mac[:2], 16) & 1:
-            raise _bad(f"nics[{index}].mac", f"{nic.mac} is a group address; its first byte must be even")
+        _check_nic(nic, f"nics[{index}]")
+    slots: set[int] = set()
+    placed = [(f"disks[{i}].slot", disk.slot) for i, disk in enumerate(definition.disks)]
+    placed += [(f"nics[{i}].slot", nic.slot) for i, nic in enumerate(definition.nics)]
+    for where, slot in placed:
+        if slot and slot in slots:
+            raise _bad(where, f"slot {slot} is there twice; each holds one device")
+        slots.add(slot)
+
+
+def _check_nic(nic: Nic, where: str) -> None:
+    if (nic.kind == "bridge") != bool(nic.bridge):
+        said = "is for kind bridge only" if nic.bridge else "is missing; a nic of kind bridge names one"
+        raise _bad(f"{where}.bridge", said)
+    if nic.address and (nic.kind != "bridge" or not _is_ipv4(nic.address)):
+        raise _bad(f"{where}.address", f"{nic.address!r} is not an IPv4 address of a nic of kind bridge")
+    if int(nic.mac[:2], 16) & 1:
+        raise _bad(f"{where}.mac", f"{nic.mac} is a group address; its first byte must be even")
 
 
 def _check_memory(definition: Definition) -> None:

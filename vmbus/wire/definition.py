@@ -9,7 +9,7 @@ refused (rule: a typo must not be a silent default). Files are named by *slots*:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -21,6 +21,9 @@ ID_PATTERN = r"^[a-z][a-z0-9-]{0,19}$"
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Id = Annotated[str, Meta(pattern=ID_PATTERN)]
 Path = Annotated[str, Meta(min_length=1, max_length=4096)]
+HOTPLUG_SLOTS = 8
+HotplugSlot = Annotated[int, Meta(ge=0, le=HOTPLUG_SLOTS)]
+"""The slot that a device can be attached to and detached from; 0: it is there from start to end."""
 MIB = 1 << 20
 # What machine type vmbus-0 takes: up to 2 GiB below the 32-bit hole, the rest between 4 and 512 GiB.
 MEMORY_LEAST = 4 * MIB
@@ -51,6 +54,7 @@ class Disk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, froze
     read_only: bool = False
     serial: Annotated[str, Meta(pattern=r"^[ -~]{0,20}$")] = ""
     queues: Annotated[int, Meta(ge=0, le=16)] = 0  # 0: one per vCPU
+    slot: HotplugSlot = 0
 
 
 class Kernel(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
@@ -77,6 +81,7 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
     bridge: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,15}$")] = ""
     address: Annotated[str, Meta(pattern=r"^(|[0-9]{1,3}(\.[0-9]{1,3}){3})$")] = ""  # IPv4; "" for any
     queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
+    slot: HotplugSlot = 0
 
 
 def queue_pairs(nic: Nic, vcpus: int) -> int:
@@ -123,10 +128,15 @@ def memory_floor(definition: Definition) -> int:
     return definition.memory_minimum or max(definition.memory // 4 // MIB * MIB, MEMORY_LEAST)
 
 
-def grants(definition: Definition) -> list[str]:
+def grants(nics: Iterable[Nic]) -> list[str]:
     """The tables of broker.toml that must grant its owner something: ``bridges.br0``, ``user-network``."""
-    found = {f"bridges.{nic.bridge}" if nic.kind == "bridge" else "user-network" for nic in definition.nics}
+    found = {f"bridges.{nic.bridge}" if nic.kind == "bridge" else "user-network" for nic in nics}
     return sorted(found)
+
+
+def brought(nics: Iterable[Nic]) -> set[str]:
+    """The names under which dbus/*.xml asks for further actions for these: ``bridge``, ``user-network``."""
+    return {grant.partition(".")[0].removesuffix("s") for grant in grants(nics)}
 
 
 class Slot(msgspec.Struct, frozen=True):
@@ -145,8 +155,13 @@ def slots(definition: Definition) -> Iterator[Slot]:
     if kernel.initrd if by_fd else kernel.initrd_path is not None:
         yield Slot("initrd", None if by_fd else kernel.initrd_path, False)
     for disk in definition.disks:
-        for index, layer in enumerate(disk.layers):
-            writable = index == 0 and not disk.read_only
-            yield Slot(f"disk/{disk.id}/{index}", layer.path, writable)
-            if layer.data_name is not None:
-                yield Slot(f"disk/{disk.id}/{index}/data", layer.data_path, writable)
+        yield from disk_slots(disk)
+
+
+def disk_slots(disk: Disk) -> Iterator[Slot]:
+    """The files of one disk."""
+    for index, layer in enumerate(disk.layers):
+        writable = index == 0 and not disk.read_only
+        yield Slot(f"disk/{disk.id}/{index}", layer.path, writable)
+        if layer.data_name is not None:
+            yield Slot(f"disk/{disk.id}/{index}/data", layer.data_path, writable)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from vmbus.wire.definition import Definition
+from vmbus.wire.definition import Definition, Disk, Nic
 from vmbus.wire.inlet import Delivery as Delivery  # noqa: PLC0414 (handed on)
 from vmbus.wire.inlet import Greeting as Greeting  # noqa: PLC0414
 
@@ -91,6 +91,28 @@ class Console(_Request, tag="console", frozen=True, kw_only=True):
     steal: bool = False
 
 
+class Attach(_Request, tag="attach", frozen=True, kw_only=True):
+    """Put one device, a disk or a NIC with a hotplug slot, into it; its files were delivered before.
+
+    Result when the guest has been told, or the device cannot be."""
+
+    disk: Disk | None = None
+    nic: Nic | None = None
+
+
+class Detach(_Request, tag="detach", frozen=True, kw_only=True):
+    """Ask the guest to let go of ``device`` (``nic/ID`` or ``disk/ID``). Result when it was asked; event
+    ``detached`` when it has."""
+
+    device: str
+
+
+class Keep(_Request, tag="keep", frozen=True, kw_only=True):
+    """The guest may keep ``device`` after all."""
+
+    device: str
+
+
 class Stats(_Request, tag="stats", frozen=True, kw_only=True):
     """Result ``stats``: counters of vCPUs and devices."""
 
@@ -125,6 +147,9 @@ Request = (
     | MemoryTarget
     | Prefault
     | CancelPrefault
+    | Attach
+    | Detach
+    | Keep
 )
 
 
@@ -164,14 +189,16 @@ class Event(msgspec.Struct, tag_field="op", tag="event", frozen=True, omit_defau
 
     ``state``: ``state`` is the new one. ``ended``: ``reason`` and ``detail``; the worker exits once it
     is acknowledged or after 30 s without a control connection. ``console``: output since the last one,
-    at most one a second. ``reset``: the guest was reset and goes on.
+    at most one a second. ``reset``: the guest was reset and goes on. ``detached``: the guest has let go of
+    ``device``, whose files are closed; ``detail`` says what went wrong when it was flushed.
     """
 
     seq: Annotated[int, Meta(ge=1)]
-    kind: Literal["state", "ended", "console", "reset"]
+    kind: Literal["state", "ended", "console", "reset", "detached"]
     state: State = "ready"
     reason: str = ""
     detail: str = ""
+    device: str = ""
 
 
 Answer = Result | Event

@@ -30,10 +30,13 @@ from vmbus.wire.worker import (
     VERSION,
     Ack,
     AddFile,
+    Attach,
     CancelPrefault,
     Configure,
     Console,
+    Detach,
     Hello,
+    Keep,
     MemoryTarget,
     Prefault,
     Request,
@@ -58,7 +61,18 @@ _deliveries = msgspec.msgpack.Decoder(Delivery)
 _requests = msgspec.msgpack.Decoder(Request)
 
 # What an older or newer service, with which only the lifeline is shared, may not ask.
-_BEYOND_LIFELINE = (AddFile, Configure, Run, Stats, MemoryTarget, Prefault, CancelPrefault)
+_BEYOND_LIFELINE = (
+    AddFile,
+    Configure,
+    Run,
+    Stats,
+    MemoryTarget,
+    Prefault,
+    CancelPrefault,
+    Attach,
+    Detach,
+    Keep,
+)
 
 
 class Desk(Protocol):
@@ -282,7 +296,7 @@ class Control:
             self._files.add(request.slot, fds)
             reply.done()
         else:
-            if isinstance(request, Configure):
+            if isinstance(request, Configure | Attach):
                 self.collect_files()
             self._desk.handle(request, fds, reply)
 

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 
 from vmbus._native import ffi, lib
-from vmbus.wire.definition import Definition, has_balloon, slots
+from vmbus.wire.definition import Definition, Disk, Nic, has_balloon, slots
 from vmbus.wire.errors import KINDS, VmbusError
 from vmbus.worker.files import Files
 from vmbus.worker.loop import Loop
@@ -28,6 +28,7 @@ from vmbus.worker.loop import Loop
 ABI: Final = 2
 PROFILES: Final = {"plain": 0, "vfio": 1}
 ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4, "memory": 5}
+SLOT_OPERATIONS: Final = {"attach-disk": 0, "attach-nic": 1, "detach": 2, "keep": 3}
 OPERATIONS: Final = {
     "run": 0,
     "pause": 1,
@@ -62,6 +63,13 @@ class End(msgspec.Struct):
     detail: str
 
 
+class Gone(msgspec.Struct):
+    """A device that the guest has let go of, and what went wrong when it was flushed."""
+
+    device: str
+    detail: str
+
+
 class CoreEvent(msgspec.Struct):
     """What ``Machine.next_event`` gives; ``kind`` is a value of _EVENTS."""
 
@@ -71,9 +79,10 @@ class CoreEvent(msgspec.Struct):
 
 
 # native/capi/src/event.rs
-_EVENTS: Final = {1: "done", 2: "failed", 3: "running", 4: "paused", 5: "reset", 6: "ended"}
+_EVENTS: Final = {1: "done", 2: "failed", 3: "running", 4: "paused", 5: "reset", 6: "ended", 7: "detached"}
 _error_decoder = msgspec.json.Decoder(CoreError)
 _end_decoder = msgspec.json.Decoder(End)
+_gone_decoder = msgspec.json.Decoder(Gone)
 _stats_decoder = msgspec.json.Decoder(dict[str, Any])
 _encoder = msgspec.json.Encoder()
 
@@ -122,26 +131,6 @@ def configuration(
     belong to the core once the bytes are given to it.
     """
     kernel: dict[str, Any] = {"fd": files.one("kernel"), "cmdline": definition.kernel.cmdline}
-    disks: list[dict[str, Any]] = []
-    for disk in definition.disks:
-        layers: list[dict[str, Any]] = []
-        for index, layer in enumerate(disk.layers):
-            slot = f"disk/{disk.id}/{index}"
-            entry: dict[str, Any] = {"fd": files.one(slot), "format": layer.format}
-            if layer.backing_name is not None:
-                entry["backing_name"] = layer.backing_name
-            if layer.data_name is not None:
-                entry |= {"data_name": layer.data_name, "data_fd": files.one(f"{slot}/data")}
-            layers.append(entry)
-        disks.append(
-            {
-                "id": disk.id,
-                "layers": layers,
-                "read_only": disk.read_only,
-                "serial": disk.serial,
-                "queues": disk.queues,
-            }
-        )
     config: dict[str, Any] = {
         "machine_type": definition.machine_type,
         "uuid": uuid,
@@ -152,17 +141,8 @@ def configuration(
         "kvm_fd": kvm,
         "console_fd": console,
         "kernel": kernel,
-        "disks": disks,
-        "nics": [
-            {
-                "id": nic.id,
-                "mac": nic.mac,
-                "queues": nic.queues,
-                "link": "tap" if nic.kind == "bridge" else "stream",
-                "tap_fds": files.all(f"nic/{nic.id}"),
-            }
-            for nic in definition.nics
-        ],
+        "disks": [disk_configuration(disk, files) for disk in definition.disks],
+        "nics": [nic_configuration(nic, files) for nic in definition.nics],
         "rng": definition.rng,
         "balloon": has_balloon(definition),
         "merge": merge and definition.memory_kind == "mergeable",
@@ -175,6 +155,39 @@ def configuration(
     if definition.memory_kind != "mergeable":
         config["memory_fd"] = files.one("memory")
     return _encoder.encode(config)
+
+
+def disk_configuration(disk: Disk, files: Files) -> dict[str, Any]:
+    """The core's ``Disk``. Raises InvalidArgument for a slot that is not filled."""
+    layers: list[dict[str, Any]] = []
+    for index, layer in enumerate(disk.layers):
+        slot = f"disk/{disk.id}/{index}"
+        entry: dict[str, Any] = {"fd": files.one(slot), "format": layer.format}
+        if layer.backing_name is not None:
+            entry["backing_name"] = layer.backing_name
+        if layer.data_name is not None:
+            entry |= {"data_name": layer.data_name, "data_fd": files.one(f"{slot}/data")}
+        layers.append(entry)
+    return {
+        "id": disk.id,
+        "layers": layers,
+        "read_only": disk.read_only,
+        "serial": disk.serial,
+        "queues": disk.queues,
+        "slot": disk.slot or None,
+    }
+
+
+def nic_configuration(nic: Nic, files: Files) -> dict[str, Any]:
+    """The core's ``Nic``. Raises InvalidArgument for a slot that is not filled."""
+    return {
+        "id": nic.id,
+        "mac": nic.mac,
+        "queues": nic.queues,
+        "link": "tap" if nic.kind == "bridge" else "stream",
+        "tap_fds": files.all(f"nic/{nic.id}"),
+        "slot": nic.slot or None,
+    }
 
 
 def named_slots(definition: Definition) -> list[str]:
@@ -250,6 +263,30 @@ class Core:
         """Ask for one of OPERATIONS; an event done or failed with this id answers. Never waits."""
         call(lib.vmbus_machine_request(self._machine, OPERATIONS[operation], argument, request))
 
+    def attach(
+        self, operation: str, request: int, device: dict[str, Any], failed: Callable[[VmbusError], None]
+    ) -> None:
+        """Attach a ``device`` ("attach-disk" or "attach-nic"), whose fds are gone either way.
+
+        An event done or failed with this id answers, or ``failed`` is called. Images are opened on the core
+        thread."""
+        machine, json = self._machine, _encoder.encode(device)
+
+        def job() -> Callable[[], None]:
+            try:
+                call(lib.vmbus_machine_slot(machine, SLOT_OPERATIONS[operation], request, json, len(json)))
+            except VmbusError as error:
+                failure = error
+                return lambda: failed(failure)
+            return lambda: None
+
+        self._begin(job)
+
+    def slot(self, operation: str, request: int, device: str) -> None:
+        """Ask the guest to "detach" a device or let it "keep" it. Never waits."""
+        json = _encoder.encode(device)
+        call(lib.vmbus_machine_slot(self._machine, SLOT_OPERATIONS[operation], request, json, len(json)))
+
     def _read_events(self) -> None:
         event = ffi.new("VmbusEvent *")
         # A callback may free the machine.
@@ -278,6 +315,11 @@ def error_of(event: CoreEvent) -> VmbusError:
 def end_of(event: CoreEvent) -> End:
     """The reason in an ``ended`` event."""
     return _end_decoder.decode(event.json)
+
+
+def gone_of(event: CoreEvent) -> Gone:
+    """The device in a ``detached`` event."""
+    return _gone_decoder.decode(event.json)
 
 
 def stats_of(event: CoreEvent) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vmbus.wire.worker import Event, State
 
 LIMIT: Final = 128
 
-Kind = Literal["state", "ended", "console", "reset"]
+Kind = Literal["state", "ended", "console", "reset", "detached"]
 
 
 class EventQueue:
@@ -29,10 +29,12 @@ class EventQueue:
     def __len__(self) -> int:
         return len(self._events)
 
-    def add(self, kind: Kind, *, state: State = "ready", reason: str = "", detail: str = "") -> Event:
+    def add(
+        self, kind: Kind, *, state: State = "ready", reason: str = "", detail: str = "", device: str = ""
+    ) -> Event:
         """Number and keep an event."""
         self.last += 1
-        event = Event(seq=self.last, kind=kind, state=state, reason=reason, detail=detail)
+        event = Event(seq=self.last, kind=kind, state=state, reason=reason, detail=detail, device=device)
         self._events.append(event)
         if len(self._events) > LIMIT:
             victim = next(index for index, old in enumerate(self._events) if old.kind != "ended")

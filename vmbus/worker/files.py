@@ -25,7 +25,7 @@ class Files:
 
     def __init__(self) -> None:
         self._slots: dict[str, list[int]] = {}
-        self._sealed = False
+        self._built = False
 
     def add(self, slot: str, fds: list[int]) -> None:
         """Take ``fds`` over under ``slot``; they are closed if they are refused.
@@ -45,8 +45,8 @@ class Files:
             raise VmbusError("InvalidArgument", "no file descriptor came with the message", argument="slot")
         if not 0 < len(slot) <= 64 or not _LETTERS.issuperset(slot):
             raise VmbusError("InvalidArgument", f"{slot!r} is no name of a slot", argument="slot")
-        if self._sealed:
-            raise VmbusError("InvalidState", "the machine is built; files come before Configure")
+        if self._built and not slot.startswith(("disk/", "nic/")):
+            raise VmbusError("InvalidState", f"the machine is built; {slot} comes before Configure")
         if slot in self._slots:
             raise VmbusError("InUse", f"the slot {slot} is filled already", argument="slot")
         if len(self._slots) >= SLOTS_MAX:
@@ -70,9 +70,9 @@ class Files:
         """Whether ``slot`` is filled."""
         return slot in self._slots
 
-    def seal(self) -> None:
-        """From now on nothing is added."""
-        self._sealed = True
+    def built(self) -> None:
+        """From now on only files of devices that are attached are added."""
+        self._built = True
 
     def hand_over(self, slots: list[str]) -> None:
         """These slots' descriptors now belong to the core; the others are of no use and closed."""

@@ -5,8 +5,8 @@
 |---|---|---|
 | ready | the start | AddFile, Configure, Console, Stop |
 | configured | Configure, once built | Run, Console, Stop, Stats, and what is about memory |
-| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory |
-| paused | Pause | Resume, Reset, Stop, Stats, Console, memory |
+| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory, Attach, Detach, Keep |
+| paused | Pause | Resume, Reset, Stop, Stats, Console, memory, Attach, Detach, Keep |
 | ended | the guest, Stop, an error, a build that failed | none |
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
@@ -21,11 +21,15 @@ import socket
 from collections.abc import Callable
 from typing import Final
 
+from vmbus.wire.definition import disk_slots
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.worker import (
+    Attach,
     CancelPrefault,
     Configure,
     Console,
+    Detach,
+    Keep,
     MemoryTarget,
     Pause,
     Prefault,
@@ -40,7 +44,18 @@ from vmbus.wire.worker import (
 )
 from vmbus.worker.console import Hub
 from vmbus.worker.control import Reply
-from vmbus.worker.core import Core, CoreEvent, configuration, end_of, error_of, named_slots, stats_of
+from vmbus.worker.core import (
+    Core,
+    CoreEvent,
+    configuration,
+    disk_configuration,
+    end_of,
+    error_of,
+    gone_of,
+    named_slots,
+    nic_configuration,
+    stats_of,
+)
 from vmbus.worker.events import EventQueue
 from vmbus.worker.files import Files
 from vmbus.worker.loop import Loop, Timer
@@ -62,6 +77,9 @@ _OPERATIONS: Final[dict[type, tuple[str, frozenset[str]]]] = {
     Prefault: ("prefault", frozenset({"configured", "running", "paused"})),
     CancelPrefault: ("cancel-prefault", frozenset({"configured", "running", "paused"})),
 }
+
+
+_PLUGGABLE: Final = frozenset({"running", "paused"})
 
 
 class Machine:
@@ -102,6 +120,12 @@ class Machine:
             self._configure(request, reply)
         elif isinstance(request, Stop) and self.state == "ready":
             self._stop_early(reply)
+        elif isinstance(request, Attach):
+            self._attach(request, reply)
+        elif isinstance(request, Detach | Keep):
+            self._require(type(request).__name__, _PLUGGABLE)
+            operation = "detach" if isinstance(request, Detach) else "keep"
+            self.core.slot(operation, self._expect(operation, reply), request.device)
         else:
             self._operate(request, reply)
 
@@ -135,7 +159,7 @@ class Machine:
             merge=request.merge,
         )
         self._files.hand_over(named_slots(definition))
-        self._files.seal()
+        self._files.built()
         self._building = True
         self.core.build(config, lambda error: self._built(error, reply))
 
@@ -162,17 +186,47 @@ class Machine:
 
     def _operate(self, request: Request, reply: Reply) -> None:
         operation, states = _OPERATIONS[type(request)]
+        self._require(operation, states)
+        self._ask(operation, reply, request.bytes if isinstance(request, MemoryTarget) else 0)
+
+    def _require(self, operation: str, states: frozenset[str]) -> None:
         if self.state not in states:
             raise VmbusError(
                 "InvalidState",
                 f"{operation} needs a machine that is {' or '.join(sorted(states))}, not {self.state}",
             )
-        self._ask(operation, reply, request.bytes if isinstance(request, MemoryTarget) else 0)
 
     def _ask(self, operation: str, reply: Reply, argument: int = 0) -> None:
+        self.core.request(operation, self._expect(operation, reply), argument)
+
+    def _expect(self, operation: str, reply: Reply) -> int:
+        """The number of a request to the core, whose answer goes to ``reply``."""
         self._last_request += 1
         self._replies[self._last_request] = (operation, reply)
-        self.core.request(operation, self._last_request, argument)
+        return self._last_request
+
+    def _attach(self, request: Attach, reply: Reply) -> None:
+        """The device's files are given to the core; whatever else was delivered belongs to nobody."""
+        try:
+            self._require("attach", _PLUGGABLE)
+            if request.disk is not None:
+                operation, slots = "attach-disk", [slot.name for slot in disk_slots(request.disk)]
+                device = disk_configuration(request.disk, self._files)
+            elif request.nic is not None:
+                operation, slots = "attach-nic", [f"nic/{request.nic.id}"]
+                device = nic_configuration(request.nic, self._files)
+            else:
+                raise VmbusError("InvalidArgument", "neither a disk nor a nic", argument="device")
+        except VmbusError:
+            self._files.close()
+            raise
+        self._files.hand_over(slots)
+        number = self._expect(operation, reply)
+        self.core.attach(operation, number, device, lambda error: self._not_attached(number, error))
+
+    def _not_attached(self, number: int, error: VmbusError) -> None:
+        if waiting := self._replies.pop(number, None):
+            waiting[1].failed(error)
 
     # What the core says.
 
@@ -187,6 +241,10 @@ class Machine:
             self._enter("paused")
         elif event.kind == "reset":
             self._events.add("reset")
+            self.events_added()
+        elif event.kind == "detached":
+            gone = gone_of(event)
+            self._events.add("detached", device=gone.device, detail=gone.detail[:_DETAIL_MAX])
             self.events_added()
         else:
             end = end_of(event)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A machine as an opaque handle: made, asked, listened to, freed.
 //!
-//! A handle is used by one thread at a time. Making and freeing may take long (images are opened, threads
-//! are waited for); the rest returns at once. The machine's threads narrow themselves by the seccomp profile of
+//! Making, attaching a disk and freeing may take long (images are opened, threads are waited for); the rest returns
+//! at once. Requests may come from several threads; events are taken by one. The machine's threads narrow themselves by the seccomp profile of
 //! the process, if it was closed by one; a process without the filter (a test) runs them as they are.
 
 use std::ffi::{c_int, CString};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vmbus_sandbox::narrow;
 use vmbus_vmm::thread::ThreadHook;
@@ -20,7 +20,7 @@ use crate::sandbox;
 pub struct VmbusMachine {
     machine: Machine,
     /// What the last event's `json` points to.
-    json: CString,
+    json: Mutex<CString>,
 }
 
 /// Builds the machine that `json` (native/vmm/src/config.rs) describes, standing still.
@@ -49,7 +49,7 @@ pub unsafe extern "C" fn vmbus_machine_new(
         let machine = Machine::build(config, sandbox::take_rings()?, hook())?;
         let handle = Box::new(VmbusMachine {
             machine,
-            json: CString::default(),
+            json: Mutex::default(),
         });
         // SAFETY: the caller's promise.
         unsafe { out.write(Box::into_raw(handle)) };
@@ -71,17 +71,17 @@ fn hook() -> ThreadHook {
 /// The handle behind a pointer that the caller got from `vmbus_machine_new`.
 ///
 /// # Safety
-/// `machine` is null or such a pointer, not freed, and no other reference to it is alive.
-unsafe fn handle<'a>(machine: *mut VmbusMachine) -> Result<&'a mut VmbusMachine, Failure> {
-    // SAFETY: the caller's promise.
-    unsafe { machine.as_mut() }.ok_or_else(|| Failure::new("InvalidArgument", "no machine"))
+/// `machine` is null or such a pointer, and not freed.
+unsafe fn handle<'a>(machine: *const VmbusMachine) -> Result<&'a VmbusMachine, Failure> {
+    // SAFETY: the caller's promise; a handle is only ever shared.
+    unsafe { machine.as_ref() }.ok_or_else(|| Failure::new("InvalidArgument", "no machine"))
 }
 
 /// Asks for something: 0 run, 1 pause, 2 resume, 3 power button, 4 reset, 5 stop, 6 stats,
 /// 7 memory target of `argument` bytes (the others have no argument: 0), 8 prefault, 9 cancel prefault. The answer is an event with the same `id`.
 ///
 /// # Safety
-/// `machine` is a handle that is not freed and not in use by another thread.
+/// `machine` is a handle that is not freed.
 #[no_mangle]
 pub unsafe extern "C" fn vmbus_machine_request(
     machine: *mut VmbusMachine,
@@ -121,7 +121,7 @@ pub unsafe extern "C" fn vmbus_machine_request(
 /// is an event with the same `id`. Attaching a disk opens its images and may take long.
 ///
 /// # Safety
-/// As `vmbus_machine_request`, but attaching may be called beside other calls; `json` points to `len` bytes.
+/// As `vmbus_machine_request`; `json` points to `len` bytes.
 #[no_mangle]
 pub unsafe extern "C" fn vmbus_machine_slot(
     machine: *const VmbusMachine,
@@ -136,10 +136,8 @@ pub unsafe extern "C" fn vmbus_machine_slot(
         let wrong = |error: serde_json::Error| {
             Failure::about("InvalidArgument", "device", format!("the device: {error}"))
         };
-        // SAFETY: the caller's promise: what is used below is shared with the threads of the machine anyway.
-        let machine = unsafe { machine.as_ref() }
-            .ok_or_else(|| Failure::new("InvalidArgument", "no machine"))?;
-        let machine = &machine.machine;
+        // SAFETY: the caller's promise.
+        let machine = &unsafe { handle(machine) }?.machine;
         match operation {
             0 => machine.attach_disk(id, &serde_json::from_slice(json).map_err(wrong)?)?,
             1 => machine.attach_nic(id, &serde_json::from_slice(json).map_err(wrong)?)?,
@@ -183,13 +181,14 @@ pub unsafe extern "C" fn vmbus_machine_next_event(
             return Ok(0);
         };
         let (kind, id, json) = describe(event);
-        machine.json = CString::new(json)
+        let mut kept = machine.json.lock().unwrap_or_else(|e| e.into_inner());
+        *kept = CString::new(json)
             .map_err(|_| Failure::new("Internal", "an event with a NUL in its JSON"))?;
         let event = VmbusEvent {
             kind,
             reserved: 0,
             id,
-            json: machine.json.as_ptr(),
+            json: kept.as_ptr(),
         };
         // SAFETY: the caller's promise.
         unsafe { out.write(event) };

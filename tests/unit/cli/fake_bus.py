@@ -10,7 +10,7 @@ from typing import Any
 
 from vmbus.cli.remote import Handler
 from vmbus.wire import dbus_form
-from vmbus.wire.definition import Definition
+from vmbus.wire.definition import Definition, Disk, Nic
 from vmbus.wire.errors import VmbusError
 
 UUID = "0b5a2f0e-7d1c-4c56-9a3e-2f60c1d3e4f5"
@@ -94,8 +94,8 @@ class FakeBus:
     async def gone(self) -> None:
         await self._gone.wait()
 
-    def form(self, definition: Definition) -> dict[str, Any]:
-        return dbus_form.plain(definition)
+    def form(self, described: Definition | Disk | Nic) -> dict[str, Any]:
+        return dbus_form.plain(described)
 
     def flags(self, **flags: bool) -> dict[str, Any]:
         return dict(flags)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a worker gets what a machine, or one device of it, needs: claimed files, and network ends.
+
+A file with a path is opened by the broker as the machine's owner and goes straight to the worker; one that
+a client passed goes there from here. Either way this sees its identity and claims it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from vmbus.service.broker_client import BrokerClient
+from vmbus.service.claims import Claims
+from vmbus.service.files import PassedFile
+from vmbus.service.machine import Machine
+from vmbus.wire.definition import Nic, Slot, queue_pairs
+from vmbus.wire.errors import VmbusError
+
+
+class Handover:
+    """For all machines. Errors name the slot."""
+
+    def __init__(self, broker: BrokerClient, claims: Claims) -> None:
+        self._broker = broker
+        self._claims = claims
+
+    async def files(self, machine: Machine, slots: Iterable[Slot], passed: Mapping[str, PassedFile]) -> None:
+        """Fill ``slots``; ``passed`` has those without a path, and stays the caller's."""
+        for slot in slots:
+            regular = slot.name in ("kernel", "initrd")
+            if slot.path is None:
+                file = passed[slot.name]
+                self._claims.add(machine.uuid, slot.name, file.identity(), writable=slot.writable)
+                await machine.connection().add_file(slot.name, file.fd)
+                continue
+            try:
+                identity = await self._broker.open(machine.uuid, slot.name, slot.path, writable=slot.writable)
+            except VmbusError as error:
+                raise _about(error, slot.name) from None
+            if regular and (identity.mode & 0o170000) != 0o100000:
+                raise VmbusError("InvalidArgument", f"{slot.path} is not a regular file", argument=slot.name)
+            self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
+
+    async def nics(self, machine: Machine, nics: Iterable[Nic]) -> None:
+        """The host's end of each: a tap, or a helper's connection."""
+        for nic in nics:
+            slot = f"nic/{nic.id}"
+            try:
+                if nic.kind == "bridge":
+                    queues = queue_pairs(nic, machine.definition.vcpus)
+                    await self._broker.tap(machine.uuid, nic, queues)
+                else:
+                    await self._broker.helper(machine.uuid, slot, "passt")
+            except VmbusError as error:
+                raise _about(error, slot) from None
+
+
+def _about(error: VmbusError, argument: str) -> VmbusError:
+    return VmbusError(error.kind, error.message, argument=argument)
+
+
+def check_passed(slots: Iterable[Slot], files: Mapping[str, PassedFile]) -> None:
+    """Raise InvalidArgument unless each slot without a path, and no other, has a file that is fit for it."""
+    wanted = {slot.name: slot for slot in slots if slot.path is None}
+    for name in files:
+        if name not in wanted:
+            known = ", ".join(wanted) or "no slot: all have paths"
+            raise VmbusError(
+                "InvalidArgument", f"no slot to be filled by a file; there is {known}", argument=name
+            )
+    for name, slot in wanted.items():
+        if name not in files:
+            raise VmbusError(
+                "InvalidArgument", "the slot has source fd; pass an open file for it", argument=name
+            )
+        files[name].check(name, writable=slot.writable, regular=name in ("kernel", "initrd"))
+
+
+def close_all(files: Mapping[str, PassedFile]) -> None:
+    """Close what was passed; what a worker has is a copy."""
+    for file in files.values():
+        file.close()
