@@ -372,6 +372,43 @@ class Image:
         """Delete a snapshot, by id or name."""
         self._perform({"op": "snapshot-delete", "name": name})
 
+    def bitmaps(self) -> list[dict[str, Any]]:
+        """The persistent bitmaps, with qemu-img's keys: ``name``, ``granularity``, ``flags``."""
+        return cast(list[dict[str, Any]], self._perform({"op": "bitmap-list"}))
+
+    def add_bitmap(self, name: str, *, granularity: int | None = None, enabled: bool = True) -> None:
+        """Add an empty bitmap with a bit for each ``granularity`` bytes (512 to 2 GiB, a power of two).
+
+        While it is enabled, writes are recorded in it. No request may be under way, as for all changes to
+        bitmaps.
+        """
+        self._perform({"op": "bitmap-add", "name": name, "granularity": granularity, "enabled": enabled})
+
+    def remove_bitmap(self, name: str) -> None:
+        """Remove a bitmap, consistent or not."""
+        self._perform({"op": "bitmap-remove", "name": name})
+
+    def clear_bitmap(self, name: str) -> None:
+        """Let a bitmap say that nothing was written."""
+        self._perform({"op": "bitmap-clear", "name": name})
+
+    def enable_bitmap(self, name: str, *, enabled: bool = True) -> None:
+        """Record writes in a bitmap from now on, or no more."""
+        self._perform({"op": "bitmap-enable", "name": name, "enabled": enabled})
+
+    def merge_bitmap(self, name: str, source: str, *, other: Image | None = None) -> None:
+        """Add to ``name`` what the bitmap ``source`` says, of this image or an other one of the same size."""
+        self._perform({"op": "bitmap-merge", "name": name, "source": source}, other=other)
+
+    def dirty_ranges(self, name: str, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Start and length of the ranges that a bitmap has as written."""
+        end = self.size if end is None else end
+        while start < end:
+            request = {"op": "bitmap-ranges", "name": name, "start": start, "end": end}
+            found = cast(dict[str, Any], self._perform(request))
+            yield from ((at, length) for at, length in found["ranges"])
+            start = found["next"]
+
     def copy_to(
         self,
         target: Image,
@@ -439,9 +476,10 @@ class Image:
         export: str = "",
         persistent: bool = False,
         connections: int = 16,
+        bitmaps: Sequence[str] = (),
         stop: Event | None = None,
     ) -> None:
-        """Serve the disk over NBD on a listening unix socket.
+        """Serve the disk over NBD on a listening unix socket, with bitmaps as qemu:dirty-bitmap contexts.
 
         Returns when ``stop`` is set, or, unless ``persistent``, when the last client has left. Other
         threads may use the image meanwhile.
@@ -452,6 +490,7 @@ class Image:
             "export": export,
             "persistent": persistent,
             "connections": connections,
+            "bitmaps": list(bitmaps),
         }
         shared = ffi.new("uint64_t[3]")
         failed: list[BaseException] = []

@@ -434,7 +434,5 @@ def test_a_chain_that_loops_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_what_is_absent_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours("bitmap", "--add", tmp_path / "x", "b", code=1)
-    assert "bitmap" in capsys.readouterr().err
     ours("create", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=8k", tmp_path / "x", "1M", code=1)
     assert "16k" in capsys.readouterr().err

@@ -2,9 +2,9 @@
 """vmbus-img: disk images from the command line, with qemu-img's sub-commands, options, JSON keys and
 exit codes, so that a script works by changing the name.
 
-What it does not have is refused with a message that names it: persistent bitmaps,
-and formats other than qcow2 and raw. As qemu-img does, it looks at what a file
-is when no format is given; scripts that handle other people's images should give one.
+What it does not have is refused with a message that names it: formats other than qcow2 and raw. As qemu-img
+does, it looks at what a file is when no format is given; scripts that handle other people's images should
+give one.
 
 One boundary (``main``) turns errors into one line on stderr and an exit code. This file holds the options and
 the sub-commands; img_source.py which image a word means and with which passphrase, img_amend.py changes of an
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
 from vmbus import image
-from vmbus.cli import img_amend, img_measure, img_rebase, img_source, img_text
+from vmbus.cli import img_amend, img_bitmap, img_measure, img_rebase, img_source, img_text
 from vmbus.cli.img_source import Secrets, Source
 from vmbus.image import Encryption, Format, Image
 from vmbus.wire.errors import VmbusError
@@ -42,7 +42,6 @@ UNITS: Final = {
     "p": 1 << 50,
     "e": 1 << 60,
 }
-ABSENT: Final = frozenset({"bitmap"})
 MIB: Final = 1 << 20
 CHECK_CORRUPT, CHECK_LEAKS, CHECK_UNSUPPORTED = 2, 3, 63
 COMPARE_DIFFERENT, COMPARE_CANNOT_OPEN, COMPARE_CANNOT_READ = 1, 2, 4
@@ -57,9 +56,6 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; the exit code is qemu-img's."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in ABSENT:
-        print(f"vmbus-img: not supported: the sub-command {words[0]}", file=sys.stderr)
-        return 1
     options = _arguments().parse_args(words)
     try:
         return int(options.run(options))
@@ -166,6 +162,8 @@ def _arguments() -> argparse.ArgumentParser:
     )
     one.add_argument("--target-is-zero", action="store_true", help="with -n: the target reads as zeros")
     one.add_argument("-S", dest="sparse", type=size, default=4096, help="zeros of this length are left out")
+    one.add_argument("--bitmaps", action="store_true", help="copy the persistent bitmaps too")
+    one.add_argument("--skip-broken-bitmaps", action="store_true", help="but for the inconsistent ones")
     one.add_argument("-m", dest="threads", type=int, help="threads")
     one.add_argument("-W", dest="unordered", action="store_true", help="as it comes (always done)")
     one.add_argument("-l", dest="snapshot", help="a snapshot of the source")
@@ -238,9 +236,18 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("-e", "--shared", dest="connections", type=int, default=16, help="clients at once")
     one.add_argument("-l", dest="snapshot", help="a snapshot (with -r)")
     one.add_argument(
+        "-B", "--bitmap", dest="bitmaps", action="append", default=[], help="a bitmap to tell of"
+    )
+    one.add_argument(
         "--cache", choices=["none", "writeback"], default="writeback", help="none: round the page cache"
     )
     one.add_argument("file")
+
+    one = command("bitmap", _bitmap, "persistent bitmaps")
+    one.add_argument("-f", dest="format", choices=image.FORMATS, help="the image's format")
+    one.add_argument("-g", "--granularity", dest="granularity", type=size, help="bytes a bit stands for")
+    by_options(one)
+    img_bitmap.arguments(one)
 
     one = command("snapshot", _snapshot, "internal snapshots")
     common(one)
@@ -434,11 +441,18 @@ def _convert(options: argparse.Namespace) -> int:
         raise VmbusError("InvalidArgument", "Compression not supported for file format 'raw'")
     if options.compress and "encrypt" in _settings(target_format, options.options, known):
         raise VmbusError("InvalidArgument", "Compression and encryption not supported at the same time")
+    if options.skip_broken_bitmaps and not options.bitmaps:
+        raise VmbusError("InvalidArgument", "Use of --skip-broken-bitmaps requires --bitmaps")
+    if options.bitmaps and "raw" in {format, target_format}:
+        raise VmbusError("NotSupported", "Format driver 'raw' does not support bitmaps")
     with image.open(
         origin.path, origin.format, secrets=origin.secrets, read_only=True, locks=not options.share,
         snapshot=snapshot, guess=True,
         direct=options.cache_T in {"none", "directsync"},
     ) as source:  # fmt: skip
+        carried = []
+        if options.bitmaps:
+            carried = img_bitmap.to_copy(source, skip_broken=options.skip_broken_bitmaps)
         if options.existing:
             made = img_source.source(options.target, target_format, known, options=options.target_by_options)
         else:
@@ -460,6 +474,7 @@ def _convert(options: argparse.Namespace) -> int:
                 threads=options.threads,
                 report=img_text.progress(shown=options.progress and not options.quiet),
             )
+            img_bitmap.copy(source, target, carried)
     return 0
 
 
@@ -543,7 +558,7 @@ def _measure(options: argparse.Namespace) -> int:
     if (options.size is None) == (options.file is None):
         raise VmbusError("InvalidArgument", "Either --size N or one filename must be specified.")
     ranges = None
-    bitmaps = False
+    bitmaps = None
     length = options.size
     if options.file is not None:
         path, format, secrets = _source(options)
@@ -558,7 +573,9 @@ def _measure(options: argparse.Namespace) -> int:
             guess=True,
         ) as source:
             length, ranges = source.size, list(source.map())
-        bitmaps = format == "qcow2" and target == "qcow2" and settings.get("version", 3) == 3
+            if format == "qcow2" and target == "qcow2" and settings.get("version", 3) == 3:
+                cluster_size = settings.get("cluster_size", 65536)
+                bitmaps = img_bitmap.room(source.bitmaps(), source.size, cluster_size)
     found = {"required": length, "fully-allocated": length}
     if target == "qcow2":
         shape = {
@@ -573,8 +590,8 @@ def _measure(options: argparse.Namespace) -> int:
         if "encrypt" in settings:
             header = img_measure.luks_header(settings["encrypt"], shape["cluster_size"])
             found = {key: size + header for key, size in found.items()}
-    if bitmaps:
-        found["bitmaps"] = 0
+    if bitmaps is not None:
+        found["bitmaps"] = bitmaps
     if options.output == "json":
         print(json.dumps(found, indent=4))
     else:
@@ -602,6 +619,14 @@ def _resize(options: argparse.Namespace) -> int:
         one.resize(wanted, shrink=options.shrink)
     if not options.quiet:
         print("Image resized.")
+    return 0
+
+
+def _bitmap(options: argparse.Namespace) -> int:
+    merged = None
+    if options.source_file is not None:
+        merged = img_source.source(options.source_file, options.source_format, _known(options))
+    img_bitmap.run(_source(options), options, merged)
     return 0
 
 
@@ -684,6 +709,7 @@ def _serve(options: argparse.Namespace) -> int:
             export=options.export,
             persistent=options.persistent,
             connections=options.connections,
+            bitmaps=options.bitmaps,
             stop=stop,
         )
     return 0

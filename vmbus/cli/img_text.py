@@ -34,22 +34,33 @@ def info(layer: Layer, found: dict[str, Any]) -> dict[str, Any]:
             described["backing-filename-format"] = qcow2["backing-format"]
     if qcow2["snapshots"]:
         described["snapshots"] = qcow2["snapshots"]
-    data: dict[str, Any] = {"compat": "0.10" if qcow2["version"] == 2 else "1.1"}
-    data["compression-type"] = qcow2["compression-type"]
-    if qcow2["version"] > 2:
-        data["lazy-refcounts"] = qcow2["lazy-refcounts"]
-    data["refcount-bits"] = qcow2["refcount-bits"]
     if qcow2["encrypt"] is not None:
         described["encrypted"] = True
-        data["encrypt"] = qcow2["encrypt"]
-    if qcow2["version"] > 2:
-        data["corrupt"] = qcow2["corrupt"]
-        data["extended-l2"] = qcow2["extended-l2"]
+    described["format-specific"] = {"type": "qcow2", "data": _specific(qcow2)}
+    return described
+
+
+def _specific(qcow2: dict[str, Any]) -> dict[str, Any]:
+    """What only qcow2 has, in the order in which qemu-img prints it."""
+    version2 = qcow2["version"] == 2
+    data: dict[str, Any] = {"compat": "0.10" if version2 else "1.1"}
+    data["compression-type"] = qcow2["compression-type"]
+    if not version2:
+        data["lazy-refcounts"] = qcow2["lazy-refcounts"]
+    if qcow2["bitmaps"]:
+        keys = ("flags", "name", "granularity")
+        data["bitmaps"] = [{key: one[key] for key in keys} for one in qcow2["bitmaps"]]
     if qcow2["data-name"] is not None:
         data["data-file"] = qcow2["data-name"]
-        data["data-file-raw"] = qcow2["data-raw"]
-    described["format-specific"] = {"type": "qcow2", "data": data}
-    return described
+    data["refcount-bits"] = qcow2["refcount-bits"]
+    if qcow2["encrypt"] is not None:
+        data["encrypt"] = qcow2["encrypt"]
+    if not version2:
+        data["corrupt"] = qcow2["corrupt"]
+        if qcow2["data-name"] is not None:
+            data["data-file-raw"] = qcow2["data-raw"]
+        data["extended-l2"] = qcow2["extended-l2"]
+    return data
 
 
 def info_for_people(described: dict[str, Any]) -> str:

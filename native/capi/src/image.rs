@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_qcow2::{
-    amend_keys, bench, check, compare, copy, create_qcow2, empty, first_nonzero, info,
-    looks_like_qcow2, range_at, resize, serve, set_backing, snapshot, BenchOptions, CheckReport,
-    CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error, Format, Image, ImageInfo,
-    KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair, Secret, ServeOptions,
-    Snapshot,
+    amend_keys, bench, bitmaps, check, compare, copy, create_qcow2, empty, first_nonzero, info,
+    looks_like_qcow2, range_at, resize, serve, set_backing, snapshot, BenchOptions, Bitmap,
+    BitmapView, CheckReport, CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error,
+    Format, Image, ImageInfo, KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair,
+    Secret, ServeOptions, Snapshot,
 };
 
 use crate::error::{borrowed, guard, Failure};
@@ -313,6 +313,45 @@ fn perform(
             Ok(Value::Null)
         }
         "map" => map(&needed(&image)?, request),
+        "bitmap-list" => Ok(bitmaps::list(&*needed(&image)?)?
+            .iter()
+            .map(bitmap_json)
+            .collect()),
+        "bitmap-add" => {
+            let image = needed(&image)?;
+            let granularity = match request["granularity"].as_u64() {
+                Some(granularity) => granularity,
+                None => bitmaps::default_granularity(&image)?,
+            };
+            let (name, enabled) = (text(request, "name")?, flag(request, "enabled"));
+            bitmaps::add(&image, name, granularity, enabled)?;
+            Ok(Value::Null)
+        }
+        "bitmap-remove" => {
+            bitmaps::remove(&*needed(&image)?, text(request, "name")?)?;
+            Ok(Value::Null)
+        }
+        "bitmap-clear" => {
+            bitmaps::clear(&*needed(&image)?, text(request, "name")?)?;
+            Ok(Value::Null)
+        }
+        "bitmap-enable" => {
+            let name = text(request, "name")?;
+            bitmaps::set_enabled(&*needed(&image)?, name, flag(request, "enabled"))?;
+            Ok(Value::Null)
+        }
+        "bitmap-merge" => {
+            let into = needed(&image)?;
+            let from = other.unwrap_or_else(|| into.clone());
+            bitmaps::merge(
+                &into,
+                text(request, "name")?,
+                &from,
+                text(request, "source")?,
+            )?;
+            Ok(Value::Null)
+        }
+        "bitmap-ranges" => bitmap_ranges(&needed(&image)?, request),
         "snapshot-list" => Ok(snapshot::list(&*needed(&image)?)?
             .iter()
             .map(snapshot_json)
@@ -367,6 +406,7 @@ fn perform(
                 export: text(request, "export")?.to_owned(),
                 persistent: flag(request, "persistent"),
                 connections: number(request, "connections")? as usize,
+                bitmaps: texts(request, "bitmaps"),
             };
             serve(&needed(&image)?, &listener, &options, &progress.cancel)?;
             Ok(Value::Null)
@@ -480,7 +520,9 @@ fn describe(info: &ImageInfo) -> Value {
             "extended-l2": qcow2.extended_l2,
             "dirty": qcow2.dirty, "corrupt": qcow2.corrupt, "backing-name": qcow2.backing_name,
             "backing-format": qcow2.backing_format, "data-name": qcow2.data_name, "data-raw": qcow2.data_raw,
-            "encrypt": qcow2.encryption.as_ref().map(encryption_json), "bitmaps": qcow2.bitmaps, "snapshots": qcow2.snapshots.iter().map(snapshot_json).collect::<Vec<_>>(),
+            "encrypt": qcow2.encryption.as_ref().map(encryption_json),
+            "bitmaps": qcow2.bitmaps.iter().map(bitmap_json).collect::<Vec<_>>(),
+            "snapshots": qcow2.snapshots.iter().map(snapshot_json).collect::<Vec<_>>(),
         });
     }
     value
@@ -508,6 +550,32 @@ fn encryption_json(encryption: &Encryption) -> Value {
         value["ivgen-hash-alg"] = json!(hash);
     }
     value
+}
+
+fn bitmap_json(bitmap: &Bitmap) -> Value {
+    let flags = [("in-use", bitmap.in_use), ("auto", bitmap.enabled)];
+    let set: Vec<&str> = flags
+        .iter()
+        .filter_map(|(name, on)| on.then_some(*name))
+        .collect();
+    json!({ "flags": set, "name": bitmap.name, "granularity": bitmap.granularity })
+}
+
+/// Ranges of the disk that a bitmap has as dirty: start and length of each. A bounded number: the caller asks
+/// again from `next`.
+fn bitmap_ranges(image: &Arc<Image>, request: &Value) -> Outcome<Value> {
+    let mut view = BitmapView::open(image, text(request, "name")?)?;
+    let mut at = number(request, "start")?;
+    let end = number(request, "end")?.min(image.size());
+    let mut ranges = Vec::new();
+    while at < end && ranges.len() < 4096 {
+        let (dirty, len) = view.status(image, at, end - at)?;
+        if dirty {
+            ranges.push(json!([at, len]));
+        }
+        at += len;
+    }
+    Ok(json!({ "ranges": ranges, "next": at }))
 }
 
 fn snapshot_json(snapshot: &Snapshot) -> Value {
@@ -575,6 +643,13 @@ fn text<'a>(request: &'a Value, key: &str) -> Outcome<&'a str> {
     request[key]
         .as_str()
         .ok_or_else(|| Failure::about("InvalidArgument", key, "a string is missing"))
+}
+
+fn texts(request: &Value, key: &str) -> Vec<String> {
+    let listed = request[key].as_array().into_iter().flatten();
+    listed
+        .filter_map(|one| one.as_str().map(str::to_owned))
+        .collect()
 }
 
 fn number(request: &Value, key: &str) -> Outcome<u64> {

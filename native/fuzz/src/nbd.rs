@@ -66,6 +66,7 @@ pub fn run(data: &[u8]) {
             export: "disk".to_owned(),
             persistent: false,
             connections: 1,
+            bitmaps: Vec::new(),
         };
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {

@@ -20,6 +20,7 @@ use crate::file::BlockFile;
 use crate::locks::{self, Use};
 use crate::mailbox::Waiter;
 use crate::plan::{CommitStep, Extents, Need, Planned, Stop, WriteStep, ZeroStep};
+use crate::qcow2::bitmaps;
 use crate::qcow2::zero::Zeroing;
 use crate::state::{Layer, State};
 use crate::types::Format;
@@ -168,11 +169,14 @@ impl Image {
             ));
         }
         crate::blocking::settle(self)?;
+        // A bitmap that cannot be stored is lost, and marked so; the disk itself is closed all the same.
+        let stored = bitmaps::store(self);
+        crate::blocking::settle(self)?;
         let mut state = self.lock();
         state.inactivate(&self.files)?;
         drop(state);
         self.drop_locks();
-        Ok(())
+        stored
     }
 
     /// The disk's size in bytes, as the guest sees it.
@@ -241,7 +245,10 @@ impl Image {
     }
 
     pub(crate) fn plan_write(&self, at: u64, len: u64, waiter: &Waiter) -> Planned<WriteStep> {
-        self.ready()?.plan_write(&self.files, at, len, waiter)
+        let mut state = self.ready()?;
+        let step = state.plan_write(&self.files, at, len, waiter)?;
+        state.mark_dirty(at, step.len());
+        Ok(step)
     }
 
     pub(crate) fn plan_zero(
@@ -251,7 +258,10 @@ impl Image {
         how: Zeroing,
         waiter: &Waiter,
     ) -> Planned<ZeroStep> {
-        self.ready()?.plan_zero(&self.files, at, len, how, waiter)
+        let mut state = self.ready()?;
+        let step = state.plan_zero(&self.files, at, len, how, waiter)?;
+        state.mark_dirty(at, step.len());
+        Ok(step)
     }
 
     pub(crate) fn finish(&self, ticket: u64, ok: bool) {

@@ -9,8 +9,10 @@ use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
 use crate::plan::Codec;
+use crate::qcow2::bitmaps::{self, Bitmap};
 use crate::qcow2::header::{autoclear, extension, incompatible, Header, LAZY_REFCOUNTS};
 use crate::qcow2::snapshot::{self, Snapshot};
+use crate::qcow2::Geometry;
 use crate::types::Format;
 
 /// The description of an image file.
@@ -53,8 +55,8 @@ pub struct Qcow2Info {
     pub data_raw: bool,
     /// How guest data is encrypted.
     pub encryption: Option<Encryption>,
-    /// There are persistent bitmaps.
-    pub bitmaps: bool,
+    /// The persistent bitmaps.
+    pub bitmaps: Vec<Bitmap>,
     /// The internal snapshots.
     pub snapshots: Vec<Snapshot>,
 }
@@ -100,7 +102,7 @@ fn describe(file: &BlockFile, format: Format) -> Result<ImageInfo> {
         data_name: header.data_name(),
         data_raw: has(header.autoclear, autoclear::DATA_FILE_RAW),
         encryption: info::describe(file, &header)?,
-        bitmaps: header.extension(extension::BITMAPS).is_some(),
+        bitmaps: bitmaps::list_in(file, &header, &Geometry::of(&header))?,
         snapshots,
     };
     Ok(ImageInfo {
@@ -158,8 +160,8 @@ fn rename(file: &BlockFile, backing: Option<(&str, Option<Format>)>) -> Result<(
         );
     }
     header.backing_name = backing.map(|(name, _)| name.to_owned());
-    let mut cluster = header.serialize()?;
-    cluster.resize(1 << header.cluster_bits, 0);
+    let mut cluster = header.serialize_short()?;
+    cluster.resize(cluster.len().next_multiple_of(512), 0);
     file.write_at(&cluster, 0)?;
     file.sync()
 }

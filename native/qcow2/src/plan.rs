@@ -145,6 +145,17 @@ pub(crate) enum ZeroStep {
     },
 }
 
+impl ZeroStep {
+    /// The request's bytes that this step takes, or that it is about.
+    pub(crate) fn len(&self) -> u64 {
+        match self {
+            ZeroStep::Done { len } | ZeroStep::Write { len } | ZeroStep::Fallocate { len, .. } => {
+                *len
+            }
+        }
+    }
+}
+
 /// Why a plan cannot be made now.
 #[derive(Debug)]
 pub(crate) enum Stop {

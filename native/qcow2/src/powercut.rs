@@ -17,7 +17,7 @@ use std::sync::Arc;
 use smallvec::smallvec;
 
 use crate::engine::backend::IoOp;
-use crate::qcow2::snapshot;
+use crate::qcow2::{bitmaps, snapshot};
 use crate::{
     check, create_qcow2, resize, CreateOptions, Engine, Format, Image, LayerFiles, Op, OpenOptions,
     Repair, Request,
@@ -147,6 +147,8 @@ struct Bed {
     directory: PathBuf,
     backing: bool,
     options: CreateOptions,
+    /// An enabled bitmap records the workload, and others come and go.
+    bitmaps: bool,
 }
 
 impl Drop for Bed {
@@ -183,6 +185,7 @@ impl Bed {
             directory,
             backing,
             options,
+            bitmaps: false,
         }
     }
 
@@ -219,6 +222,24 @@ impl Bed {
         self.options.refcount_bits > 1
     }
 
+    /// A bitmap that may be trusted knows of all that has changed.
+    fn bitmap_tells(&self, image: &Image, content: &[u8], what: &str) {
+        let listed = bitmaps::list(image).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let recording = listed.iter().find(|bitmap| bitmap.name == "recording");
+        assert_eq!(recording.is_some(), self.bitmaps, "{what}");
+        if recording.is_none_or(|bitmap| bitmap.in_use) {
+            return;
+        }
+        let mut view = bitmaps::BitmapView::open(image, "recording").unwrap();
+        for (sector, bytes) in content.chunks(SECTOR).enumerate() {
+            let (dirty, _) = view.status(image, (sector * SECTOR) as u64, 1).unwrap();
+            assert!(
+                dirty || bytes[0] == 0,
+                "{what}: sector {sector} has changed"
+            );
+        }
+    }
+
     /// Record a workload; gives the file as it was at the start.
     fn record(&self, random: &mut Random) -> (Vec<u8>, Vec<Event>) {
         let path = self.directory.join("image");
@@ -229,6 +250,9 @@ impl Bed {
         )
         .unwrap();
         let image = self.image("image", false).unwrap();
+        if self.bitmaps {
+            bitmaps::add(&image, "recording", 4096, true).unwrap();
+        }
         let start = std::fs::read(&path).unwrap();
         let fds = image
             .files()
@@ -246,6 +270,14 @@ impl Bed {
                 0 if self.snapshots() => drop(snapshot::create(&image, "one").unwrap()),
                 1 if self.snapshots() => snapshot::delete(&image, "one").unwrap(),
                 _ => {}
+            }
+            if self.bitmaps {
+                let name = format!("part {part}");
+                bitmaps::add(&image, &name, 512, part == 0).unwrap();
+                bitmaps::merge(&image, &name, &image, "recording").unwrap();
+                if part == 2 {
+                    bitmaps::remove(&image, "part 0").unwrap();
+                }
             }
             resize(&image, SIZE + (part + 1) * 65536 * 4, false).unwrap();
         }
@@ -450,6 +482,7 @@ impl Bed {
         let extents =
             crate::blocking::run(&image, |state, waiter| state.plan_read(0, SIZE, waiter)).unwrap();
         let content = crate::blocking::fetch(&image, &extents).unwrap();
+        self.bitmap_tells(&image, &content, what);
         for (sector, bytes) in content.chunks(SECTOR).enumerate() {
             let same = bytes.iter().all(|byte| *byte == bytes[0]);
             assert!(
@@ -536,6 +569,15 @@ fn subclusters_survive_power_cuts() {
 #[test]
 fn subclusters_over_a_backing_file_survive_power_cuts() {
     subclusters("subclusters-backing", 65536, true);
+}
+
+#[test]
+fn bitmaps_survive_power_cuts_or_say_that_they_did_not() {
+    for (name, cluster_size) in [("bitmaps-small", 512), ("bitmaps", 65536)] {
+        let mut bed = Bed::new(name, cluster_size, 16, false);
+        bed.bitmaps = true;
+        cut(name, &bed);
+    }
 }
 
 fn subclusters(name: &str, cluster_size: u64, backing: bool) {

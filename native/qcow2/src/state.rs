@@ -15,6 +15,7 @@ use crate::plan::{
     push_extent, Extent, Extents, FileId, Planned, Source, Stop, WriteStep, ZeroStep,
 };
 use crate::qcow2::alloc::Writer;
+use crate::qcow2::bitmaps::tracking::Tracking;
 use crate::qcow2::check;
 use crate::qcow2::entry::{Mapping, Part};
 use crate::qcow2::header::{autoclear, field, incompatible, CryptMethod};
@@ -59,6 +60,8 @@ pub(crate) struct State {
     pub(crate) commits: Commits,
     /// What writing to a qcow2 layer needs; none while inactive, read-only or raw.
     pub(crate) writer: Option<Writer>,
+    /// What the enabled bitmaps of a qcow2 layer that is written hear of.
+    pub(crate) tracking: Tracking,
     /// The first failed fdatasync (commit.rs).
     pub(crate) failed: Option<Error>,
 }
@@ -99,6 +102,7 @@ impl State {
             epochs: Epochs::default(),
             commits: Commits::default(),
             writer: None,
+            tracking: Tracking::default(),
             failed: None,
         })
     }
@@ -114,6 +118,7 @@ impl State {
     pub(crate) fn activate(&mut self, files: &[BlockFile], snapshot: Option<&str>) -> Result<()> {
         self.cache.clear();
         self.writer = None;
+        self.tracking = Tracking::default();
         for (number, layer) in self.layers.iter_mut().enumerate() {
             match layer {
                 Layer::Raw(raw) => raw.size = files.get(raw.file).ok_or_else(no_file)?.len()?,
@@ -183,7 +188,7 @@ impl State {
         }
         let mut writer = Writer::open(qcow2.geometry, file, qcow2)?;
         // What this version does not keep up to date must not be believed afterwards.
-        let keep = qcow2.header.autoclear & autoclear::DATA_FILE_RAW;
+        let keep = qcow2.header.autoclear & (autoclear::DATA_FILE_RAW | autoclear::BITMAPS);
         let stale = qcow2.header.autoclear != keep;
         qcow2.header.autoclear = keep;
         if stale {
@@ -193,7 +198,7 @@ impl State {
         if stale {
             self.cache_header()?;
         }
-        Ok(())
+        self.begin_tracking(files)
     }
 
     pub(crate) fn inactivate(&mut self, files: &[BlockFile]) -> Result<()> {

@@ -26,6 +26,7 @@ use crate::image::Image;
 use crate::map::range_at;
 use crate::nbd::handshake::{broken, Agreed, MAX_REQUEST};
 use crate::nbd::wire::{self, chunk, errno, flag, Command, RequestHeader};
+use crate::qcow2::bitmaps::BitmapView;
 use crate::request::{Completion, Op, Request};
 use crate::ring::Ring;
 
@@ -55,6 +56,8 @@ pub(crate) struct Connection {
     slot: Slot,
     image: Arc<Image>,
     agreed: Agreed,
+    /// The bitmaps that the client has chosen, by their context's number.
+    views: HashMap<u32, BitmapView>,
     pending: HashMap<u64, Pending>,
     next_id: u64,
     head: [u8; RequestHeader::LEN],
@@ -69,7 +72,17 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    pub(crate) fn new(image: Arc<Image>, agreed: Agreed) -> Result<Connection, Error> {
+    pub(crate) fn new(
+        image: Arc<Image>,
+        bitmaps: &[String],
+        agreed: Agreed,
+    ) -> Result<Connection, Error> {
+        let mut views = HashMap::new();
+        for (name, number) in bitmaps.iter().zip(1..) {
+            if agreed.contexts.contains(&number) {
+                views.insert(number, BitmapView::open(&image, name)?);
+            }
+        }
         let mut engine = match Ring::new(128, image.file_count()) {
             Ok(ring) => Engine::uring(ring),
             Err(_) => Engine::blocking().map_err(|e| Error::io("eventfd", &e))?,
@@ -80,6 +93,7 @@ impl Connection {
             slot,
             image,
             agreed,
+            views,
             pending: HashMap::new(),
             next_id: 0,
             head: [0; RequestHeader::LEN],
@@ -331,9 +345,40 @@ impl Connection {
             .offset
             .checked_add(u64::from(header.len))
             .filter(|end| *end <= self.image.size());
-        let Some(end) = end.filter(|_| self.agreed.allocation && header.len > 0) else {
+        let contexts = self.agreed.contexts.clone();
+        let Some(end) = end.filter(|_| !contexts.is_empty() && header.len > 0) else {
             return self.fail(header, errno::INVAL);
         };
+        let mut out = Vec::new();
+        for (place, context) in contexts.iter().enumerate() {
+            let ranges = match self.ranges(*context, header, end) {
+                Ok(ranges) => ranges,
+                Err(error) => return self.fail(header, number(&error)),
+            };
+            let len = 4 + 8 * ranges.len() as u32;
+            let last = place + 1 == contexts.len();
+            out.extend(wire::one_chunk(
+                chunk::BLOCK_STATUS,
+                header.cookie,
+                len,
+                last,
+            ));
+            out.extend(context.to_be_bytes());
+            for (len, state) in ranges {
+                out.extend(len.to_be_bytes());
+                out.extend(state.to_be_bytes());
+            }
+        }
+        self.out.push_back(out);
+    }
+
+    /// The ranges of a request in one context: length and state of each.
+    fn ranges(
+        &mut self,
+        context: u32,
+        header: &RequestHeader,
+        end: u64,
+    ) -> Result<Vec<(u32, u32)>, Error> {
         let limit = if header.flags & flag::REQUEST_ONE != 0 {
             1
         } else {
@@ -342,13 +387,19 @@ impl Connection {
         let mut ranges: Vec<(u32, u32)> = Vec::new();
         let mut at = header.offset;
         while at < end {
-            let range = match range_at(&self.image, at, end - at) {
-                Ok(range) => range,
-                Err(error) => return self.fail(header, number(&error)),
+            let (len, state) = match self.views.get_mut(&context) {
+                Some(view) => {
+                    let (dirty, len) = view.status(&self.image, at, end - at)?;
+                    (len, if dirty { wire::STATE_DIRTY } else { 0 })
+                }
+                None => {
+                    let range = range_at(&self.image, at, end - at)?;
+                    let hole = if range.data { 0 } else { wire::STATE_HOLE };
+                    let zero = if range.zero { wire::STATE_ZERO } else { 0 };
+                    (range.len, hole | zero)
+                }
             };
-            let state = if range.data { 0 } else { wire::STATE_HOLE }
-                | if range.zero { wire::STATE_ZERO } else { 0 };
-            let len = u32::try_from(range.len).unwrap_or(u32::MAX);
+            let len = u32::try_from(len).unwrap_or(u32::MAX);
             let full = ranges.len() == limit;
             match ranges.last_mut() {
                 Some(last) if last.1 == state => last.0 = last.0.saturating_add(len),
@@ -357,17 +408,7 @@ impl Connection {
             }
             at += u64::from(len);
         }
-        let mut out = wire::last_chunk(
-            chunk::BLOCK_STATUS,
-            header.cookie,
-            4 + 8 * ranges.len() as u32,
-        );
-        out.extend(1u32.to_be_bytes());
-        for (len, state) in ranges {
-            out.extend(len.to_be_bytes());
-            out.extend(state.to_be_bytes());
-        }
-        self.out.push_back(out);
+        Ok(ranges)
     }
 
     fn send(&mut self, socket: &mut UnixStream) -> io::Result<()> {

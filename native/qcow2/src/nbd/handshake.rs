@@ -23,18 +23,21 @@ pub(crate) struct Export<'a> {
     pub(crate) read_only: bool,
     /// What places and lengths of requests must be multiples of.
     pub(crate) unit: u32,
+    /// The bitmaps that clients may ask for.
+    pub(crate) bitmaps: &'a [String],
 }
 
 /// What was agreed on.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Agreed {
     pub(crate) structured: bool,
-    /// The client has chosen base:allocation (under number 1).
-    pub(crate) allocation: bool,
+    /// The metadata contexts that the client has chosen, by their number: 0 is base:allocation, then come the
+    /// export's bitmaps.
+    pub(crate) contexts: Vec<u32>,
 }
 
 impl Export<'_> {
-    fn flags(&self, agreed: Agreed) -> u16 {
+    fn flags(&self, agreed: &Agreed) -> u16 {
         let mut flags = transmission::HAS_FLAGS
             | transmission::SEND_FLUSH
             | transmission::SEND_FUA
@@ -48,6 +51,37 @@ impl Export<'_> {
             flags |= transmission::SEND_DF;
         }
         flags
+    }
+
+    /// The contexts that a query names. In a listing it may be a name space, or all that is in one.
+    fn matching<'a>(&'a self, query: &'a [u8], listing: bool) -> impl Iterator<Item = u32> + 'a {
+        let names = std::iter::once(wire::ALLOCATION.to_owned()).chain(
+            self.bitmaps
+                .iter()
+                .map(|name| format!("{}{name}", wire::DIRTY_BITMAP)),
+        );
+        names.zip(0..).filter_map(move |(name, number)| {
+            let open =
+                matches!(query, b"base:" | b"qemu:") || query == wire::DIRTY_BITMAP.as_bytes();
+            let named =
+                name.as_bytes() == query || (listing && open && name.as_bytes().starts_with(query));
+            named.then_some(number)
+        })
+    }
+
+    fn context(&self, number: u32) -> Vec<u8> {
+        let mut described = number.to_be_bytes().to_vec();
+        match number
+            .checked_sub(1)
+            .and_then(|n| self.bitmaps.get(n as usize))
+        {
+            Some(bitmap) => {
+                described.extend(wire::DIRTY_BITMAP.as_bytes());
+                described.extend(bitmap.as_bytes());
+            }
+            None => described.extend(wire::ALLOCATION.as_bytes()),
+        }
+        described
     }
 
     fn is_called(&self, name: &[u8]) -> bool {
@@ -92,7 +126,7 @@ pub(crate) fn negotiate(socket: &mut UnixStream, export: &Export) -> io::Result<
                     return Ok(None);
                 }
                 let mut description = export.size.to_be_bytes().to_vec();
-                description.extend(export.flags(agreed).to_be_bytes());
+                description.extend(export.flags(&agreed).to_be_bytes());
                 description.resize(if no_zeroes { 10 } else { 134 }, 0);
                 socket.write_all(&description)?;
                 return Ok(Some(agreed));
@@ -117,7 +151,7 @@ pub(crate) fn negotiate(socket: &mut UnixStream, export: &Export) -> io::Result<
                 Some(_) => {
                     let mut described = info::EXPORT.to_be_bytes().to_vec();
                     described.extend(export.size.to_be_bytes());
-                    described.extend(export.flags(agreed).to_be_bytes());
+                    described.extend(export.flags(&agreed).to_be_bytes());
                     say(reply::INFO, &described);
                     let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
                     [export.unit, PREFERRED, MAX_REQUEST]
@@ -136,16 +170,20 @@ pub(crate) fn negotiate(socket: &mut UnixStream, export: &Export) -> io::Result<
                     Some((name, _)) if !export.is_called(name) => say(reply::UNKNOWN, &[]),
                     Some((_, queries)) => {
                         let listing = header.option == option::LIST_META_CONTEXT;
-                        let all =
-                            listing && (queries.is_empty() || queries.contains(&&b"base:"[..]));
-                        let chosen = all || queries.contains(&&b"base:allocation"[..]);
-                        if chosen {
-                            let mut context = 1u32.to_be_bytes().to_vec();
-                            context.extend(b"base:allocation");
-                            say(reply::META_CONTEXT, &context);
+                        let mut chosen: Vec<u32> = queries
+                            .iter()
+                            .flat_map(|query| export.matching(query, listing))
+                            .collect();
+                        if listing && queries.is_empty() {
+                            chosen = (0..=export.bitmaps.len() as u32).collect();
+                        }
+                        chosen.sort_unstable();
+                        chosen.dedup();
+                        for number in &chosen {
+                            say(reply::META_CONTEXT, &export.context(*number));
                         }
                         if !listing {
-                            agreed.allocation = chosen;
+                            agreed.contexts = chosen;
                         }
                         say(reply::ACK, &[]);
                     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! An NBD server on a unix socket: what QEMU, the kernel, fio and nbdkit's tools speak.
 //!
-//! Fixed newstyle negotiation, structured replies, base:allocation, flush, FUA, trim, write-zeroes and
+//! Fixed newstyle negotiation, structured replies, base:allocation and qemu:dirty-bitmap, flush, FUA, trim, write-zeroes and
 //! several connections at once, which see each other's writes (the image is one). Left out: TLS (the
-//! socket's permissions say who may connect), dirty bitmaps, resizing, extended headers.
+//! socket's permissions say who may connect), resizing, extended headers.
 
 mod connection;
 mod handshake;
@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 use crate::image::Image;
+use crate::qcow2::bitmaps::BitmapView;
 use connection::Connection;
 use handshake::{negotiate, Export};
 
@@ -28,6 +29,8 @@ pub struct ServeOptions {
     pub persistent: bool,
     /// The most clients at once; others are refused by hanging up.
     pub connections: usize,
+    /// Bitmaps of the image that clients may ask for, by name.
+    pub bitmaps: Vec<String>,
 }
 
 /// Serve an active image on a listening socket until `stop` is set, or, unless persistent, until the
@@ -38,6 +41,9 @@ pub fn serve(
     options: &ServeOptions,
     stop: &AtomicBool,
 ) -> Result<()> {
+    for name in &options.bitmaps {
+        BitmapView::open(image, name)?;
+    }
     listener
         .set_nonblocking(true)
         .map_err(|e| Error::io("the listening socket", &e))?;
@@ -85,12 +91,13 @@ pub fn serve_client(
         size: image.size(),
         read_only: image.read_only(),
         unit: if image.encrypted() { 512 } else { 1 },
+        bitmaps: &options.bitmaps,
     };
     let agreed = negotiate(&mut socket, &export).map_err(|e| Error::io("handshake", &e))?;
     match agreed {
         None => Ok(()),
         Some(agreed) => {
-            let mut connection = Connection::new(image.clone(), agreed)?;
+            let mut connection = Connection::new(image.clone(), &options.bitmaps, agreed)?;
             connection
                 .serve(&mut socket, stop)
                 .map_err(|e| Error::io("serve a client", &e))
@@ -168,6 +175,7 @@ mod tests {
             export: String::new(),
             persistent: false,
             connections: 1,
+            bitmaps: Vec::new(),
         };
         serve_client(image, server, &options, &AtomicBool::new(false))
     }

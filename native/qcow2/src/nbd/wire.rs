@@ -74,6 +74,12 @@ pub(crate) mod flag {
 /// Flags of a range in base:allocation.
 pub(crate) const STATE_HOLE: u32 = 1 << 0;
 pub(crate) const STATE_ZERO: u32 = 1 << 1;
+/// Flag of a range in qemu:dirty-bitmap (QEMU, docs/interop/nbd).
+pub(crate) const STATE_DIRTY: u32 = 1 << 0;
+
+/// Metadata contexts: that of the disk's allocation, and in front of a bitmap's name.
+pub(crate) const ALLOCATION: &str = "base:allocation";
+pub(crate) const DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
 
 /// Errors as the protocol numbers them.
 pub(crate) mod errno {
@@ -181,10 +187,15 @@ pub(crate) fn simple(error: u32, cookie: u64) -> Vec<u8> {
     out
 }
 
-/// The header of the only chunk of a structured reply.
+/// The header of the last, or only, chunk of a structured reply.
 pub(crate) fn last_chunk(kind: u16, cookie: u64, len: u32) -> Vec<u8> {
+    one_chunk(kind, cookie, len, true)
+}
+
+/// The header of a chunk of a structured reply.
+pub(crate) fn one_chunk(kind: u16, cookie: u64, len: u32, last: bool) -> Vec<u8> {
     let mut out = CHUNK_MAGIC.to_be_bytes().to_vec();
-    out.extend(chunk::DONE.to_be_bytes());
+    out.extend(if last { chunk::DONE } else { 0 }.to_be_bytes());
     out.extend(kind.to_be_bytes());
     out.extend(cookie.to_be_bytes());
     out.extend(len.to_be_bytes());

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
 use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
-use crate::qcow2::header::{extension, CryptMethod, Header};
+use crate::qcow2::header::{autoclear, extension, CryptMethod, Header};
 use crate::qcow2::mapping::decode_l1;
 use crate::qcow2::{refcount, snapshot, Geometry};
 
@@ -158,18 +158,7 @@ impl<'a> Checker<'a> {
     pub(crate) fn new(file: &'a BlockFile) -> Result<Checker<'a>> {
         let header = Header::read(file)?;
         // Only whether the data is elsewhere matters here, not where.
-        let data = usize::from(header.has_data_file());
-        let geometry = Geometry {
-            layer: 0,
-            file: 0,
-            data,
-            version: header.version,
-            cluster_bits: header.cluster_bits,
-            refcount_order: header.refcount_order,
-            codec: header.codec,
-            extended_l2: header.extended_l2(),
-            crypt: header.crypt,
-        };
+        let geometry = Geometry::of(&header);
         let reftable = read_reftable(file, &header)?;
         Ok(Checker {
             file,
@@ -616,7 +605,10 @@ impl<'a> Checker<'a> {
 
     /// Bitmaps: the directory, each bitmap's table, and the clusters that it names.
     fn walk_bitmaps(&mut self, window: &mut Window, report: &mut CheckReport) -> Result<()> {
-        let Some(extension) = self.header.extension(extension::BITMAPS) else {
+        // Without its autoclear bit the extension does not count, and what it names is a leak.
+        let counts = self.header.autoclear & autoclear::BITMAPS != 0;
+        let extension = self.header.extension(extension::BITMAPS);
+        let Some(extension) = extension.filter(|_| counts) else {
             return Ok(());
         };
         let number = be32(extension, 0).unwrap_or(0);

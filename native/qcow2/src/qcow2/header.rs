@@ -336,6 +336,20 @@ impl Header {
             .map(|name| String::from_utf8_lossy(name).into_owned())
     }
 
+    /// The same in one sector if that can be, so that it is replaced at once: the feature names, which are there
+    /// for people, are left out before it grows beyond.
+    pub(crate) fn serialize_short(&self) -> Result<Vec<u8>> {
+        let whole = self.serialize()?;
+        if whole.len() <= 512 {
+            return Ok(whole);
+        }
+        let mut without = self.clone();
+        without
+            .extensions
+            .retain(|known| known.kind != extension::FEATURE_NAMES);
+        without.serialize()
+    }
+
     /// The header as it stands in the first cluster, zeros behind it.
     pub(crate) fn serialize(&self) -> Result<Vec<u8>> {
         let length = if self.version == 3 {

@@ -11,12 +11,14 @@
 //! | `alloc`    | finding clusters, freeing them, growing the tables   |
 //! | `create`   | making images                                        |
 //! | `resize`   | growing and shrinking                                |
+//! | `bitmaps`  | persistent bitmaps                                   |
 //! | `snapshot` | internal snapshots                                   |
 //! | `check`    | counting every pointer; `repair` sets right          |
 //! | `write`    | planning writes; `packed`: compressed ones           |
 //! | `zero`     | planning discards and zeroes                         |
 
 pub(crate) mod alloc;
+pub mod bitmaps;
 pub(crate) mod check;
 pub(crate) mod create;
 pub(crate) mod entry;
@@ -35,7 +37,7 @@ use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::plan::{Codec, FileId};
 use crate::state::Described;
-use header::{autoclear, CryptMethod, Header};
+use header::{CryptMethod, Header};
 
 /// The largest unit in which tables are cached.
 const BLOCK: u64 = 4096;
@@ -58,6 +60,21 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    /// Of an image that is looked at alone: files 0 and, where the data is elsewhere, 1.
+    pub(crate) fn of(header: &Header) -> Geometry {
+        Geometry {
+            layer: 0,
+            file: 0,
+            data: usize::from(header.has_data_file()),
+            version: header.version,
+            cluster_bits: header.cluster_bits,
+            refcount_order: header.refcount_order,
+            codec: header.codec,
+            extended_l2: header.extended_l2(),
+            crypt: header.crypt,
+        }
+    }
+
     pub(crate) fn cluster(&self) -> u64 {
         1 << self.cluster_bits
     }
@@ -160,12 +177,7 @@ impl Qcow2 {
             layer,
             file: described.file,
             data: described.data,
-            version: header.version,
-            cluster_bits: header.cluster_bits,
-            refcount_order: header.refcount_order,
-            codec: header.codec,
-            extended_l2: header.extended_l2(),
-            crypt: header.crypt,
+            ..Geometry::of(&header)
         };
         Ok(Qcow2 { geometry, header })
     }
@@ -216,13 +228,6 @@ impl Qcow2 {
         if bits & header::incompatible::DIRTY != 0 {
             return Err(Error::unsupported(
                 "writing to an image that was not closed (dirty bit): run check -r all first",
-            ));
-        }
-        if self.header.autoclear & autoclear::BITMAPS != 0
-            && self.header.extension(header::extension::BITMAPS).is_some()
-        {
-            return Err(Error::unsupported(
-                "writing to an image with persistent dirty bitmaps",
             ));
         }
         Ok(())

@@ -25,7 +25,7 @@ use std::collections::HashMap;
 use crate::bytes::{be16, be32, be64, put64};
 use crate::error::{Error, Result};
 use crate::file::BlockFile;
-use crate::qcow2::header::{extension, field, incompatible, CryptMethod, Header};
+use crate::qcow2::header::{autoclear, extension, field, incompatible, CryptMethod, Header};
 use crate::qcow2::mapping::{decode_l1, L2Table};
 use crate::qcow2::{refcount, snapshot, Geometry};
 use crate::state::{Layer, State};
@@ -163,7 +163,8 @@ impl Metadata {
         header: &Header,
         geometry: &Geometry,
     ) -> Result<()> {
-        let Some(extension) = header.extension(extension::BITMAPS) else {
+        let counts = header.autoclear & autoclear::BITMAPS != 0;
+        let Some(extension) = header.extension(extension::BITMAPS).filter(|_| counts) else {
             return Ok(());
         };
         let number = be32(extension, 0).unwrap_or(0).min(65535);

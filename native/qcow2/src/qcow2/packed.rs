@@ -68,6 +68,9 @@ impl State {
             &geometry,
             Ticket::packed(cluster, table, offset, len, entry),
         )?;
+        let start = cluster.0 << geometry.cluster_bits;
+        let end = self.size().min(start + geometry.cluster());
+        self.mark_dirty(start, end.saturating_sub(start));
         Ok(Packed {
             ticket,
             file: geometry.file,

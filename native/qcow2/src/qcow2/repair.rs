@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::file::BlockFile;
 use crate::qcow2::check::{CheckReport, Checker, Repair, Window};
 use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
-use crate::qcow2::header::{field, incompatible, Header};
+use crate::qcow2::header::{autoclear, extension, field, incompatible, Header};
 use crate::qcow2::mapping::decode_l1;
 use crate::qcow2::refcount;
 
@@ -25,8 +25,10 @@ pub(crate) fn repair(
 ) -> Result<()> {
     let unclean = checker.header.incompatible & (incompatible::DIRTY | incompatible::CORRUPT) != 0;
     if how == Repair::All && (report.corruptions > 0 || unclean) {
+        forget_bitmaps(file, checker)?;
         rebuild(file, checker)?;
     } else if report.leaks > 0 {
+        forget_bitmaps(file, checker)?;
         lower(file, checker)?;
     } else {
         return Ok(());
@@ -45,6 +47,22 @@ pub(crate) fn repair(
         file.sync()?;
     }
     Ok(())
+}
+
+/// Take a bitmap extension that does not count out of the header: what it names is about to be freed.
+fn forget_bitmaps(file: &BlockFile, checker: &mut Checker) -> Result<()> {
+    let header = &mut checker.header;
+    let counts = header.autoclear & autoclear::BITMAPS != 0;
+    if counts || header.extension(extension::BITMAPS).is_none() {
+        return Ok(());
+    }
+    header
+        .extensions
+        .retain(|known| known.kind != extension::BITMAPS);
+    let mut first = header.serialize_short()?;
+    first.resize(first.len().next_multiple_of(512), 0);
+    file.write_at(&first, 0)?;
+    file.sync()
 }
 
 /// Lower every count that is higher than the use.

@@ -66,6 +66,9 @@ pub fn resize(image: &Image, size: u64, shrink: bool) -> Result<()> {
     let Some(geometry) = geometry else {
         return resize_raw(image, size);
     };
+    if size != old {
+        crate::qcow2::bitmaps::prepare_resize(image, size)?;
+    }
     settle(image)?;
     if geometry.external_data() {
         if let Some(data) = image.files().get(geometry.data).filter(|data| data.regular) {
@@ -79,7 +82,8 @@ pub fn resize(image: &Image, size: u64, shrink: bool) -> Result<()> {
         commit(image)?;
         shrink_tables(image, &geometry, size)?;
     }
-    settle(image)
+    settle(image)?;
+    crate::qcow2::bitmaps::end_resize(image)
 }
 
 /// Let an active image hold nothing of its own any more: everything reads as in its backing file. No

@@ -247,6 +247,12 @@ pub fn delete(image: &Image, wanted: &str) -> Result<()> {
 /// Go back to a snapshot, by id or name: the disk's content and size become what they were.
 pub fn apply(image: &Image, wanted: &str) -> Result<()> {
     let (header, geometry) = begin(image)?;
+    if !crate::qcow2::bitmaps::list(image)?.is_empty() {
+        // They would not tell of what changes now; QEMU refuses too.
+        let message =
+            "Device has active dirty bitmaps: remove them before going back to a snapshot";
+        return Err(Error::new(Kind::InvalidState, message));
+    }
     let (snapshots, _) = read_table(file_of(image, &geometry)?, &header)?;
     let index = find(&snapshots, wanted)?;
     let snapshot = snapshots.get(index).cloned().unwrap_or_default();
@@ -314,7 +320,7 @@ fn parts(image: &Image) -> Result<(Header, Geometry)> {
     }
 }
 
-fn file_of<'a>(image: &'a Image, geometry: &Geometry) -> Result<&'a BlockFile> {
+pub(crate) fn file_of<'a>(image: &'a Image, geometry: &Geometry) -> Result<&'a BlockFile> {
     image.files().get(geometry.file).ok_or_else(no_file)
 }
 
@@ -332,7 +338,7 @@ fn read_l1(image: &Image, geometry: &Geometry, offset: u64, entries: u32) -> Res
 }
 
 /// A new table with this content, durable with the next commit.
-fn new_table(image: &Image, geometry: &Geometry, content: &[u64]) -> Result<HostOffset> {
+pub(crate) fn new_table(image: &Image, geometry: &Geometry, content: &[u64]) -> Result<HostOffset> {
     let clusters = (content.len() as u64 * 8)
         .div_ceil(geometry.cluster())
         .max(1);
@@ -390,7 +396,7 @@ fn switch_table(
 }
 
 /// Clusters that nothing on disk points to any more.
-fn free_area(image: &Image, geometry: &Geometry, offset: u64, len: u64) -> Result<()> {
+pub(crate) fn free_area(image: &Image, geometry: &Geometry, offset: u64, len: u64) -> Result<()> {
     let mut state = image.lock();
     state
         .cache
