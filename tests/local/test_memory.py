@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.lab.system import BOB, System
-from tests.local.service_bed import ROOT, form, scenario
+from tests.local.service_bed import ROOT, Caller, form, scenario
 from tests.local.test_service_real import Stage, console_says
 from vmbus.bus import Variant
 from vmbus.wire.errors import VmbusError
@@ -123,3 +126,60 @@ async def test_memory_is_locked_where_it_is_asked_for_and_allowed(stage: Stage) 
             await bob(ROOT, "Manager.DefineMachine", form(memory=size, locked=True))
         assert caught.value.kind == "QuotaExceeded"
         await alice(machine, "Machine.Kill")
+
+
+def press(source: Path, per_cent: float) -> None:
+    """What the kernel would write there."""
+    draft = source.with_suffix(".new")
+    draft.write_text(f"some avg10={per_cent:.2f} avg60=0.00 avg300=0.00 total=1\n")
+    draft.chmod(0o644)
+    draft.replace(source)
+
+
+@scenario
+async def test_under_pressure_machines_give_memory_and_get_it_back() -> None:
+    source = Path(tempfile.mkdtemp(dir="/tmp")) / "pressure"
+    source.parent.chmod(0o755)
+    press(source, 0.0)
+    config = f"[pressure]\non = true\nsource = '{source}'\ninterval = 0.2\nstep = 0.1\n"
+    with System(config=config) as system:
+        stage = Stage(system)
+        async with stage.caller() as alice:
+            machines = []
+            for name, floor in (("one", 40 * MIB), ("two", 56 * MIB)):
+                definition = stage.guest(
+                    "balloon touch=32", name=name, memory=MEMORY, memory_minimum=floor, vcpus=1
+                )
+                machines.append(await alice(ROOT, "Manager.DefineMachine", definition))
+                await alice(machines[-1], "Machine.Start", {}, {})
+                console = await alice(machines[-1], "Machine.OpenConsole", {})
+                await console_says(console, "touched 8192 pages")
+                os.close(console)
+            before = [await resident(alice, machine) for machine in machines]
+            press(source, 40.0)
+            assert await targets(alice, machines, [40 * MIB, 56 * MIB]) == [40 * MIB, 56 * MIB]
+            for _ in range(200):
+                during = [await resident(alice, machine) for machine in machines]
+                if before[0] - during[0] >= 24 * MIB and before[1] - during[1] >= 8 * MIB:
+                    break
+                await asyncio.sleep(0.05)
+            assert before[0] - during[0] >= 24 * MIB, (before, during)
+            assert before[1] - during[1] >= 8 * MIB, (before, during)
+            press(source, 0.5)
+            assert await targets(alice, machines, [MEMORY, MEMORY]) == [MEMORY, MEMORY]
+    shutil.rmtree(source.parent)
+
+
+async def resident(caller: Caller, machine: str) -> int:
+    return int((await caller(machine, "Machine.GetMemory"))["resident"])
+
+
+async def targets(caller: Caller, machines: list[str], wanted: list[int]) -> list[int]:
+    """The machines' targets, once they are as wanted, or after 20 s."""
+    found: list[int] = []
+    for _ in range(400):
+        found = [await caller.client.get(machine, "Machine", "MemoryTarget") for machine in machines]
+        if found == wanted:
+            break
+        await asyncio.sleep(0.05)
+    return found

@@ -41,10 +41,26 @@ class HugePages(_Strict, frozen=True, kw_only=True):
     persistent: list[Persistent] = []
 
 
+class Pressure(_Strict, frozen=True, kw_only=True):
+    """``[pressure]``: share memory out among machines while the host is short of it (service/pressure.py)."""
+
+    on: bool = False
+    source: Annotated[str, Meta(pattern="^/")] = "/proc/pressure/memory"  # or memory.pressure of a cgroup
+    low: Annotated[float, Meta(ge=0, le=100)] = 1.0  # per cent: up to this, memory is given back
+    high: Annotated[float, Meta(gt=0, le=100)] = 10.0  # from this on, memory is taken
+    step: Annotated[float, Meta(gt=0, le=0.5)] = 0.05  # of the machines' memory, in one round
+    interval: Annotated[float, Meta(ge=0.1, le=3600)] = 5.0  # seconds between two rounds
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"[pressure] low, {self.low}, is not below high, {self.high}")
+
+
 class Config(_Strict, frozen=True, kw_only=True):
     """The whole file."""
 
     hugepages: HugePages = HugePages()
+    pressure: Pressure = Pressure()
 
 
 def load(path: Path) -> Config:

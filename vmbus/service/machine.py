@@ -109,6 +109,8 @@ class Machine:
         self.pid = 0
         self.memory_target = 0
         """Bytes that the guest was asked to get by with; 0 while there is no guest."""
+        self.memory_wish = 0
+        """What its owner asked for last by SetMemoryTarget; 0 for nothing."""
         self.memory_actual = 0
         """Bytes that it has, by what it said last."""
         self.guest: Guest = "running"
@@ -169,6 +171,8 @@ class Machine:
 
     def set_memory(self, target: int, actual: int) -> None:
         """What the guest should get by with, and what it has, in bytes."""
+        if not target:
+            self.memory_wish = 0
         names = []
         if target != self.memory_target:
             names.append("MemoryTarget")
@@ -177,6 +181,11 @@ class Machine:
         self.memory_target, self.memory_actual = target, actual
         if names:
             self.on_change(self, self.state, tuple(names))
+
+    @property
+    def memory_ceiling(self) -> int:
+        """Bytes that it may have: all, unless its owner wishes for less."""
+        return self.memory_wish or self.definition.memory
 
     async def reaches(self, *states: str, within: float) -> bool:
         """Wait until it is in one of ``states``; False after ``within`` seconds."""

@@ -33,6 +33,7 @@ from vmbus.service.dispatcher import Dispatcher
 from vmbus.service.exports import Exports, Subscribers
 from vmbus.service.files import Files
 from vmbus.service.handover import Handover
+from vmbus.service.host_memory import read_pressure
 from vmbus.service.hotplug import Hotplug
 from vmbus.service.hugepages import HugePages
 from vmbus.service.jobs import Jobs
@@ -41,6 +42,7 @@ from vmbus.service.memory import Memory
 from vmbus.service.owned import Owned
 from vmbus.service.parked import Parked
 from vmbus.service.polkit import Polkit
+from vmbus.service.pressure import PressurePolicy
 from vmbus.service.registry import Registry
 from vmbus.wire import contract
 from vmbus.wire.errors import VmbusError
@@ -140,17 +142,34 @@ async def serve(options: argparse.Namespace) -> int:
     await polkit.begin()
 
     keeper = asyncio.ensure_future(broker.run())
+    tasks = [keeper]
+    if wanted.pressure.on:
+        tasks.append(asyncio.ensure_future(_pressure(wanted.pressure, memory, registry).run()))
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(found_machines.wait(), FIRST_BROKER)
     bus.on_call = dispatcher.on_call
     await bus.request_name(options.bus_name)
     _say_ready(options)
     status = await _until_told(bus)
-    keeper.cancel()
+    for task in tasks:
+        task.cancel()
     broker.close()
     with contextlib.suppress(BusLost):
         await bus.close()
     return status
+
+
+def _pressure(wanted: config.Pressure, memory: Memory, registry: Registry) -> PressurePolicy:
+    source = Path(wanted.source)
+    return PressurePolicy(
+        memory,
+        registry.all,
+        lambda: read_pressure(source),
+        low=wanted.low,
+        high=wanted.high,
+        step=wanted.step,
+        interval=wanted.interval,
+    )
 
 
 def _on_the_bus(

@@ -47,6 +47,12 @@ class Memory:
         """Ask the guest to get by with ``target`` bytes."""
         check_target(machine, target)
         machine.require("SetMemoryTarget", "running", "paused")
+        machine.memory_wish = target
+        await self.lend(machine, target)
+
+    async def lend(self, machine: Machine, target: int) -> None:
+        """The same for as long as the host is short of memory: its owner's wish stays the ceiling."""
+        check_target(machine, target)
         await machine.connection().set_memory_target(target)
         machine.set_memory(target, machine.memory_actual)
         self._follow(machine)
