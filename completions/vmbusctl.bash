@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk wait undefine memory set-memory prefault hugepages host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -112,6 +112,9 @@ _vmbusctl() {
             ;;
         hugepages)
             options="-h --help --page-size --node --json --bus-address --bus-name --no-ask --no-autostart"
+            ;;
+        ksm)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         host)
             options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
@@ -244,6 +247,9 @@ _vmbusctl() {
             return
             ;;
         "hugepages --node" | "hugepages --bus-address" | "hugepages --bus-name")
+            return
+            ;;
+        "ksm --bus-address" | "ksm --bus-name")
             return
             ;;
         "host --bus-address" | "host --bus-name")

@@ -101,7 +101,7 @@ def _arguments(arguments: tuple[Argument, ...]) -> Iterator[str]:
 
 def _property(prop: Property) -> str:
     reader = "anyone" if prop.public else "owner"
-    announced = "never changes" if prop.constant else "PropertiesChanged"
+    announced = "never changes" if prop.constant else "no" if prop.silent else "PropertiesChanged"
     doc = prop.doc.replace("|", "\\|")
     return f"| `{prop.name}` | `{prop.signature}` | {reader} | {announced} | {doc} |"
 

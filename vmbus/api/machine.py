@@ -71,6 +71,7 @@ _PROPERTIES: Final = {
     "Persistent": lambda m: Variant("b", m.persistent),
     "Generation": lambda m: Variant("t", m.generation),
     "MemoryCannot": lambda m: Variant("as", CANNOT[m.definition.memory_kind]),
+    "Merging": lambda m: Variant("s", m.merging),
     "Definition": lambda m: Variant("a{sv}", variants(build(m.definition))),
     "MemoryTarget": lambda m: Variant("t", m.memory_target),
     "MemoryActual": lambda m: Variant("t", m.memory_actual),

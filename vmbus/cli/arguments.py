@@ -174,6 +174,12 @@ def _hugepages(to: argparse.ArgumentParser) -> None:
     to.add_argument("--node", metavar="N", type=int, help="which NUMA node's pool (default: the first)")
 
 
+def _ksm(to: argparse.ArgumentParser) -> None:
+    actions = ("show", "set", "restore", "machines", "others")
+    to.add_argument("action", nargs="?", choices=actions, default="show", help="default show")
+    to.add_argument("settings", metavar="NAME=VALUE", nargs="*", help="what to set; names as show has them")
+
+
 def _define(to: argparse.ArgumentParser) -> None:
     _description(to)
     to.add_argument("--dry-run", action="store_true", help="show what would be defined; ask nobody")
@@ -508,6 +514,19 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl hugepages shrink 2 --page-size 1G --node 1", "take two large pages away from node 1"),
         ),
         _hugepages,
+    ),
+    Command(
+        "ksm",
+        "show how the host merges equal pages of machines, or change it",
+        "Settings are put back as they were found by restore, and when vmbusd ends. Pages of different\n"
+        "owners merge only where vmbusd.toml puts them into one domain; others shows processes beyond\n"
+        "vmbus that use KSM.",
+        (
+            ("vmbusctl ksm", "settings and figures"),
+            ("vmbusctl ksm set run=1 pages-to-scan=2000", "switch it on"),
+            ("vmbusctl ksm machines", "what it saves for each of your machines"),
+        ),
+        _ksm,
     ),
     Command("host", "show what this host can do", "", (("vmbusctl host", "KVM, CPUs, memory"),), _nothing),
 )

@@ -224,6 +224,7 @@ async def host(remote: Remote, arguments: argparse.Namespace) -> int:
 
 ACTIONS: Final[Mapping[str, Action]] = {
     "hugepages": host_memory.hugepages,
+    "ksm": host_memory.ksm,
     "define": define,
     "run": run,
     "list": list_machines,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Final, TypeVar
 
 from vmbus.bus import DAEMON, BusLost, Client, RemoteError, SignalMessage, Variant, variants
@@ -104,6 +104,10 @@ class ClientConnection:
     def form(self, described: Definition | Disk | Nic) -> dict[str, Any]:
         """A definition, or one device of it, as an ``a{sv}``."""
         return variants(dbus_form.build(described))
+
+    def values(self, values: Mapping[str, int | str]) -> dict[str, Any]:
+        """Numbers and words as an ``a{sv}``."""
+        return {key: Variant("s" if isinstance(value, str) else "x", value) for key, value in values.items()}
 
     def flags(self, **flags: bool) -> dict[str, Any]:
         """Boolean options as an ``a{sv}``."""

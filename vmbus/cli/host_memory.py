@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vmbusctl does about the host's memory: pools of huge pages."""
+"""What vmbusctl does about the host's memory: pools of huge pages, and merging of equal pages."""
 
 from __future__ import annotations
 
@@ -44,6 +44,72 @@ def _chosen(pools: list[Mapping[str, Any]], size: int, node: int | None) -> Mapp
             return pool
     where = "" if node is None else f" on node {node}"
     raise VmbusError("NotFound", f"this host has no pages of {output.size(size)}{where}", argument="--node")
+
+
+async def ksm(remote: Remote, arguments: argparse.Namespace) -> int:
+    """Show KSM, change its settings, or what it does for machines and others."""
+    if (arguments.action == "set") != bool(arguments.settings):
+        message = "NAME=VALUE stands with set, and with it alone"
+        raise VmbusError("InvalidArgument", message, argument="NAME=VALUE")
+    if arguments.action == "set":
+        await remote.set_ksm(dict(map(_setting, arguments.settings)))
+    elif arguments.action == "restore":
+        await remote.restore_ksm()
+    elif arguments.action == "machines":
+        return await _ksm_machines(remote, as_json=arguments.json)
+    elif arguments.action == "others":
+        return await _ksm_others(remote, as_json=arguments.json)
+    properties = await remote.ksm()
+    if arguments.json:
+        names = {"ActiveDomain": "active-domain"}
+        output.print_json({names.get(key, key.lower()): value for key, value in properties.items()})
+        return 0
+    found = properties["Found"]
+    output.print_fields(
+        [
+            *(
+                (name, f"{value} (found: {found[name]})" if name in found else value)
+                for name, value in properties["Settings"].items()
+            ),
+            *((name, value) for name, value in properties["Figures"].items()),
+            ("active-domain", properties["ActiveDomain"] or "-"),
+            ("tuner", properties["Tuner"]),
+        ]
+    )
+    return 0
+
+
+def _setting(text: str) -> tuple[str, int | str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise VmbusError("InvalidArgument", f"{text!r} is not NAME=VALUE", argument="NAME=VALUE")
+    try:
+        return name, int(value)
+    except ValueError:
+        return name, value
+
+
+async def _ksm_machines(remote: Remote, *, as_json: bool) -> int:
+    machines = await remote.ksm_machines()
+    if as_json:
+        output.print_json({path: dict(figures) for path, figures in machines.items()})
+        return 0
+    rows = []
+    for path, figures in machines.items():
+        sizes = (output.size(figures[name]) for name in ("merged", "unshared", "zero"))
+        rows.append(((await remote.machine(path)).name, figures["domain"], *sizes, figures["profit"]))
+    output.print_table(("NAME", "DOMAIN", "MERGED", "UNSHARED", "ZERO", "PROFIT"), rows)
+    return 0
+
+
+async def _ksm_others(remote: Remote, *, as_json: bool) -> int:
+    names = ("pid", "uid", "name", "merged", "profit")
+    others = await remote.ksm_others()
+    if as_json:
+        output.print_json([dict(zip(names, row, strict=True)) for row in others])
+    else:
+        output.print_table([name.upper() for name in names], others)
+    return 0
 
 
 async def _list(remote: Remote, pools: list[Mapping[str, Any]], *, as_json: bool) -> int:

@@ -20,6 +20,7 @@ from vmbus.wire.errors import KINDS, VmbusError
 
 ROOT: Final = "/org/vmbus1"
 HOST: Final = "/org/vmbus1/host"
+KSM: Final = "/org/vmbus1/ksm"
 ENDED: Final = frozenset({"stopped", "crashed"})
 
 T = TypeVar("T")
@@ -52,6 +53,10 @@ class Connection(Protocol):
 
     def form(self, described: Definition | Disk | Nic) -> dict[str, Any]:
         """A definition, or one device of it, as an ``a{sv}``."""
+        ...
+
+    def values(self, values: Mapping[str, int | str]) -> dict[str, Any]:
+        """Numbers and words as an ``a{sv}``."""
         ...
 
     def flags(self, **flags: bool) -> dict[str, Any]:
@@ -186,6 +191,27 @@ class Remote:
         """Host.GetMemory."""
         found: Mapping[str, Any] = await self._call(HOST, "Host.GetMemory")
         return found
+
+    async def ksm(self) -> Mapping[str, Any]:
+        """The properties of Ksm."""
+        return await self._connection.get_all(KSM, "Ksm")
+
+    async def set_ksm(self, settings: Mapping[str, int | str]) -> None:
+        """Ksm.Set."""
+        await self._call(KSM, "Ksm.Set", self._connection.values(settings))
+
+    async def restore_ksm(self) -> None:
+        """Ksm.Restore."""
+        await self._call(KSM, "Ksm.Restore")
+
+    async def ksm_machines(self) -> Mapping[str, Mapping[str, Any]]:
+        """Ksm.GetMachines, by path."""
+        found: Mapping[str, Mapping[str, Any]] = await self._call(KSM, "Ksm.GetMachines")
+        return found
+
+    async def ksm_others(self) -> list[list[Any]]:
+        """Ksm.GetOthers: process, uid, name, merged bytes, profit."""
+        return list(await self._call(KSM, "Ksm.GetOthers"))
 
     async def pools(self) -> list[Mapping[str, Any]]:
         """The host's pools of huge pages: their properties and Path, by page size and node."""

@@ -56,11 +56,38 @@ class Pressure(_Strict, frozen=True, kw_only=True):
             raise ValueError(f"[pressure] low, {self.low}, is not below high, {self.high}")
 
 
+class Domain(_Strict, frozen=True, kw_only=True):
+    """``[[ksm.domain]]``: owners whose machines may merge with each other."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+    users: list[str]
+
+
+class TunerConfig(_Strict, frozen=True, kw_only=True):
+    """``[ksm.tuner]``: whether vmbusd decides when and how fast pages are looked at."""
+
+    on: bool = False
+    most_cpu: Annotated[int, Meta(ge=1, le=100)] = 20  # per cent of one CPU, for ksmd
+    advisor: bool = True  # use the kernel's own where there is one
+    scan_time: Annotated[int, Meta(ge=1, le=86400)] = 60  # seconds: what the advisor aims at for a full scan
+    fast_pages: Annotated[int, Meta(ge=1, le=1_000_000)] = 8000  # a time, while saving grows
+    slow_pages: Annotated[int, Meta(ge=1, le=1_000_000)] = 100  # when nothing more merges
+
+
+class KsmConfig(_Strict, frozen=True, kw_only=True):
+    """``[ksm]``: settings that are in force while vmbusd runs, the merge domains, the tuner."""
+
+    settings: dict[str, int | str] = {}
+    domain: list[Domain] = []
+    tuner: TunerConfig = TunerConfig()
+
+
 class Config(_Strict, frozen=True, kw_only=True):
     """The whole file."""
 
     hugepages: HugePages = HugePages()
     pressure: Pressure = Pressure()
+    ksm: KsmConfig = KsmConfig()
 
 
 def load(path: Path) -> Config:

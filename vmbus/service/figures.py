@@ -101,6 +101,11 @@ class Figures:
             found["ksm-merged"] = merged(self._text("ksm_stat"))
         return found
 
+    def ksm(self) -> dict[str, int]:
+        """The numbers of ksm_stat by the kernel's names; empty without KSM."""
+        found = re.findall(r"^(\w+):? (-?\d+)$", self._text("ksm_stat"), re.MULTILINE)
+        return {name: int(number) for name, number in found}
+
     async def usage(self) -> Usage | None:
         """How the memory is used; None when the worker has just ended."""
         if "smaps" not in self._files:

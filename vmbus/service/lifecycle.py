@@ -70,6 +70,8 @@ class Lifecycle:
         """Called when a machine that was running before is reached again."""
         self.on_console: Callable[[Machine], None] = lambda machine: None
         self.on_reset: Callable[[Machine], None] = lambda machine: None
+        self.admit_to_merging: Callable[[Machine], str] = lambda machine: "no"
+        """Says whether the memory of a machine that is being built is offered to KSM; see ksm."""
         self.on_finished: list[Callable[[Machine], None]] = []
         """Told of each confirmed end."""
         self.on_detached: Callable[[Machine, worker_wire.Event], None] = lambda machine, event: None
@@ -127,7 +129,7 @@ class Lifecycle:
             ("spawn", lambda: self._spawn(machine)),
             ("files", lambda: self._handover.files(machine, slots(machine.definition), files)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
-            ("build", lambda: machine.connection().configure(machine.uuid, machine.definition)),
+            ("build", lambda: self._build(machine)),
             *([("prefault", lambda: touch(machine, machine.job))] if machine.definition.prefault else []),
             ("run", lambda: self._let_go(machine, paused=paused)),
         ]
@@ -158,6 +160,15 @@ class Lifecycle:
         self._connect(machine, fds)
         await machine.connection().hello()
         await self._note_pid(machine)
+
+    async def _build(self, machine: Machine) -> None:
+        self._registry.write_run(
+            machine, msgspec.structs.replace(_run(machine), merging=self.admit_to_merging(machine))
+        )
+        machine.on_change(machine, machine.state, ("Merging",))
+        await machine.connection().configure(
+            machine.uuid, machine.definition, merge=machine.merging != "other-domain"
+        )
 
     async def _let_go(self, machine: Machine, *, paused: bool) -> None:
         machine.set_memory(machine.definition.memory, machine.definition.memory)
@@ -428,6 +439,7 @@ class Lifecycle:
         """The end is confirmed: nothing of the run is kept."""
         self._claims.drop(machine.uuid)
         self._registry.remove_run(machine)
+        machine.on_change(machine, machine.state, ("Merging",))
         clean = reason in CLEAN_ENDS or reason == "start-failed"
         machine.set_state("stopped" if clean else "crashed", reason, detail)
         if machine.persistent:

@@ -65,6 +65,7 @@ class Run(msgspec.Struct, frozen=True):
 
     ``started``: the start was finished. ``first_run``: the guest has not run yet (a start with paused).
     ``seq``: the last event stored. ``detaching``: the devices that the guest was asked to let go of.
+    ``merging``: whether its memory is offered to KSM (yes, no, other-domain).
     """
 
     uuid: str
@@ -77,6 +78,7 @@ class Run(msgspec.Struct, frozen=True):
     first_run: bool = True
     seq: int = 0
     detaching: frozenset[str] = frozenset()
+    merging: str = ""
     end_reason: str = ""
     end_detail: str = ""
 
@@ -162,6 +164,12 @@ class Machine:
         self.definition = definition
         self.generation += 1
         self.on_change(self, self.state, ("Definition", "Generation"))
+
+    @property
+    def merging(self) -> str:
+        """Whether its memory is offered to KSM: yes, no (its kind is another, or it does not run), or
+        other-domain."""
+        return (self.run.merging if self.run else "") or "no"
 
     def set_pid(self, pid: int) -> None:
         """The worker's process."""

@@ -37,6 +37,7 @@ from vmbus.service.host_memory import read_pressure
 from vmbus.service.hotplug import Hotplug
 from vmbus.service.hugepages import HugePages
 from vmbus.service.jobs import Jobs
+from vmbus.service.ksm import Ksm
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.memory import Memory
 from vmbus.service.owned import Owned
@@ -44,6 +45,7 @@ from vmbus.service.parked import Parked
 from vmbus.service.polkit import Polkit
 from vmbus.service.pressure import PressurePolicy
 from vmbus.service.registry import Registry
+from vmbus.service.tuner import Tuner
 from vmbus.wire import contract
 from vmbus.wire.errors import VmbusError
 
@@ -93,6 +95,7 @@ async def serve(options: argparse.Namespace) -> int:
         await lifecycle.recover()
         found_machines.set()
         hugepages.connected()
+        ksm.connected()
 
     broker = BrokerClient(
         options.run_dir / "broker" / "socket",
@@ -109,6 +112,10 @@ async def serve(options: argparse.Namespace) -> int:
     lifecycle.on_found = memory.found
     hugepages = HugePages(registry, broker, jobs, wanted.hugepages.persistent)
     lifecycle.on_finished.append(hugepages.machine_ended)
+    ksm = Ksm(registry, broker, wanted.ksm)
+    lifecycle.admit_to_merging = ksm.admit
+    tuner = Tuner(ksm, broker, wanted.ksm.tuner)
+    ksm.on_offered = tuner.machine_offered
     dispatcher = _on_the_bus(
         options.instance,
         bus,
@@ -126,6 +133,8 @@ async def serve(options: argparse.Namespace) -> int:
         memory,
         broker,
         hugepages,
+        ksm,
+        tuner,
     )
     registry.load()
     owned.load({machine.uuid for machine in registry.all()})
@@ -141,8 +150,8 @@ async def serve(options: argparse.Namespace) -> int:
     await credentials.begin()
     await polkit.begin()
 
-    keeper = asyncio.ensure_future(broker.run())
-    tasks = [keeper]
+    tasks = [asyncio.ensure_future(broker.run())]
+    tuning = asyncio.ensure_future(tuner.run())
     if wanted.pressure.on:
         tasks.append(asyncio.ensure_future(_pressure(wanted.pressure, memory, registry).run()))
     with contextlib.suppress(TimeoutError):
@@ -151,6 +160,8 @@ async def serve(options: argparse.Namespace) -> int:
     await bus.request_name(options.bus_name)
     _say_ready(options)
     status = await _until_told(bus)
+    tuning.cancel()
+    await ksm.ending()
     for task in tasks:
         task.cancel()
     broker.close()
@@ -189,11 +200,14 @@ def _on_the_bus(
     memory: Memory,
     broker: BrokerClient,
     hugepages: HugePages,
+    ksm: Ksm,
+    tuner: Tuner,
 ) -> Dispatcher:
     # The one place below which api is imported: api depends on service, never the other way.
     from vmbus.api.host import HostApi, HostObject  # noqa: PLC0415
     from vmbus.api.hugepages import HugePagesApi, PoolObject  # noqa: PLC0415
     from vmbus.api.job import JobApi  # noqa: PLC0415
+    from vmbus.api.ksm import KsmApi, KsmObject  # noqa: PLC0415
     from vmbus.api.machine import MachineApi  # noqa: PLC0415
     from vmbus.api.manager import ManagerApi, ManagerObject  # noqa: PLC0415
     from vmbus.api.publish import Publisher  # noqa: PLC0415
@@ -205,10 +219,12 @@ def _on_the_bus(
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
         "org.vmbus1.HugePages": HugePagesApi(hugepages),
+        "org.vmbus1.Ksm": KsmApi(ksm),
     }
     Publisher(exports, registry, lifecycle, jobs, parked, manager)
     exports.add(ManagerObject(instance))
     exports.add(HostObject())
+    exports.add(KsmObject(ksm, tuner))
     for pool in hugepages.pools:
         exports.add(PoolObject(pool))
     credentials.on_left += [parked.sender_left, manager.sender_left]

@@ -98,11 +98,12 @@ class WorkerClient:
         self._unrestricted()
         await self._ask(lambda n: wire.AddFile(id=n, slot=slot), fds=[fd])
 
-    async def configure(self, uuid: str, definition: Definition) -> None:
-        """Build the machine."""
+    async def configure(self, uuid: str, definition: Definition, *, merge: bool) -> None:
+        """Build the machine. ``merge``: whether mergeable memory is offered to KSM."""
         self._unrestricted()
         await self._ask(
-            lambda n: wire.Configure(id=n, uuid=uuid, definition=definition), timeout=BUILD_DEADLINE
+            lambda n: wire.Configure(id=n, uuid=uuid, definition=definition, merge=merge),
+            timeout=BUILD_DEADLINE,
         )
 
     async def run(self) -> None:

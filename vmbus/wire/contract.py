@@ -68,13 +68,14 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Property:
-    """A property; all are read-only. ``constant``: it never changes and is not announced."""
+    """A property; all are read-only. ``constant``: it never changes; ``silent``: its changes are not told."""
 
     name: str
     doc: str
     signature: str
     public: bool
     constant: bool
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +218,9 @@ def _property(element: ET.Element, interface: str) -> Property:
     notes = _annotations(element)
     constant = notes.get(EMITS) == "const"
     public = _audience(notes, "Read", where)
-    return Property(element.attrib["name"], _doc(element, where), element.attrib["type"], public, constant)
+    silent = notes.get(EMITS) == "false"
+    name = element.attrib["name"]
+    return Property(name, _doc(element, where), element.attrib["type"], public, constant, silent)
 
 
 def _signal(element: ET.Element, interface: str) -> Signal:

@@ -108,7 +108,6 @@ fn runtime(allowed: &mut Allowed) -> Result<(), Error> {
         libc::SYS_futex,
         libc::SYS_munmap,
         libc::SYS_mremap,
-        libc::SYS_madvise,
         libc::SYS_brk,
         libc::SYS_rt_sigaction,
         libc::SYS_rt_sigprocmask,
@@ -150,6 +149,11 @@ fn runtime(allowed: &mut Allowed) -> Result<(), Error> {
     allowed.when(
         libc::SYS_mprotect,
         &[(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)],
+    )?;
+    // Whether memory is offered to KSM is decided when the machine is built, by its owner's merge domain.
+    allowed.when(
+        libc::SYS_madvise,
+        &[(2, SeccompCmpOp::Ne, libc::MADV_MERGEABLE as u64)],
     )?;
     allowed.one_of(libc::SYS_prctl, 0, &[libc::PR_SET_NAME])?;
     // A signal to a thread of this process: how a vCPU is called out of KVM_RUN, and abort().
@@ -271,6 +275,7 @@ fn build(allowed: &mut Allowed) -> Result<(), Error> {
         // Where the guest's memory is and that it stays there; RLIMIT_MEMLOCK is the broker's.
         libc::SYS_mbind,
         libc::SYS_mlock2,
+        libc::SYS_madvise,
     ]);
     allowed.one_of(
         libc::SYS_fcntl,

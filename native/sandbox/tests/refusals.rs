@@ -89,6 +89,8 @@ const NAMED: &[i64] = &[
     libc::SYS_ftruncate,
     libc::SYS_lseek,
     libc::SYS_io_uring_enter,
+    libc::SYS_mbind,
+    libc::SYS_mlock2,
     // with some arguments only
     libc::SYS_mmap,
     libc::SYS_mprotect,
@@ -612,6 +614,12 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
         ("madvise", libc::SYS_madvise, [BAD; 6], &EVERY),
         ("mlock2", libc::SYS_mlock2, [BAD; 6], &[]),
         ("mbind", libc::SYS_mbind, [BAD; 6], &[]),
+        (
+            "MADV_MERGEABLE",
+            libc::SYS_madvise,
+            [0, 0, libc::MADV_MERGEABLE as u64, 0, 0, 0],
+            &[],
+        ),
         ("write", libc::SYS_write, [BAD; 6], &EVERY),
         ("futex", libc::SYS_futex, [BAD; 6], &EVERY),
         ("sendto", libc::SYS_sendto, [BAD, 0, 0, 0, 0, 0], &EVERY),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vmbus.cli.remote import Handler
@@ -96,6 +96,9 @@ class FakeBus:
 
     def form(self, described: Definition | Disk | Nic) -> dict[str, Any]:
         return dbus_form.plain(described)
+
+    def values(self, values: Mapping[str, int | str]) -> dict[str, Any]:
+        return dict(values)
 
     def flags(self, **flags: bool) -> dict[str, Any]:
         return dict(flags)
