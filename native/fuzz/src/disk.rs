@@ -43,6 +43,7 @@ pub fn open(file: &File, format: Format, read_only: bool) -> Result<Arc<Image>> 
         data_file: None,
         backing_name: None,
         data_name: None,
+        secret: None,
     };
     let options = OpenOptions {
         read_only,

@@ -207,6 +207,7 @@ impl Bed {
             data_file: None,
             backing_name: None,
             data_name: None,
+            secret: None,
         };
         if let Ok(image) = Image::open_chain(vec![layer], options) {
             if image.activate().is_ok() {

@@ -5,6 +5,7 @@
 //! |----------|------------------------------------------------------------------------|
 //! | `image`  | a damaged image, and what is done to it                                |
 //! | `nbd`    | what a hostile client sends to the server                              |
+//! | –        | a LUKS header: `vmbus_qcow2::fuzz_luks_header`                         |
 //! | `input`  | numbers out of libFuzzer's bytes                                       |
 //! | `memory` | an allocator that counts: memory is bounded whatever the input says    |
 //! | `disk`   | images in memory                                                       |
