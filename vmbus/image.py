@@ -152,12 +152,21 @@ def probe(path: str) -> Format:
 
 
 def check(
-    path: str, *, repair: Literal["none", "leaks", "all"] = "none", lock: bool = True
+    path: str,
+    *,
+    repair: Literal["none", "leaks", "all"] = "none",
+    lock: bool = True,
+    memory: int | None = None,
 ) -> dict[str, Any]:
-    """Check a qcow2 image, and repair it as asked. The keys are qemu-img's, and ``messages``."""
+    """Check a qcow2 image, and repair it as asked. The keys are qemu-img's, and ``messages``.
+
+    About ``memory`` bytes are held at most (default 64 MiB, at least 29 MiB); with less, the tables of a large
+    image are read more often.
+    """
     with contextlib.ExitStack() as stack:
         fd = _file(stack, path, os.O_RDONLY if repair == "none" else os.O_RDWR)
-        return cast(dict[str, Any], _perform({"op": "check", "fd": fd, "repair": repair, "lock": lock}))
+        request = {"op": "check", "fd": fd, "repair": repair, "lock": lock, "memory": memory}
+        return cast(dict[str, Any], _perform(request))
 
 
 def set_backing(path: str, backing_name: str | None, backing_format: Format | None) -> None:

@@ -142,6 +142,9 @@ def _arguments() -> argparse.ArgumentParser:
     common(one)
     one.add_argument("--output", **cast(Any, output))
     one.add_argument("-r", dest="repair", choices=["leaks", "all"], default="none", help="repair")
+    one.add_argument(
+        "--memory", type=size, metavar="SIZE", help="hold at most about this much (default 64M, at least 29M)"
+    )
     cache(one, "-T")
     one.add_argument("file")
 
@@ -422,7 +425,9 @@ def _check(options: argparse.Namespace) -> int:
     if source.format == "raw":
         print("This image format does not support checks", file=sys.stderr)
         return CHECK_UNSUPPORTED
-    found = image.check(source.path, repair=options.repair, lock=not options.share)
+    found = image.check(
+        source.path, repair=options.repair, lock=not options.share, memory=options.memory
+    )
     if options.output == "json":
         print(json.dumps(img_text.check(source.path, found), indent=4))
     elif not options.quiet:

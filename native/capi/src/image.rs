@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_qcow2::{
-    amend_keys, bench, bitmaps, check, compare, copy, create_qcow2, empty, first_nonzero, info,
+    amend_keys, bench, bitmaps, check_within, compare, copy, create_qcow2, empty, first_nonzero, info,
     looks_like_qcow2, range_at, resize, serve, set_backing, snapshot, BenchOptions, Bitmap,
     BitmapView, CheckReport, CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error,
     Format, Image, ImageInfo, KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair,
-    Secret, ServeOptions, Snapshot,
+    Secret, ServeOptions, Snapshot, CHECK_MEMORY,
 };
 
 use crate::error::{borrowed, guard, Failure};
@@ -284,10 +284,13 @@ fn perform(
                     ))
                 }
             };
-            Ok(report(&check(
+            let memory = request["memory"].as_u64().map(usize::try_from);
+            let memory = memory.and_then(Result::ok).unwrap_or(CHECK_MEMORY);
+            Ok(report(&check_within(
                 &file(request, "fd")?,
                 repair,
                 flag(request, "lock"),
+                memory,
             )?))
         }
         "amend-keys" => amend(request),

@@ -115,6 +115,21 @@ impl BlockFile {
         Ok(())
     }
 
+    /// Tell the host that a range will be read soon.
+    pub(crate) fn will_need(&self, offset: u64, len: u64) {
+        if self.alignment == 1 {
+            // SAFETY: no pointers; it is advice, and may fail.
+            unsafe {
+                libc::posix_fadvise(
+                    self.fd(),
+                    offset as i64,
+                    len as i64,
+                    libc::POSIX_FADV_WILLNEED,
+                )
+            };
+        }
+    }
+
     /// Write all of `data` at `offset`; with O_DIRECT unaligned edges are read first.
     pub(crate) fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
         let failed = |e: io::Error| Error::io(format_args!("write at {offset:#x}"), &e);

@@ -79,7 +79,7 @@ pub use info::{info, looks_like_qcow2, set_backing, ImageInfo, Qcow2Info};
 pub use map::{range_at, Range};
 pub use nbd::{serve, serve_client, ServeOptions};
 pub use qcow2::bitmaps::{self, Bitmap, BitmapView};
-pub use qcow2::check::{check, CheckReport, Repair};
+pub use qcow2::check::{check, check_within, CheckReport, Repair, CHECK_MEMORY};
 pub use qcow2::create::{create_qcow2, CreateOptions, Preallocation};
 pub use qcow2::resize::{empty, resize};
 pub use qcow2::snapshot::{self, Snapshot};

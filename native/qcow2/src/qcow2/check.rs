@@ -1,32 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Checking an image: every pointer in its tables is counted and compared with the refcounts.
 //!
-//! The walk goes over header, L1 and L2 tables, snapshots, bitmaps and the refcount structure itself.
-//! Counts are kept for a window of clusters at a time, so memory stays within 64 MiB whatever size the
-//! image claims; a larger image is walked once a window. Nothing is written here except by repair.rs.
+//! The walk (walk.rs) goes over header, L1 and L2 tables, snapshots, bitmaps and the refcount structure
+//! itself. Counts are kept for a window of clusters at a time (counts.rs), so memory stays within 64 MiB,
+//! or what the caller allows, whatever size the image claims; a larger image is walked once a window.
+//! Nothing is written here except by repair.rs.
 //!
 //! What is wrong is one of two things, as in qemu-img: a *leak* (counted more often than used: space is
-//! lost, nothing else) or a *corruption* (counted less often than used, or a pointer that leads
-//! nowhere). Findings are counted without limit and described up to a number.
+//! lost, nothing else) or a *corruption* (counted less often than used, a pointer that leads nowhere, or
+//! a COPIED flag that does not fit the count). Findings are counted without limit and described up to a
+//! number.
 
 use std::collections::HashMap;
 use std::fs::File;
 
-use crate::bytes::{be16, be32, be64};
+use crate::bytes::be64;
 use crate::error::{Error, Result};
 use crate::file::BlockFile;
 use crate::locks::{self, Use};
-use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
-use crate::qcow2::header::{autoclear, extension, CryptMethod, Header};
-use crate::qcow2::mapping::decode_l1;
-use crate::qcow2::{refcount, snapshot, Geometry};
+use crate::qcow2::counts::{self, Window, FLAGGED, UNFLAGGED};
+use crate::qcow2::header::Header;
+use crate::qcow2::{refcount, Geometry};
 
-/// Clusters counted in one pass: 2 bytes each.
-const WINDOW: u64 = 24 << 20;
+/// What a check may hold unless the caller says otherwise, in bytes.
+pub const CHECK_MEMORY: usize = 64 << 20;
+/// Of that, what is not for counts: the refcount table, the L2 tables known, blocks.
+const OTHER: usize = 28 << 20;
+/// The fewest clusters counted in one pass.
+const LEAST: u64 = 1 << 19;
 /// Findings that are described.
 const MESSAGES: usize = 200;
-/// Refcount blocks held at once for the check of COPIED flags, in bytes.
-const BLOCK_CACHE: usize = 8 << 20;
+/// Refcount blocks held at once, in bytes.
+const BLOCK_CACHE: usize = 4 << 20;
 
 /// What to repair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +73,7 @@ pub struct CheckReport {
 }
 
 impl CheckReport {
-    fn corrupt(&mut self, message: impl FnOnce() -> String) {
+    pub(crate) fn corrupt(&mut self, message: impl FnOnce() -> String) {
         self.corruptions += 1;
         self.say(message);
     }
@@ -82,6 +87,12 @@ impl CheckReport {
 
 /// Check the qcow2 image in `file`, and repair it as asked. Its backing file is not looked at.
 pub fn check(file: &File, repair: Repair, lock: bool) -> Result<CheckReport> {
+    check_within(file, repair, lock, CHECK_MEMORY)
+}
+
+/// As [`check`], holding about `memory` bytes at most (at least 29 MiB are taken). With less of it the
+/// tables of a large image are read more often.
+pub fn check_within(file: &File, repair: Repair, lock: bool, memory: usize) -> Result<CheckReport> {
     let file = BlockFile::new(
         file.try_clone()
             .map_err(|e| Error::io("dup of the image's fd", &e))?,
@@ -96,7 +107,7 @@ pub fn check(file: &File, repair: Repair, lock: bool) -> Result<CheckReport> {
             },
         )?;
     }
-    let report = Checker::new(&file).and_then(|mut checker| {
+    let report = Checker::new(&file, memory).and_then(|mut checker| {
         let mut report = checker.run()?;
         if repair != Repair::None {
             crate::qcow2::repair::repair(&file, &mut checker, &mut report, repair)?;
@@ -111,7 +122,7 @@ pub fn check(file: &File, repair: Repair, lock: bool) -> Result<CheckReport> {
 
 /// Repair an image that was not closed. The caller holds its locks.
 pub(crate) fn repair_dirty(file: &BlockFile) -> Result<()> {
-    let mut checker = Checker::new(file)?;
+    let mut checker = Checker::new(file, CHECK_MEMORY)?;
     let mut report = checker.run()?;
     crate::qcow2::repair::repair(file, &mut checker, &mut report, Repair::All)?;
     if report.corruptions > 0 {
@@ -121,41 +132,25 @@ pub(crate) fn repair_dirty(file: &BlockFile) -> Result<()> {
     Ok(())
 }
 
-/// The counts of one window.
-pub(crate) struct Window {
-    pub(crate) first: u64,
-    pub(crate) counts: Vec<u16>,
-}
-
-impl Window {
-    fn count(&mut self, clusters: std::ops::Range<u64>) {
-        let end = self.first + self.counts.len() as u64;
-        for cluster in clusters.start.max(self.first)..clusters.end.min(end) {
-            if let Some(count) = self.counts.get_mut((cluster - self.first) as usize) {
-                *count = count.saturating_add(1);
-            }
-        }
-    }
-}
-
 /// The check of one image.
 pub(crate) struct Checker<'a> {
     pub(crate) file: &'a BlockFile,
     pub(crate) header: Header,
     pub(crate) geometry: Geometry,
     pub(crate) file_len: u64,
+    pub(crate) memory: usize,
     pub(crate) reftable: Vec<u64>,
     blocks: HashMap<u64, Vec<u8>>,
     /// The block used last, out of `blocks`: neighbours' counts stand together.
     current: (u64, Vec<u8>),
     /// Leave out the refcount structure (repair makes a new one).
     pub(crate) without_refcounts: bool,
-    first_pass: bool,
+    pub(crate) first_pass: bool,
     highest: u64,
 }
 
 impl<'a> Checker<'a> {
-    pub(crate) fn new(file: &'a BlockFile) -> Result<Checker<'a>> {
+    pub(crate) fn new(file: &'a BlockFile, memory: usize) -> Result<Checker<'a>> {
         let header = Header::read(file)?;
         // Only whether the data is elsewhere matters here, not where.
         let geometry = Geometry::of(&header);
@@ -165,6 +160,7 @@ impl<'a> Checker<'a> {
             file_len: file.len()?,
             header,
             geometry,
+            memory,
             reftable,
             blocks: HashMap::new(),
             current: (u64::MAX, Vec::new()),
@@ -174,29 +170,29 @@ impl<'a> Checker<'a> {
         })
     }
 
-    pub(crate) fn recheck(&mut self) -> Result<CheckReport> {
-        self.run()
-    }
-
-    fn run(&mut self) -> Result<CheckReport> {
+    pub(crate) fn run(&mut self) -> Result<CheckReport> {
         let mut report = CheckReport {
             total_clusters: self.header.size.div_ceil(self.geometry.cluster()),
             ..CheckReport::default()
         };
         let clusters = self.clusters();
+        let step = self.window_len();
         let mut first = 0;
         while first < clusters.max(1) {
-            let len = WINDOW.min(clusters - first);
-            let window = self.window(first, len, &mut report)?;
+            let window = self.window(first, step.min(clusters - first), &mut report)?;
             self.compare(&window, &mut report)?;
-            if report.stale_flags > 0 && window.counts.len() as u64 == clusters {
-                self.dangerous_flags(&window, &mut report)?;
-            }
             self.first_pass = false;
-            first += WINDOW;
+            first += step;
         }
         report.image_end = (self.highest + 1) << self.geometry.cluster_bits;
         Ok(report)
+    }
+
+    /// Clusters that are counted in one pass: whole refcount blocks.
+    pub(crate) fn window_len(&self) -> u64 {
+        let per_block = self.geometry.refblock_entries();
+        let wanted = (self.memory.saturating_sub(OTHER) as u64 / 2).max(LEAST);
+        (wanted / per_block).max(1) * per_block
     }
 
     /// Clusters that can be counted: those of the file, and those that a refcount block covers.
@@ -214,315 +210,75 @@ impl<'a> Checker<'a> {
         )
     }
 
-    /// Count everything that points into a window of clusters.
-    pub(crate) fn window(
+    /// Compare a window's counts with the refcounts on disk, a refcount block at a time.
+    fn compare(&mut self, window: &Window, report: &mut CheckReport) -> Result<()> {
+        let per_block = self.geometry.refblock_entries();
+        let all = window.clusters();
+        let mut start = all.start;
+        while start < all.end {
+            let end = (start / per_block + 1)
+                .saturating_mul(per_block)
+                .min(all.end);
+            let counted = self.load_block(start / per_block)?;
+            let cells = window.cells(start..end);
+            if counted || cells.iter().any(|cell| *cell != 0) {
+                self.compare_block(window, start, cells, counted, report);
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    fn compare_block(
         &mut self,
+        window: &Window,
         first: u64,
-        len: u64,
+        cells: &[u16],
+        counted: bool,
         report: &mut CheckReport,
-    ) -> Result<Window> {
-        let mut window = Window {
-            first,
-            counts: vec![0; len as usize],
-        };
-        window.count(0..1);
-        if !self.without_refcounts {
-            let geometry = self.geometry;
-            let table = u64::from(self.header.reftable_clusters) * geometry.cluster();
-            self.count(
-                &mut window,
-                report,
-                "refcount table",
-                self.header.reftable_offset,
-                table,
-            );
-            for index in 0..self.reftable.len() {
-                let Some(offset) = self
-                    .reftable
-                    .get(index)
-                    .copied()
-                    .filter(|offset| *offset != 0)
-                else {
-                    continue;
-                };
-                if offset % geometry.cluster() != 0 {
-                    self.once(report, || {
-                        format!("refcount block {index}: offset {offset:#x} is not a cluster's")
-                    });
-                    continue;
-                }
-                self.count(
-                    &mut window,
-                    report,
-                    "refcount block",
-                    offset,
-                    geometry.cluster(),
-                );
-            }
-        }
-        if let CryptMethod::Luks { offset, len } = self.header.crypt {
-            self.count(&mut window, report, "LUKS header", offset, len);
-        }
-        self.walk_l1(
-            &mut window,
-            report,
-            self.header.l1_offset,
-            u64::from(self.header.l1_entries),
-            true,
-        )?;
-        self.walk_snapshots(&mut window, report)?;
-        self.walk_bitmaps(&mut window, report)?;
-        Ok(window)
-    }
-
-    /// Count the clusters of a range; a range outside of the file is a corruption (once).
-    fn count(
-        &mut self,
-        window: &mut Window,
-        report: &mut CheckReport,
-        what: &str,
-        offset: u64,
-        len: u64,
     ) {
-        let cluster = self.geometry.cluster();
-        // The file's last cluster may be cut short.
-        if offset.saturating_add(len) >= self.file_len.saturating_add(cluster) {
-            self.once(report, || {
-                format!("{what} at {offset:#x} reaches beyond the end of the file")
-            });
-            return;
-        }
-        window.count(
-            offset >> self.geometry.cluster_bits..offset.saturating_add(len).div_ceil(cluster),
-        );
-    }
-
-    /// Structural findings are reported in the first pass only.
-    fn once(&self, report: &mut CheckReport, message: impl FnOnce() -> String) {
-        if self.first_pass {
-            report.corrupt(message);
-        }
-    }
-
-    /// Read a table of `entries` 8-byte entries piece by piece.
-    fn table(
-        &self,
-        offset: u64,
-        entries: u64,
-        mut each: impl FnMut(u64, u64) -> Result<()>,
-    ) -> Result<()> {
-        const PIECE: u64 = 65536;
-        let mut bytes = vec![0u8; (entries.min(PIECE) * 8) as usize];
-        let mut done = 0;
-        while done < entries {
-            let now = PIECE.min(entries - done);
-            let piece = bytes.get_mut(..(now * 8) as usize).unwrap_or(&mut []);
-            self.file.read_at(piece, offset + done * 8)?;
-            for (n, entry) in piece.chunks_exact(8).enumerate() {
-                each(done + n as u64, be64(entry, 0).unwrap_or(0))?;
+        let block = if counted { &self.current.1[..] } else { &[] };
+        let order = self.geometry.refcount_order;
+        let mut words = block.chunks_exact(2);
+        for (n, cell) in cells.iter().enumerate() {
+            // Two bytes are what nearly all images have.
+            let stored = if order == 4 {
+                let word = words.next().and_then(|word| word.try_into().ok());
+                u64::from(word.map_or(0, u16::from_be_bytes))
+            } else {
+                refcount::get(block, order, n as u64)
+            };
+            if *cell == 0 && stored == 0 {
+                continue;
             }
-            done += now;
-        }
-        Ok(())
-    }
-
-    fn walk_l1(
-        &mut self,
-        window: &mut Window,
-        report: &mut CheckReport,
-        offset: u64,
-        entries: u64,
-        active: bool,
-    ) -> Result<()> {
-        if entries == 0 {
-            return Ok(());
-        }
-        self.count(window, report, "L1 table", offset, entries * 8);
-        if offset >= self.file_len {
-            return Ok(());
-        }
-        // The table itself may be 32 MiB: it is read in pieces, and so are the L2 tables.
-        let mut next_data = 0;
-        let file = self.file;
-        let mut piece = Vec::new();
-        let mut at = 0;
-        while at < entries {
-            let now = (entries - at).min(8192);
-            piece.resize((now * 8) as usize, 0);
-            file.read_at(&mut piece, offset + at * 8)?;
-            for n in 0..now {
-                let entry = be64(&piece, (n * 8) as usize).unwrap_or(0);
-                self.walk_l1_entry(window, report, (at + n, entry), active, &mut next_data)?;
+            let cluster = first + n as u64;
+            self.highest = self.highest.max(cluster);
+            let flags = cell & (FLAGGED | UNFLAGGED);
+            let right = match flags {
+                0 => true,
+                FLAGGED => stored == 1,
+                UNFLAGGED => stored != 1,
+                _ => false,
+            };
+            if counts::count(*cell) == Some(stored) && right {
+                continue;
             }
-            at += now;
-        }
-        Ok(())
-    }
-
-    fn walk_l1_entry(
-        &mut self,
-        window: &mut Window,
-        report: &mut CheckReport,
-        (index, entry): (u64, u64),
-        active: bool,
-        next_data: &mut u64,
-    ) -> Result<()> {
-        let table = match decode_l1(&self.geometry, entry) {
-            Ok(None) => return Ok(()),
-            Ok(Some(table)) => table,
-            Err(error) => {
-                self.once(report, || format!("L1 entry {index}: {error}"));
-                return Ok(());
-            }
-        };
-        self.count(
-            window,
-            report,
-            "L2 table",
-            table.offset.0,
-            self.geometry.cluster(),
-        );
-        if table.offset.0.saturating_add(self.geometry.cluster())
-            > self.file_len.next_multiple_of(self.geometry.cluster())
-        {
-            return Ok(());
-        }
-        if active && self.first_pass {
-            self.check_copied(report, table.offset.0, table.copied, || {
-                format!("L1 entry {index}")
-            })?;
-        }
-        let mut bytes = vec![0u8; self.geometry.cluster() as usize];
-        self.file.read_at(&mut bytes, table.offset.0)?;
-        let geometry = self.geometry;
-        for (n, entry) in L2Entry::all(&geometry, &bytes).enumerate() {
-            if entry != L2Entry::default() {
-                self.walk_l2_entry(
-                    window,
-                    report,
-                    (index * geometry.l2_entries() + n as u64, entry),
-                    active,
-                    next_data,
-                )?;
+            let used = window.used(cluster);
+            compare_counts(report, cluster, stored, used);
+            if !right && !self.without_refcounts {
+                // A flag on a cluster that is used more than once is not merely stale.
+                let shared = used.is_none_or(|used| used > 1);
+                report.stale_flags += u64::from(!(flags & FLAGGED != 0 && shared));
+                report.corrupt(|| {
+                    let flagged = match flags {
+                        FLAGGED => "set",
+                        UNFLAGGED => "not set",
+                        _ => "set in one place only",
+                    };
+                    format!("cluster {cluster:#x}: the COPIED flag is {flagged}, but the refcount is {stored}")
+                });
             }
         }
-        Ok(())
-    }
-
-    fn walk_l2_entry(
-        &mut self,
-        window: &mut Window,
-        report: &mut CheckReport,
-        (cluster, entry): (u64, L2Entry),
-        active: bool,
-        next_data: &mut u64,
-    ) -> Result<()> {
-        let size = self.geometry.cluster();
-        let mapping = match entry.decode(&self.geometry) {
-            Ok(mapping) => mapping,
-            Err(error) => {
-                self.once(report, || format!("guest cluster {cluster:#x}: {error}"));
-                return Ok(());
-            }
-        };
-        let (host, len, copied) = match (mapping, mapping.host()) {
-            (Mapping::Compressed { host, stored }, _) => {
-                if entry.word & COPIED != 0 && active {
-                    self.once(report, || {
-                        format!("guest cluster {cluster:#x}: compressed and marked as copied")
-                    });
-                }
-                (host.0, stored, None)
-            }
-            (_, Some((host, copied))) => (host.0, size, Some(copied)),
-            (_, None) => return Ok(()),
-        };
-        if active && self.first_pass {
-            report.allocated_clusters += 1;
-            report.compressed_clusters += u64::from(copied.is_none());
-            report.fragmented_clusters +=
-                u64::from(copied.is_none() || (*next_data != 0 && *next_data != host));
-            *next_data = host + size;
-        }
-        if self.geometry.external_data() {
-            return Ok(());
-        }
-        // A compressed cluster's last sector may lie behind the end of the file.
-        let len = if copied.is_none() {
-            len.min(self.file_len.saturating_sub(host).max(1))
-        } else {
-            len
-        };
-        self.count(window, report, "data cluster", host, len);
-        if let (true, true, Some(copied)) = (active, self.first_pass, copied) {
-            self.check_copied(report, host, copied, || {
-                format!("guest cluster {cluster:#x}")
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The COPIED flag says that the refcount is one, no more and no less.
-    fn check_copied(
-        &mut self,
-        report: &mut CheckReport,
-        offset: u64,
-        copied: bool,
-        what: impl FnOnce() -> String,
-    ) -> Result<()> {
-        if self.without_refcounts {
-            return Ok(());
-        }
-        let count = self.refcount(offset >> self.geometry.cluster_bits)?;
-        if (count == 1) != copied {
-            report.stale_flags += 1;
-            report.corrupt(|| {
-                format!(
-                    "{}: the COPIED flag is {copied}, but the refcount is {count}",
-                    what()
-                )
-            });
-        }
-        Ok(())
-    }
-
-    /// A flag on a cluster that is used more than once is not merely stale.
-    fn dangerous_flags(&mut self, window: &Window, report: &mut CheckReport) -> Result<()> {
-        let geometry = self.geometry;
-        let shared = |offset: u64| {
-            window
-                .counts
-                .get((offset >> geometry.cluster_bits) as usize)
-                .is_some_and(|count| *count > 1)
-        };
-        let mut tables = Vec::new();
-        let mut dangerous = 0;
-        self.table(
-            self.header.l1_offset,
-            u64::from(self.header.l1_entries),
-            |_, entry| {
-                if let Ok(Some(table)) = decode_l1(&geometry, entry) {
-                    dangerous += u64::from(table.copied && shared(table.offset.0));
-                    tables.push((table.offset.0, table.copied));
-                }
-                Ok(())
-            },
-        )?;
-        for (offset, own) in tables {
-            let mut bytes = vec![0u8; geometry.cluster() as usize];
-            self.file.read_at(&mut bytes, offset)?;
-            for entry in L2Entry::all(&geometry, &bytes) {
-                let host = entry
-                    .decode(&geometry)
-                    .ok()
-                    .and_then(|mapping| mapping.host());
-                if let Some((host, true)) = host {
-                    dangerous += u64::from(own && shared(host.0));
-                }
-            }
-        }
-        report.stale_flags = report.stale_flags.saturating_sub(dangerous);
-        Ok(())
     }
 
     /// A cluster's refcount on disk.
@@ -563,142 +319,39 @@ impl<'a> Checker<'a> {
         self.current = (index, block);
         Ok(true)
     }
+}
 
-    fn walk_snapshots(&mut self, window: &mut Window, report: &mut CheckReport) -> Result<()> {
-        if self.header.snapshots == 0 {
-            return Ok(());
+fn compare_counts(report: &mut CheckReport, cluster: u64, stored: u64, used: Option<u64>) {
+    match used {
+        Some(used) if stored > used => {
+            report.leaks += 1;
+            report.say(|| {
+                format!("leaked cluster {cluster:#x}: refcount {stored}, used {used} times")
+            });
         }
-        let (snapshots, len) = match snapshot::read_table(self.file, &self.header) {
-            Ok(table) => table,
-            Err(error) => {
-                self.once(report, || format!("snapshot table: {error}"));
-                return Ok(());
-            }
-        };
-        self.count(
-            window,
-            report,
-            "snapshot table",
-            self.header.snapshots_offset,
-            len,
-        );
-        for snapshot in snapshots {
-            if snapshot.l1_offset % self.geometry.cluster() != 0 {
-                self.once(report, || {
-                    format!(
-                        "snapshot {}: L1 table offset {:#x}",
-                        snapshot.id, snapshot.l1_offset
-                    )
-                });
-                continue;
-            }
-            self.walk_l1(
-                window,
-                report,
-                snapshot.l1_offset,
-                u64::from(snapshot.l1_entries),
-                false,
-            )?;
+        Some(used) if stored < used => {
+            report.corrupt(|| format!("cluster {cluster:#x}: refcount {stored}, used {used} times"))
         }
-        Ok(())
-    }
-
-    /// Bitmaps: the directory, each bitmap's table, and the clusters that it names.
-    fn walk_bitmaps(&mut self, window: &mut Window, report: &mut CheckReport) -> Result<()> {
-        // Without its autoclear bit the extension does not count, and what it names is a leak.
-        let counts = self.header.autoclear & autoclear::BITMAPS != 0;
-        let extension = self.header.extension(extension::BITMAPS);
-        let Some(extension) = extension.filter(|_| counts) else {
-            return Ok(());
-        };
-        let number = be32(extension, 0).unwrap_or(0);
-        let (len, offset) = (
-            be64(extension, 8).unwrap_or(0),
-            be64(extension, 16).unwrap_or(0),
-        );
-        let cluster = self.geometry.cluster();
-        if number > 65535
-            || len > 64 << 20
-            || offset % cluster != 0
-            || offset.saturating_add(len) > self.file_len
-        {
-            self.once(report, || "the bitmap directory is impossible".to_owned());
-            return Ok(());
+        // Used more often than could be counted.
+        None if stored < 1 << 14 => {
+            report.corrupt(|| format!("cluster {cluster:#x}: refcount {stored}, used more often"))
         }
-        self.count(window, report, "bitmap directory", offset, len);
-        let mut at = 0;
-        for _ in 0..number {
-            let mut entry = [0u8; 24];
-            if at + 24 > len {
-                self.once(report, || "the bitmap directory is cut short".to_owned());
-                return Ok(());
-            }
-            self.file.read_at(&mut entry, offset + at)?;
-            let (table, entries) = (
-                be64(&entry, 0).unwrap_or(0),
-                u64::from(be32(&entry, 8).unwrap_or(0)),
-            );
-            let names =
-                u64::from(be16(&entry, 18).unwrap_or(0)) + u64::from(be32(&entry, 20).unwrap_or(0));
-            at += (24 + names).next_multiple_of(8);
-            if table % cluster != 0
-                || entries > 8 << 20
-                || table.saturating_add(entries * 8) > self.file_len
-            {
-                self.once(report, || {
-                    format!("a bitmap's table at {table:#x} is impossible")
-                });
-                continue;
-            }
-            self.count(window, report, "bitmap table", table, entries * 8);
-            let mut clusters = Vec::new();
-            self.table(table, entries, |_, entry| {
-                let data = entry & 0x00ff_ffff_ffff_fe00;
-                if data != 0 {
-                    clusters.push(data);
-                }
-                Ok(())
-            })?;
-            for data in clusters {
-                self.count(window, report, "bitmap data", data, cluster);
-            }
-        }
-        Ok(())
-    }
-
-    /// Compare a window's counts with the refcounts on disk.
-    fn compare(&mut self, window: &Window, report: &mut CheckReport) -> Result<()> {
-        for (n, used) in window.counts.iter().enumerate() {
-            let cluster = window.first + n as u64;
-            let counted = self.refcount(cluster)?;
-            let used = u64::from(*used);
-            if used > 0 || counted > 0 {
-                self.highest = self.highest.max(cluster);
-            }
-            if counted == used || (used == u64::from(u16::MAX) && counted > used) {
-                continue;
-            }
-            if counted > used {
-                report.leaks += 1;
-                report.say(|| {
-                    format!("leaked cluster {cluster:#x}: refcount {counted}, used {used} times")
-                });
-            } else {
-                report.corrupt(|| {
-                    format!("cluster {cluster:#x}: refcount {counted}, used {used} times")
-                });
-            }
-        }
-        Ok(())
+        _ => {}
     }
 }
 
 /// As refcount::read_table, but impossible entries are kept, to be reported.
 fn read_reftable(file: &BlockFile, header: &Header) -> Result<Vec<u64>> {
-    let mut raw = vec![0u8; (u64::from(header.reftable_clusters) << header.cluster_bits) as usize];
-    file.read_at(&mut raw, header.reftable_offset)?;
-    Ok(raw
-        .chunks_exact(8)
-        .map(|bytes| be64(bytes, 0).unwrap_or(0) & refcount::OFFSET)
-        .collect())
+    const PIECE: u64 = 1 << 20;
+    let len = u64::from(header.reftable_clusters) << header.cluster_bits;
+    let mut table = Vec::with_capacity((len / 8) as usize);
+    let mut piece = vec![0u8; len.min(PIECE) as usize];
+    for at in (0..len).step_by(PIECE as usize) {
+        let now = piece.get_mut(..(len - at).min(PIECE) as usize);
+        let now = now.unwrap_or(&mut []);
+        file.read_at(now, header.reftable_offset.saturating_add(at))?;
+        let entries = now.chunks_exact(8);
+        table.extend(entries.map(|entry| be64(entry, 0).unwrap_or(0) & refcount::OFFSET));
+    }
+    Ok(table)
 }

@@ -13,13 +13,14 @@
 //! | `resize`   | growing and shrinking                                |
 //! | `bitmaps`  | persistent bitmaps                                   |
 //! | `snapshot` | internal snapshots                                   |
-//! | `check`    | counting every pointer; `repair` sets right          |
+//! | `check`    | counting every pointer (`walk` finds them, `counts` keeps them); `repair` sets right |
 //! | `write`    | planning writes; `packed`: compressed ones           |
 //! | `zero`     | planning discards and zeroes                         |
 
 pub(crate) mod alloc;
 pub mod bitmaps;
 pub(crate) mod check;
+pub(crate) mod counts;
 pub(crate) mod create;
 pub(crate) mod entry;
 pub(crate) mod header;
@@ -30,6 +31,7 @@ pub(crate) mod refcount;
 pub(crate) mod repair;
 pub(crate) mod resize;
 pub mod snapshot;
+pub(crate) mod walk;
 pub(crate) mod write;
 pub(crate) mod zero;
 

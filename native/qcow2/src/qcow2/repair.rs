@@ -6,11 +6,13 @@
 //! the old one is never trusted and never written, and the image is as it was until the switch.
 //! Then the COPIED flags are set right, and the dirty and corrupt bits cleared. Pointers that lead
 //! nowhere are not repaired: nobody knows where they should lead.
+//!
+//! All of it goes by windows of clusters, as the check does, and holds no more.
 
 use crate::bytes::{be64, put32, put64};
 use crate::error::{Error, Result};
 use crate::file::BlockFile;
-use crate::qcow2::check::{CheckReport, Checker, Repair, Window};
+use crate::qcow2::check::{CheckReport, Checker, Repair};
 use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
 use crate::qcow2::header::{autoclear, extension, field, incompatible, Header};
 use crate::qcow2::mapping::decode_l1;
@@ -33,8 +35,7 @@ pub(crate) fn repair(
     } else {
         return Ok(());
     }
-    let mut after = Checker::new(file)?;
-    let again = after.recheck()?;
+    let again = Checker::new(file, checker.memory)?.run()?;
     report.corruptions_fixed = report.corruptions.saturating_sub(again.corruptions);
     report.leaks_fixed = report.leaks.saturating_sub(again.leaks);
     report.corruptions = again.corruptions;
@@ -68,36 +69,58 @@ fn forget_bitmaps(file: &BlockFile, checker: &mut Checker) -> Result<()> {
 /// Lower every count that is higher than the use.
 fn lower(file: &BlockFile, checker: &mut Checker) -> Result<()> {
     let geometry = checker.geometry;
-    let window = whole(checker)?;
     let per_block = geometry.refblock_entries();
-    for (index, offset) in checker.reftable.iter().enumerate() {
-        if *offset == 0 || *offset % geometry.cluster() != 0 {
-            continue;
-        }
-        let mut block = vec![0u8; geometry.cluster() as usize];
-        file.read_at(&mut block, *offset)?;
-        let mut changed = false;
-        for n in 0..per_block {
-            let used = used(&window, index as u64 * per_block + n);
-            if refcount::get(&block, geometry.refcount_order, n) > used
-                && used < u64::from(u16::MAX)
-            {
-                refcount::set(&mut block, geometry.refcount_order, n, used);
-                changed = true;
+    let (clusters, step) = (checker.clusters(), checker.window_len());
+    for first in (0..clusters).step_by(step as usize) {
+        let len = step.min(clusters - first);
+        let window = checker.window(first, len, &mut CheckReport::default())?;
+        for index in first / per_block..(first + len).div_ceil(per_block) {
+            let offset = checker.reftable.get(index as usize).copied().unwrap_or(0);
+            // A block out of the file counts nothing that is in use; writing it would make the file that large.
+            let outside = offset.saturating_add(geometry.cluster()) > checker.file_len;
+            if offset == 0 || offset % geometry.cluster() != 0 || outside {
+                continue;
             }
-        }
-        if changed {
-            file.write_at(&block, *offset)?;
+            let mut block = vec![0u8; geometry.cluster() as usize];
+            file.read_at(&mut block, offset)?;
+            let mut changed = false;
+            for n in 0..per_block {
+                let used = window.used(index * per_block + n);
+                let stored = refcount::get(&block, geometry.refcount_order, n);
+                if let Some(used) = used.filter(|used| stored > *used) {
+                    refcount::set(&mut block, geometry.refcount_order, n, used);
+                    changed = true;
+                }
+            }
+            if changed {
+                file.write_at(&block, offset)?;
+            }
         }
     }
     file.sync()?;
-    fix_copied(file, checker, &window)
+    fix_copied(file, checker.memory)
 }
 
 /// A new refcount structure behind the end.
 fn rebuild(file: &BlockFile, checker: &mut Checker) -> Result<()> {
+    let laid_out = lay_out(file, checker);
+    if laid_out.is_err() && file.regular {
+        // What was written behind the end is nobody's.
+        let _ = file.set_len(checker.file_len);
+    }
+    let (table, clusters) = laid_out?;
+    let mut first = [0u8; 512];
+    file.read_at(&mut first, 0)?;
+    put64(&mut first, field::REFTABLE_OFFSET, table);
+    put32(&mut first, field::REFTABLE_CLUSTERS, clusters as u32);
+    file.write_at(&first, 0)?;
+    file.sync()?;
+    fix_copied(file, checker.memory)
+}
+
+/// Write refcount blocks and a table to which nothing points yet; gives the table's offset and clusters.
+fn lay_out(file: &BlockFile, checker: &mut Checker) -> Result<(u64, u64)> {
     checker.without_refcounts = true;
-    let mut window = whole(checker)?;
     let geometry = checker.geometry;
     let (cluster, per_block) = (geometry.cluster(), geometry.refblock_entries());
     let start = checker.file_len.div_ceil(cluster);
@@ -119,106 +142,97 @@ fn rebuild(file: &BlockFile, checker: &mut Checker) -> Result<()> {
         ));
     }
     let end = start + blocks + table;
-    window.counts.resize(end as usize, 0);
-    window
-        .counts
-        .iter_mut()
-        .skip(start as usize)
-        .for_each(|count| *count = 1);
     let mut entries = vec![0u8; (table * cluster) as usize];
-    for index in 0..blocks {
-        let mut block = vec![0u8; cluster as usize];
-        for n in 0..per_block {
-            let used = used(&window, index * per_block + n);
-            if used > geometry.max_refcount() {
-                return Err(Error::unsupported(
-                    "a cluster is used more often than the refcount width can count",
-                ));
+    let step = checker.window_len();
+    for first in (0..end).step_by(step as usize) {
+        let len = step.min(end - first);
+        let window = checker.window(first, len, &mut CheckReport::default())?;
+        for index in first / per_block..(first + len).div_ceil(per_block) {
+            let mut block = vec![0u8; cluster as usize];
+            for n in 0..per_block {
+                let place = index * per_block + n;
+                let used = if (start..end).contains(&place) {
+                    Some(1)
+                } else {
+                    window.used(place)
+                };
+                let used = used.filter(|used| *used <= geometry.max_refcount());
+                let used = used.ok_or_else(|| {
+                    Error::unsupported(
+                        "a cluster is used more often than the refcount width can count",
+                    )
+                })?;
+                refcount::set(&mut block, geometry.refcount_order, n, used);
             }
-            refcount::set(&mut block, geometry.refcount_order, n, used);
+            let offset = (start + index) * cluster;
+            file.write_at(&block, offset)?;
+            put64(&mut entries, (index * 8) as usize, offset);
         }
-        let offset = (start + index) * cluster;
-        file.write_at(&block, offset)?;
-        put64(&mut entries, (index * 8) as usize, offset);
     }
     file.write_at(&entries, (start + blocks) * cluster)?;
     file.sync()?;
-    let mut first = [0u8; 512];
-    file.read_at(&mut first, 0)?;
-    put64(
-        &mut first,
-        field::REFTABLE_OFFSET,
-        (start + blocks) * cluster,
-    );
-    put32(&mut first, field::REFTABLE_CLUSTERS, table as u32);
-    file.write_at(&first, 0)?;
-    file.sync()?;
-    fix_copied(file, checker, &window)
+    Ok(((start + blocks) * cluster, table))
 }
 
-/// Set the COPIED flags of the active tables by the counts.
-fn fix_copied(file: &BlockFile, checker: &Checker, window: &Window) -> Result<()> {
+/// Set the COPIED flags of the active tables by the counts, which are right now.
+fn fix_copied(file: &BlockFile, memory: usize) -> Result<()> {
+    let mut checker = Checker::new(file, memory)?;
     let geometry = checker.geometry;
-    let once = |offset: u64| used(window, offset >> geometry.cluster_bits) == 1;
     let flag = |entry: u64, on: bool| if on { entry | COPIED } else { entry & !COPIED };
-    let l1_len = u64::from(checker.header.l1_entries) * 8;
-    if checker.header.l1_offset.saturating_add(l1_len) > checker.file_len {
+    let entries = u64::from(checker.header.l1_entries);
+    if checker.header.l1_offset.saturating_add(entries * 8) > checker.file_len {
         // A table that is not in the file has no flags to set; writing it would make the file that large.
         return Ok(());
     }
-    let mut l1 = vec![0u8; checker.header.l1_entries as usize * 8];
-    file.read_at(&mut l1, checker.header.l1_offset)?;
-    let l1_before = l1.clone();
-    for index in 0..checker.header.l1_entries as usize {
-        let entry = be64(&l1, index * 8).unwrap_or(0);
-        let Ok(Some(table)) = decode_l1(&geometry, entry) else {
-            continue;
-        };
-        if table.offset.0.saturating_add(geometry.cluster()) > checker.file_len {
-            continue;
-        }
-        put64(&mut l1, index * 8, flag(entry, once(table.offset.0)));
-        let mut l2 = vec![0u8; geometry.cluster() as usize];
-        file.read_at(&mut l2, table.offset.0)?;
-        let before = l2.clone();
-        for (n, entry) in L2Entry::all(&geometry, &before).enumerate() {
-            let right = match entry.decode(&geometry) {
-                Ok(Mapping::Compressed { .. }) => flag(entry.word, false),
-                Ok(mapping) => match mapping.host() {
-                    Some((host, _)) if !geometry.external_data() => flag(entry.word, once(host.0)),
-                    _ => entry.word,
-                },
-                Err(_) => entry.word,
+    const PIECE: u64 = 8192;
+    for at in (0..entries).step_by(PIECE as usize) {
+        let place = checker.header.l1_offset + at * 8;
+        let mut l1 = vec![0u8; ((entries - at).min(PIECE) * 8) as usize];
+        file.read_at(&mut l1, place)?;
+        let before = l1.clone();
+        for index in 0..l1.len() / 8 {
+            let entry = be64(&l1, index * 8).unwrap_or(0);
+            let Ok(Some(table)) = decode_l1(&geometry, entry) else {
+                continue;
             };
-            put64(&mut l2, n * geometry.l2_entry_size() as usize, right);
+            if table.offset.0.saturating_add(geometry.cluster()) > checker.file_len {
+                continue;
+            }
+            let once = checker.refcount(table.offset.0 >> geometry.cluster_bits)? == 1;
+            put64(&mut l1, index * 8, flag(entry, once));
+            fix_l2(file, &mut checker, table.offset.0)?;
         }
-        if l2 != before {
-            file.write_at(&l2, table.offset.0)?;
+        if l1 != before {
+            file.write_at(&l1, place)?;
         }
-    }
-    if l1 != l1_before {
-        file.write_at(&l1, checker.header.l1_offset)?;
     }
     file.sync()
 }
 
-/// The use of every cluster at once: repair wants all of it in memory.
-fn whole(checker: &mut Checker) -> Result<Window> {
-    let clusters = checker.clusters();
-    if clusters > 32 << 20 {
-        return Err(Error::unsupported(
-            "repairing an image of more than 32 Mi clusters",
-        ));
+fn fix_l2(file: &BlockFile, checker: &mut Checker, offset: u64) -> Result<()> {
+    let geometry = checker.geometry;
+    let flag = |entry: u64, on: bool| if on { entry | COPIED } else { entry & !COPIED };
+    let mut l2 = vec![0u8; geometry.cluster() as usize];
+    file.read_at(&mut l2, offset)?;
+    let before = l2.clone();
+    for (n, entry) in L2Entry::all(&geometry, &before).enumerate() {
+        let right = match entry.decode(&geometry) {
+            Ok(Mapping::Compressed { .. }) => flag(entry.word, false),
+            Ok(mapping) => match mapping.host() {
+                Some((host, _)) if !geometry.external_data() => {
+                    let once = checker.refcount(host.0 >> geometry.cluster_bits)? == 1;
+                    flag(entry.word, once)
+                }
+                _ => entry.word,
+            },
+            Err(_) => entry.word,
+        };
+        put64(&mut l2, n * geometry.l2_entry_size() as usize, right);
     }
-    checker.window(0, clusters, &mut CheckReport::default())
-}
-
-fn used(window: &Window, cluster: u64) -> u64 {
-    window
-        .counts
-        .get(cluster as usize)
-        .copied()
-        .map_or(0, u64::from)
+    if l2 != before {
+        file.write_at(&l2, offset)?;
+    }
+    Ok(())
 }
 
 fn write_field(file: &BlockFile, at: usize, value: u64) -> Result<()> {

@@ -44,8 +44,9 @@ use crate::qcow2::{refcount, Geometry};
 use crate::state::{Layer, State};
 use crate::types::{HostCluster, HostOffset};
 
-/// The largest snapshot table, and extra data of one entry, that QEMU takes.
-const MAX_TABLE: u64 = 64 << 20;
+/// The largest snapshot table (QEMU takes 64 MiB; names and all, 65,535 snapshots need a third of this),
+/// and the extra data of one entry that QEMU takes.
+const MAX_TABLE: u64 = 16 << 20;
 const MAX_EXTRA: u32 = 1024;
 
 /// An entry of the snapshot table.
@@ -155,7 +156,7 @@ pub(crate) fn read_table(file: &BlockFile, header: &Header) -> Result<(Vec<Snaps
         // The last entry's padding may lie behind the end of the file.
         if at > room.next_multiple_of(8) {
             return Err(Error::invalid(
-                "the snapshot table is cut short or larger than 64 MiB",
+                "the snapshot table is cut short or larger than 16 MiB",
             ));
         }
     }
