@@ -22,14 +22,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from threading import Event, Thread
-from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast
 
 from vmbus._native import ffi, lib
 from vmbus.wire.errors import KINDS, VmbusError
+
+if TYPE_CHECKING:
+    import socket
+    from threading import Event
+    from types import TracebackType
 
 Format = Literal["qcow2", "raw"]
 FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
@@ -160,8 +162,8 @@ def check(
 ) -> dict[str, Any]:
     """Check a qcow2 image, and repair it as asked. The keys are qemu-img's, and ``messages``.
 
-    About ``memory`` bytes are held at most (default 64 MiB, at least 29 MiB); with less, the tables of a large
-    image are read more often.
+    About ``memory`` bytes are held at most (default 64 MiB, at least 29 MiB); with less, the tables of a
+    large image are read more often.
     """
     with contextlib.ExitStack() as stack:
         fd = _file(stack, path, os.O_RDONLY if repair == "none" else os.O_RDWR)
@@ -501,6 +503,8 @@ class Image:
             "connections": connections,
             "bitmaps": list(bitmaps),
         }
+        from threading import Thread  # noqa: PLC0415 (vmbus-img is started often, and seldom serves)
+
         shared = ffi.new("uint64_t[3]")
         failed: list[BaseException] = []
 
@@ -582,6 +586,28 @@ def _secret(stack: contextlib.ExitStack, secret: Secret) -> int:
     return fd
 
 
+@contextlib.contextmanager
+def _reporting(report: Report) -> Iterator[Any]:
+    """Words for the core to count in, from which ``report`` is called ten times a second and at the end."""
+    from threading import Event, Thread  # noqa: PLC0415 (vmbus-img is started often, and seldom reports)
+
+    progress = ffi.new("uint64_t[3]")
+    ended = Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            report(int(progress[0]), int(progress[1]))
+
+    watcher = Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield progress
+    finally:
+        ended.set()
+        watcher.join()
+    report(1, 1)
+
+
 def _perform(
     request: dict[str, Any],
     image: Any = ffi.NULL,
@@ -592,26 +618,10 @@ def _perform(
 ) -> object:
     text = json.dumps(request).encode()
     out = ffi.new("char **")
-    progress = ffi.new("uint64_t[3]")
-    ended = Event()
-
-    def watch() -> None:
-        while report is not None and not ended.wait(0.1):
-            report(int(progress[0]), int(progress[1]))
-
-    watcher = Thread(target=watch, daemon=True)
-    if report is not None:
-        watcher.start()
-    try:
+    with contextlib.ExitStack() as stack:
         if report is not None:
-            shared = progress
+            shared = stack.enter_context(_reporting(report))
         _call(lib.vmbus_image_call(image, other, text, len(text), shared, out))
-    finally:
-        ended.set()
-        if report is not None:
-            watcher.join()
-    if report is not None:
-        report(1, 1)
     result = ffi.string(out[0])
     lib.vmbus_image_free_text(out[0])
     return cast(object, json.loads(result))

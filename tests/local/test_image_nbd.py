@@ -31,7 +31,7 @@ class Server:
 
     def __init__(self, place: Path, *options: str) -> None:
         self.image, self.socket = place / "image", place / "nbd"
-        command = [
+        self.command = [
             sys.executable,
             "-m",
             "vmbus.cli.img",
@@ -42,12 +42,15 @@ class Server:
             *options,
             self.image,
         ]
-        self.process = subprocess.Popen([str(word) for word in command])
+        self.uri = f"nbd+unix:///?socket={self.socket}"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen([str(word) for word in self.command])
         deadline = time.monotonic() + 20
         while not self.socket.exists():
             assert self.process.poll() is None and time.monotonic() < deadline, "the server does not come up"
             time.sleep(0.02)
-        self.uri = f"nbd+unix:///?socket={self.socket}"
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -6,6 +6,8 @@ What it does not have is refused with a message that names it: formats other tha
 does, it looks at what a file is when no format is given; scripts that handle other people's images should
 give one.
 
+It is started often and for little, so what only one sub-command needs is imported by that one.
+
 One boundary (``main``) turns errors into one line on stderr and an exit code. This file holds the options and
 the sub-commands; img_source.py which image a word means and with which passphrase, img_amend.py changes of an
 image's options, img_text.py what people read, img_rebase.py the two operations between
@@ -18,19 +20,18 @@ import argparse
 import contextlib
 import json
 import os
-import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from vmbus import image
 from vmbus.cli import img_amend, img_bitmap, img_measure, img_rebase, img_source, img_text
 from vmbus.cli.img_source import Secrets, Source
 from vmbus.image import Encryption, Format, Image
 from vmbus.wire.errors import VmbusError
+
+if TYPE_CHECKING:
+    import socket
 
 UNITS: Final = {
     "": 1,
@@ -95,7 +96,8 @@ def _relative_size(text: str) -> tuple[str, int]:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = _Parser(prog="vmbus-img", description="Disk images, as qemu-img has them.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    # With a prog argparse need not format a usage for it, which loads shutil and the compression modules.
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="vmbus-img")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
@@ -349,7 +351,7 @@ def _make(
         length = below if length is None else length
     if length is None:
         raise VmbusError("InvalidArgument", "Image creation needs a size parameter")
-    Path(path).touch()
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     image.create(
         path,
         format,
@@ -425,9 +427,7 @@ def _check(options: argparse.Namespace) -> int:
     if source.format == "raw":
         print("This image format does not support checks", file=sys.stderr)
         return CHECK_UNSUPPORTED
-    found = image.check(
-        source.path, repair=options.repair, lock=not options.share, memory=options.memory
-    )
+    found = image.check(source.path, repair=options.repair, lock=not options.share, memory=options.memory)
     if options.output == "json":
         print(json.dumps(img_text.check(source.path, found), indent=4))
     elif not options.quiet:
@@ -689,6 +689,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    import signal  # noqa: PLC0415
+    import threading  # noqa: PLC0415
+
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -708,7 +711,7 @@ def _serve(options: argparse.Namespace) -> int:
         )
         listener = stack.enter_context(_listener(options.socket, options.fd))
         if options.socket:
-            stack.callback(Path(options.socket).unlink, missing_ok=True)
+            stack.callback(_unlink, options.socket)
         disk.serve(
             listener,
             export=options.export,
@@ -720,10 +723,17 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def _listener(path: str | None, fd: int | None) -> socket.socket:
     """The socket asked for; without one, the first that systemd passes (sd_listen_fds(3))."""
+    import socket  # noqa: PLC0415
+
     if path is not None:
-        if Path(path).exists():
+        if os.path.exists(path):
             raise VmbusError("AlreadyExists", f"{path} exists already", argument="socket")
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Under its name once it listens: who waits for the name to appear can connect.

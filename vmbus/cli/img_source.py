@@ -10,11 +10,8 @@ passphrase of a backing file is ``backing.encrypt.key-secret``, of the next one
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
 from vmbus import image
@@ -54,11 +51,17 @@ def secrets(listed: Sequence[str]) -> dict[str, Secret]:
             raise VmbusError(
                 "InvalidArgument", "--object secret,id=ID,data=TEXT or file=PATH[,format=raw|base64]"
             )
-        data = raw.encode() if raw is not None else Path(cast(str, path)).read_bytes()
+        if raw is not None:
+            data = raw.encode()
+        else:
+            with open(cast(str, path), "rb") as file:
+                data = file.read()
         if coding == "base64":
+            import base64  # noqa: PLC0415
+
             try:
                 data = base64.b64decode(data, validate=raw is not None)
-            except binascii.Error:
+            except ValueError:
                 raise VmbusError("InvalidArgument", f"secret {name} is not base64") from None
         found[name] = Secret(data)
     return found

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_qcow2::{
-    amend_keys, bench, bitmaps, check_within, compare, copy, create_qcow2, empty, first_nonzero, info,
-    looks_like_qcow2, range_at, resize, serve, set_backing, snapshot, BenchOptions, Bitmap,
+    amend_keys, bench, bitmaps, check_within, compare, copy, create_qcow2, empty, first_nonzero,
+    info, looks_like_qcow2, range_at, resize, serve, set_backing, snapshot, BenchOptions, Bitmap,
     BitmapView, CheckReport, CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error,
     Format, Image, ImageInfo, KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair,
     Secret, ServeOptions, Snapshot, CHECK_MEMORY,
