@@ -7,6 +7,8 @@ import itertools
 import os
 import re
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,3 +147,32 @@ def test_whatever_is_killed_in_whatever_order_nothing_stays_reserved(
     system.service.start()
     assert pool.figures() == before
     assert system.vmbusctl(ALICE, "list", "--names").stdout == ""
+
+
+def kill_while_touching(system: System, pool: Pool, rounds: int) -> None:
+    """A worker killed at some moment of a prefault: its pages are back within a second."""
+    before = pool.figures()
+    for number in range(rounds):
+        pid = run(system, f"touched-{number}", memory="128M")
+        prefault = system.popen(ALICE, ["vmbusctl", "prefault", f"touched-{number}"], stderr=subprocess.PIPE)
+        end = time.monotonic() + 0.01 * (number % 20)
+        while pool["free"] == before["free"] and time.monotonic() < end + 5:
+            time.sleep(0.001)
+        time.sleep(max(0.0, end - time.monotonic()))
+        os.kill(pid, signal.SIGKILL)
+        assert pool.until(before, 1) == before, f"round {number}"
+        prefault.communicate(timeout=30)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_worker_killed_while_it_touches_memory_leaves_no_page(system: System) -> None:
+    with enlarged(72) as pool:
+        kill_while_touching(system, pool, 20)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_200_workers_killed_while_they_touch_memory_leave_no_page(system: System) -> None:
+    with enlarged(72) as pool:
+        kill_while_touching(system, pool, 200)
