@@ -223,6 +223,12 @@ def _amend(
         _perform(request)
 
 
+def set_refcount_bits(path: str, bits: int) -> None:
+    """Count the clusters of a qcow2 image of version 3 with another width: 1 to 64 bits, a power of two."""
+    with contextlib.ExitStack() as stack:
+        _perform({"op": "set-refcount-bits", "fd": _file(stack, path, os.O_RDWR), "bits": bits})
+
+
 def beside(path: str, name: str) -> str:
     """The file that a header of the image at ``path`` names: relative to that image's directory."""
     return os.path.join(os.path.dirname(path), name.removeprefix("file:"))
@@ -352,6 +358,29 @@ class Image:
     def resize(self, size: int, *, shrink: bool = False) -> None:
         """Change the disk's size. Shrinking loses data and must be asked for."""
         self._perform({"op": "resize", "size": size, "shrink": shrink})
+
+    def amend(
+        self,
+        *,
+        version: int | None = None,
+        lazy_refcounts: bool | None = None,
+        data_file: str | None = None,
+        data_raw: bool | None = None,
+    ) -> None:
+        """Change options of a qcow2 image; None leaves one as it is.
+
+        Version 2 holds no zero clusters, bitmaps, external data, subclusters or zstd: the first two are
+        expanded and removed, the others refused.
+        """
+        self._perform(
+            {
+                "op": "amend-options",
+                "version": version,
+                "lazy_refcounts": lazy_refcounts,
+                "data_name": data_file,
+                "data_raw": data_raw,
+            }
+        )
 
     def empty(self) -> None:
         """Hold nothing any more: everything reads as in the backing file."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from vmbus import image
 from vmbus.cli import img_amend, img_bitmap, img_measure, img_rebase, img_source, img_text
+from vmbus.cli.img_size import size
 from vmbus.cli.img_source import Secrets, Source
 from vmbus.image import Encryption, Format, Image
 from vmbus.wire.errors import VmbusError
@@ -33,16 +34,6 @@ from vmbus.wire.errors import VmbusError
 if TYPE_CHECKING:
     import socket
 
-UNITS: Final = {
-    "": 1,
-    "b": 1,
-    "k": 1 << 10,
-    "m": 1 << 20,
-    "g": 1 << 30,
-    "t": 1 << 40,
-    "p": 1 << 50,
-    "e": 1 << 60,
-}
 MIB: Final = 1 << 20
 CHECK_CORRUPT, CHECK_LEAKS, CHECK_UNSUPPORTED = 2, 3, 63
 COMPARE_DIFFERENT, COMPARE_CANNOT_OPEN, COMPARE_CANNOT_READ = 1, 2, 4
@@ -72,21 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unsupported:
         return CHECK_UNSUPPORTED
     return COMPARE_CANNOT_OPEN if options.run is _compare else 1
-
-
-def size(text: str) -> int:
-    """A size as qemu-img takes it: a number, perhaps with a fraction, and a unit of powers of 1024."""
-    number, unit = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
-    try:
-        if unit not in UNITS:
-            raise ValueError
-        value = int(number, 0) * UNITS[unit] if "." not in number else int(float(number) * UNITS[unit])
-    except ValueError:
-        message = f"Invalid image size '{text}': a number with k, M, G, T, P or E behind it"
-        raise argparse.ArgumentTypeError(message) from None
-    if not 0 <= value < 1 << 63:
-        raise argparse.ArgumentTypeError(f"Image size '{text}' must be less than 8 EiB")
-    return value
 
 
 def _relative_size(text: str) -> tuple[str, int]:
@@ -607,7 +583,8 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _amend(options: argparse.Namespace) -> int:
-    img_amend.amend(_source(options), options.options, _known(options), force=options.force)
+    report = img_text.progress(shown=options.progress and not options.quiet)
+    img_amend.amend(_source(options), options.options, _known(options), force=options.force, report=report)
     return 0
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vmbus-img amend``: the key slots of an encrypted image, with qemu-img's options and rules.
+"""``vmbus-img amend``: compat, lazy_refcounts, refcount_bits, size, data_file and data_file_raw, and the key
+slots of an encrypted image, with qemu-img's options and rules.
+
+The order is qemu-img's: up to a newer version first, then the rest, down to an older one last. Each step is
+whole in itself; what was done stays when a later one is refused.
 
 | options (``encrypt.`` in front of each) | what happens                                            |
 |-----------------------------------------|---------------------------------------------------------|
@@ -9,33 +13,109 @@
 | ``state=inactive,keyslot=N``            | the slot is erased                                      |
 | ``state=inactive,old-secret=ID``        | all slots that the passphrase opens are erased          |
 
-The last active slot is erased, and an active one overwritten, only with ``--force``. Other options than
-key slots are refused by name.
+The last active slot is erased, and an active one overwritten, only with ``--force``.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from typing import Final
 
 from vmbus import image
 from vmbus.cli import img_source
+from vmbus.cli.img_size import size
 from vmbus.cli.img_source import Secrets, Source
-from vmbus.image import Secret
+from vmbus.image import Report, Secret
 from vmbus.wire.errors import VmbusError
 
+CREATION: Final = frozenset(
+    {"cluster_size", "preallocation", "extended_l2", "compression_type", "encryption"}
+)
+VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
-def amend(source: Source, listed: Sequence[str], known: Secrets, *, force: bool) -> None:
+
+def amend(
+    source: Source, listed: Sequence[str], known: Secrets, *, force: bool, report: Report | None
+) -> None:
     """Change the image as the ``-o`` options say."""
     if source.format == "raw":
         raise VmbusError("NotSupported", "Format driver 'raw' does not support option amendment")
     given = img_source.pairs(",".join(listed))
     if not given:
         raise VmbusError("InvalidArgument", "Must specify options (-o)")
-    others = [name for name in given if not name.startswith("encrypt.")]
-    if others:
-        raise VmbusError("NotSupported", f"amend: the option {min(others)}")
-    keys = {name.removeprefix("encrypt."): value for name, value in given.items()}
-    _key_slots(source, keys, known, force=force)
+    report = report or (lambda _done, _total: None)
+    report(0, 100)
+    others = {name: value for name, value in given.items() if not name.startswith("encrypt.")}
+    _options(source, others)
+    report(50, 100)
+    keys = {name.removeprefix("encrypt."): value for name, value in given.items() if name not in others}
+    if keys:
+        _key_slots(source, keys, known, force=force)
+    report(1, 1)
+
+
+def _options(source: Source, given: dict[str, str]) -> None:
+    def flag(name: str) -> bool | None:
+        value = given.get(name)
+        if value not in {None, "on", "off"}:
+            raise VmbusError("InvalidArgument", f"Parameter '{name}' expects 'on' or 'off'")
+        return None if value is None else value == "on"
+
+    for name in given:
+        if name in CREATION:
+            message = f"Invalid parameter '{name}'\nThis option is only supported for image creation"
+            raise VmbusError("InvalidArgument", message)
+        if name in {"backing_file", "backing_fmt"}:
+            message = "Cannot amend the backing file\nYou can use 'vmbus-img rebase' instead."
+            raise VmbusError("InvalidArgument", message)
+        if name not in {"compat", "lazy_refcounts", "refcount_bits", "size", "data_file", "data_file_raw"}:
+            raise VmbusError("InvalidArgument", f"Invalid parameter '{name}'")
+    version = VERSIONS.get(given["compat"]) if "compat" in given else None
+    if "compat" in given and version is None:
+        raise VmbusError("InvalidArgument", f"Unknown compatibility level {given['compat']}")
+    lazy, raw = flag("lazy_refcounts"), flag("data_file_raw")
+    length = _length(given.get("size"))
+    bits = given.get("refcount_bits")
+    if bits is not None and (not bits.isdecimal() or int(bits) not in {1, 2, 4, 8, 16, 32, 64}):
+        message = "Refcount width must be a power of two and may not exceed 64 bits"
+        raise VmbusError("InvalidArgument", message)
+    target = version or _version(source)
+    if target == 2 and lazy:
+        raise VmbusError(
+            "InvalidArgument",
+            "Lazy refcounts only supported with compatibility level 1.1 and above "
+            "(use compat=1.1 or greater)",
+        )
+    if target == 2 and bits not in {None, "16"}:
+        raise VmbusError(
+            "InvalidArgument",
+            "Refcount widths other than 16 bits require compatibility level 1.1 or above "
+            "(use compat=1.1 or greater)",
+        )
+    path, format, secrets = source
+    if version == 3:
+        with image.open(path, format, secrets=secrets, guess=True) as disk:
+            disk.amend(version=3)
+    if bits is not None and _version(source) == 3:
+        image.set_refcount_bits(path, int(bits))
+    with image.open(path, format, secrets=secrets, guess=True) as disk:
+        disk.amend(lazy_refcounts=lazy, data_file=given.get("data_file"), data_raw=raw)
+        if length is not None:
+            disk.resize(length, shrink=True)
+        if version == 2:
+            disk.amend(version=2)
+
+
+def _length(text: str | None) -> int | None:
+    try:
+        return None if text is None else size(text)
+    except argparse.ArgumentTypeError as error:
+        raise VmbusError("InvalidArgument", str(error)) from None
+
+
+def _version(source: Source) -> int:
+    return int(image.info(source.path, source.format)["qcow2"]["version"])
 
 
 def _key_slots(source: Source, given: dict[str, str], known: Secrets, *, force: bool) -> None:

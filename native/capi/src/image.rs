@@ -12,11 +12,12 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_qcow2::{
-    amend_keys, bench, bitmaps, check_within, compare, copy, create_qcow2, empty, first_nonzero,
-    info, looks_like_qcow2, range_at, resize, serve, set_backing, snapshot, BenchOptions, Bitmap,
-    BitmapView, CheckReport, CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error,
-    Format, Image, ImageInfo, KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair,
-    Secret, ServeOptions, Snapshot, CHECK_MEMORY,
+    amend as amend_options, amend_keys, bench, bitmaps, check_within, compare, copy, create_qcow2,
+    empty, first_nonzero, info, looks_like_qcow2, range_at, resize, serve, set_backing,
+    set_refcount_bits, snapshot, AmendOptions, BenchOptions, Bitmap, BitmapView, CheckReport,
+    CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error, Format, Image, ImageInfo,
+    KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair, Secret, ServeOptions,
+    Snapshot, CHECK_MEMORY,
 };
 
 use crate::error::{borrowed, guard, Failure};
@@ -316,6 +317,20 @@ fn perform(
             Ok(Value::Null)
         }
         "map" => map(&needed(&image)?, request),
+        "amend-options" => {
+            let options = AmendOptions {
+                version: request["version"].as_u64().map(|n| n as u32),
+                lazy_refcounts: request["lazy_refcounts"].as_bool(),
+                data_name: request["data_name"].as_str().map(str::to_owned),
+                data_raw: request["data_raw"].as_bool(),
+            };
+            amend_options(&needed(&image)?, &options)?;
+            Ok(Value::Null)
+        }
+        "set-refcount-bits" => {
+            set_refcount_bits(&file(request, "fd")?, number(request, "bits")? as u32)?;
+            Ok(Value::Null)
+        }
         "bitmap-list" => Ok(bitmaps::list(&*needed(&image)?)?
             .iter()
             .map(bitmap_json)

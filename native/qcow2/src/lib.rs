@@ -78,6 +78,7 @@ pub use image::{Image, LayerFiles, OpenOptions, MAX_LAYERS};
 pub use info::{info, looks_like_qcow2, set_backing, ImageInfo, Qcow2Info};
 pub use map::{range_at, Range};
 pub use nbd::{serve, serve_client, ServeOptions};
+pub use qcow2::amend::{amend, set_refcount_bits, AmendOptions};
 pub use qcow2::bitmaps::{self, Bitmap, BitmapView};
 pub use qcow2::check::{check, check_within, CheckReport, Repair, CHECK_MEMORY};
 pub use qcow2::create::{create_qcow2, CreateOptions, Preallocation};

@@ -36,6 +36,7 @@ pub(crate) mod field {
     pub(crate) const SNAPSHOTS_OFFSET: usize = 64;
     pub(crate) const INCOMPATIBLE: usize = 72;
     pub(crate) const AUTOCLEAR: usize = 88;
+    pub(crate) const REFCOUNT_ORDER: usize = 96;
 }
 
 /// Incompatible features.

@@ -10,6 +10,7 @@
 //! | `overlap`  | what each cluster of metadata holds: nothing else is written there |
 //! | `alloc`    | finding clusters, freeing them, growing the tables   |
 //! | `create`   | making images                                        |
+//! | `amend`    | changing an image's options                          |
 //! | `resize`   | growing and shrinking                                |
 //! | `bitmaps`  | persistent bitmaps                                   |
 //! | `snapshot` | internal snapshots                                   |
@@ -18,6 +19,7 @@
 //! | `zero`     | planning discards and zeroes                         |
 
 pub(crate) mod alloc;
+pub(crate) mod amend;
 pub mod bitmaps;
 pub(crate) mod check;
 pub(crate) mod counts;

@@ -16,7 +16,7 @@ use crate::qcow2::check::{CheckReport, Checker, Repair};
 use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
 use crate::qcow2::header::{autoclear, extension, field, incompatible, Header};
 use crate::qcow2::mapping::decode_l1;
-use crate::qcow2::refcount;
+use crate::qcow2::{refcount, Geometry};
 
 /// Repair as asked; the report then counts what was fixed, and what is left.
 pub(crate) fn repair(
@@ -28,7 +28,7 @@ pub(crate) fn repair(
     let unclean = checker.header.incompatible & (incompatible::DIRTY | incompatible::CORRUPT) != 0;
     if how == Repair::All && (report.corruptions > 0 || unclean) {
         forget_bitmaps(file, checker)?;
-        rebuild(file, checker)?;
+        rebuild(file, checker, checker.header.refcount_order)?;
     } else if report.leaks > 0 {
         forget_bitmaps(file, checker)?;
         lower(file, checker)?;
@@ -101,9 +101,9 @@ fn lower(file: &BlockFile, checker: &mut Checker) -> Result<()> {
     fix_copied(file, checker.memory)
 }
 
-/// A new refcount structure behind the end.
-fn rebuild(file: &BlockFile, checker: &mut Checker) -> Result<()> {
-    let laid_out = lay_out(file, checker);
+/// A new refcount structure behind the end, with counts of 2^`order` bits.
+pub(crate) fn rebuild(file: &BlockFile, checker: &mut Checker, order: u32) -> Result<()> {
+    let laid_out = lay_out(file, checker, order);
     if laid_out.is_err() && file.regular {
         // What was written behind the end is nobody's.
         let _ = file.set_len(checker.file_len);
@@ -113,15 +113,21 @@ fn rebuild(file: &BlockFile, checker: &mut Checker) -> Result<()> {
     file.read_at(&mut first, 0)?;
     put64(&mut first, field::REFTABLE_OFFSET, table);
     put32(&mut first, field::REFTABLE_CLUSTERS, clusters as u32);
+    if checker.header.version >= 3 {
+        put32(&mut first, field::REFCOUNT_ORDER, order);
+    }
     file.write_at(&first, 0)?;
     file.sync()?;
     fix_copied(file, checker.memory)
 }
 
 /// Write refcount blocks and a table to which nothing points yet; gives the table's offset and clusters.
-fn lay_out(file: &BlockFile, checker: &mut Checker) -> Result<(u64, u64)> {
+fn lay_out(file: &BlockFile, checker: &mut Checker, order: u32) -> Result<(u64, u64)> {
     checker.without_refcounts = true;
-    let geometry = checker.geometry;
+    let geometry = Geometry {
+        refcount_order: order,
+        ..checker.geometry
+    };
     let (cluster, per_block) = (geometry.cluster(), geometry.refblock_entries());
     let start = checker.file_len.div_ceil(cluster);
     let (mut blocks, mut table) = (1, 1);
@@ -143,7 +149,8 @@ fn lay_out(file: &BlockFile, checker: &mut Checker) -> Result<(u64, u64)> {
     }
     let end = start + blocks + table;
     let mut entries = vec![0u8; (table * cluster) as usize];
-    let step = checker.window_len();
+    // Whole blocks of the new width.
+    let step = (checker.window_len() / per_block).max(1) * per_block;
     for first in (0..end).step_by(step as usize) {
         let len = step.min(end - first);
         let window = checker.window(first, len, &mut CheckReport::default())?;

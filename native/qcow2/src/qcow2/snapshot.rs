@@ -325,7 +325,12 @@ pub(crate) fn file_of<'a>(image: &'a Image, geometry: &Geometry) -> Result<&'a B
     image.files().get(geometry.file).ok_or_else(no_file)
 }
 
-fn read_l1(image: &Image, geometry: &Geometry, offset: u64, entries: u32) -> Result<Vec<u64>> {
+pub(crate) fn read_l1(
+    image: &Image,
+    geometry: &Geometry,
+    offset: u64,
+    entries: u32,
+) -> Result<Vec<u64>> {
     let mut bytes = vec![0u8; entries as usize * 8];
     file_of(image, geometry)?.read_at(&mut bytes, offset)?;
     let l1: Vec<u64> = bytes
