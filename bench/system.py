@@ -27,12 +27,12 @@ machines = 2000
 class Measured(System):
     """A whole vmbus with room for many machines; the tests' guest is Alice's file ``kernel``."""
 
-    def __init__(self, *, spares: int = 0, library: str = "", hugepages: str = "0") -> None:
+    def __init__(self, *, spares: int = 0, library: str = "", hugepages: str = "0", policy: str = "") -> None:
         if not os.environ.get("VMBUS_BENCH_NAMESPACE"):
             namespace.enter()
             os.nice(-15)  # what else runs on the host shall disturb less; peers inherit it too
             os.environ["VMBUS_BENCH_NAMESPACE"] = "entered"
-        super().__init__(policy=f'{GENEROUS}hugepages = "{hugepages}"\n')
+        super().__init__(policy=f'{GENEROUS}hugepages = "{hugepages}"\n{policy}')
         self._spares = spares
         self._library = library
 

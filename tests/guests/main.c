@@ -40,6 +40,8 @@ static const struct mode modes[] = {
     { "fw-cfg", mode_fw_cfg },
     { "net-reach", mode_net_reach },
     { "plug", mode_plug },
+    { "net-spoof", mode_net_spoof },
+    { "net-ping", mode_net_ping },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

@@ -10,14 +10,21 @@ struct virtio virtio;
 
 static u16 offered;
 
+/* Where a memory BAR of 64 bits is; QEMU has the structures in another one than vmbus. */
+static u64 bar(u32 function, u32 index)
+{
+    u32 at = 0x10 + 4 * index;
+    return (pci_read(function, at, 4) & ~15u) | (u64)pci_read(function, at + 4, 4) << 32;
+}
+
 int virtio_find(u32 function)
 {
     if (pci_read(function, 0, 2) != 0x1af4)
         return 0;
     virtio = (struct virtio){ .function = function };
-    virtio.bar = (pci_read(function, 0x10, 4) & ~15u) | (u64)pci_read(function, 0x14, 4) << 32;
+    virtio.bar = bar(function, 0);
     for (u32 at = pci_capability(function, CAPABILITY_VENDOR, 0); at; ) {
-        u64 structure = virtio.bar + pci_read(function, at + 8, 4);
+        u64 structure = bar(function, pci_read(function, at + 4, 1)) + pci_read(function, at + 8, 4);
         switch (pci_read(function, at + 3, 1)) {
         case 1: virtio.common = structure; break;
         case 2: virtio.notify = structure; break;

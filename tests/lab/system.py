@@ -185,6 +185,10 @@ class System:
             self.broker.start()
         if self._parts == "service":
             self.service.start()
+        # Ready is said before what was begun on the side is over; ``counts`` is to find nothing of that.
+        deadline = time.monotonic() + 10 * SLOW
+        while self.broker.running and _children(self.broker.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def close(self) -> None:
         """End everything, whatever state it is in, and remove what it had. The logs are gone after it."""

@@ -8,6 +8,7 @@ import os
 import pwd
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,23 @@ def test_the_counters_and_a_pause(system: System) -> None:
     assert ping(2, 56) == 2
     ctl(system, "kill", "net")
     wait_until(lambda: ports() == [])
+
+
+@pytest.mark.parametrize(("address", "heard"), [("", "cefhiJKLM"), (",address=10.99.0.2", "JKLM")])
+def test_a_guest_that_says_it_is_somebody_else_is_not_heard(system: System, address: str, heard: str) -> None:
+    system.rule(RULE)
+    ctl(system, *definition(system, ALICE, "--cmdline", "net-spoof", "--nic", f"{BRIDGE}{address}"))
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as ear:
+        ear.bind((BRIDGE, 0))
+        ear.settimeout(20 * SLOW)
+        printed(system, "net: done", 30)
+        letters = set()
+        while "M" not in letters:  # the last
+            frame = ear.recv(2000)
+            if frame[54:59] == b"vmbus":
+                letters.add(chr(frame[59]))
+    assert "".join(sorted(letters)) == "".join(sorted(heard))
+    ctl(system, "kill", "net")
 
 
 def test_a_bridge_that_broker_toml_does_not_grant_is_refused_whatever_polkit_says(system: System) -> None:

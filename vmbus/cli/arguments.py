@@ -144,11 +144,12 @@ def _description(to: argparse.ArgumentParser) -> None:
     )
     add(
         "--nic",
-        metavar="BRIDGE[,mac=M]|kind=user",
+        metavar="BRIDGE[,mac=M]|kind=KIND",
         action="append",
         default=[],
-        help="a network interface on that bridge, or of another kind: mac= (default: made up, and kept), "
-        "id=, queues=, slot=; may be repeated",
+        help="a network interface on that bridge (address=: the one IPv4 address that it may have), or "
+        "kind=user, or kind=isolated,network=NAME; mac= (default: made up, and kept), id=, queues=, slot=; "
+        "may be repeated",
     )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")

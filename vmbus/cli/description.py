@@ -29,7 +29,7 @@ _SUFFIXES: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DISK_FLAG_KEYS: Final = frozenset(
     {"path", "format", "backing-format", "id", "read-only", "serial", "queues", "source", "slot"}
 )
-_NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id", "queues", "kind", "address", "slot"})
+_NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id", "queues", "kind", "address", "network", "slot"})
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
 from vmbus.service.files import PassedFile
 from vmbus.service.machine import Machine
+from vmbus.service.networks import Networks
 from vmbus.wire.definition import Nic, Slot, queue_pairs
 from vmbus.wire.errors import VmbusError
 
@@ -23,6 +24,7 @@ class Handover:
     def __init__(self, broker: BrokerClient, claims: Claims) -> None:
         self._broker = broker
         self._claims = claims
+        self.networks = Networks()
 
     async def files(self, machine: Machine, slots: Iterable[Slot], passed: Mapping[str, PassedFile]) -> None:
         """Fill ``slots``; ``passed`` has those without a path, and stays the caller's."""
@@ -42,14 +44,16 @@ class Handover:
             self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
 
     async def nics(self, machine: Machine, nics: Iterable[Nic]) -> None:
-        """The host's end of each: a tap, or a helper's connection."""
+        """The host's end of each: a tap, a helper's connection. Isolated ones are linked once it is built."""
+        nics = list(nics)
+        self.networks.claim(machine, nics)
         for nic in nics:
             slot = f"nic/{nic.id}"
             try:
                 if nic.kind == "bridge":
                     queues = queue_pairs(nic, machine.definition.vcpus)
                     await self._broker.tap(machine.uuid, nic, queues)
-                else:
+                elif nic.kind == "user":
                     await self._broker.helper(machine.uuid, slot, "passt")
             except VmbusError as error:
                 raise _about(error, slot) from None

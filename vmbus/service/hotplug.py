@@ -96,6 +96,8 @@ class Hotplug:
             else:
                 await self._handover.nics(machine, [device])
             await machine.connection().attach(device)
+            if isinstance(device, Nic):
+                await self._handover.networks.join(machine, [device])
         except BaseException:
             # Whatever was delivered, the worker has closed or closes with the next device.
             with contextlib.suppress(VmbusError):

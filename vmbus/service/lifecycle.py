@@ -65,6 +65,7 @@ class Lifecycle:
         self._claims = claims
         self._jobs = jobs
         self._handover = handover
+        self._networks = handover.networks
         self._tasks: set[asyncio.Task[None]] = set()
         self.on_found: Callable[[Machine], Awaitable[None]] = _nothing_more
         """Called when a machine that was running before is reached again."""
@@ -131,6 +132,7 @@ class Lifecycle:
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             ("build", lambda: self._build(machine)),
             *([("prefault", lambda: touch(machine, machine.job))] if machine.definition.prefault else []),
+            ("links", lambda: self._networks.join(machine, machine.definition.nics)),
             ("run", lambda: self._let_go(machine, paused=paused)),
         ]
 
@@ -418,6 +420,7 @@ class Lifecycle:
         if machine.worker is not None:
             machine.worker.close()
             machine.worker = None
+        self._networks.leave(machine)
         machine.set_pid(0)
         machine.set_memory(0, 0)
         machine.set_flag("stuck", on=False)
@@ -510,6 +513,7 @@ class Lifecycle:
             machine.guest = "running" if said.state == "running" else "paused"
         if said.state in ("running", "paused"):
             self._spin(self.on_found(machine))
+            self._spin(self._networks.rejoin(machine))
         if said.state != "ended" and (machine.state != "stopping" or machine.reason == "recovery"):
             machine.set_state(machine.guest)
 

@@ -98,6 +98,11 @@ class WorkerClient:
         self._unrestricted()
         await self._ask(lambda n: wire.AddFile(id=n, slot=slot), fds=[fd])
 
+    async def add_link(self, device: str, peer: str, fd: int) -> None:
+        """Give one end of a pair of sockets to an isolated network; ``fd`` stays the caller's."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.AddLink(id=n, device=device, peer=peer), fds=[fd])
+
     async def configure(self, uuid: str, definition: Definition, *, merge: bool) -> None:
         """Build the machine. ``merge``: whether mergeable memory is offered to KSM."""
         self._unrestricted()

@@ -41,6 +41,7 @@ _WORDS: Final = {
     r"^[ -~]{0,20}$": "a serial is at most 20 printable ASCII characters",
     r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$": "a MAC address is six pairs of lower-case hex digits with ':' between",
     r"^[A-Za-z0-9_.-]{0,15}$": "an interface name is 1 to 15 letters, digits, '_', '.' or '-'",
+    r"^(|[a-z][a-z0-9-]{0,19})$": "a network's name is 1 to 20 lower-case letters, digits or '-'",
     r"^[a-z0-9-]{1,40}$": "a CPU model is 1 to 40 lower-case letters, digits or '-'",
 }
 
@@ -241,6 +242,9 @@ def _check_nic(nic: Nic, where: str) -> None:
     if (nic.kind == "bridge") != bool(nic.bridge):
         said = "is for kind bridge only" if nic.bridge else "is missing; a nic of kind bridge names one"
         raise _bad(f"{where}.bridge", said)
+    if (nic.kind == "isolated") != bool(nic.network):
+        said = "is for kind isolated only" if nic.network else "is missing; a nic of kind isolated names one"
+        raise _bad(f"{where}.network", said)
     if nic.address and (nic.kind != "bridge" or not _is_ipv4(nic.address)):
         raise _bad(f"{where}.address", f"{nic.address!r} is not an IPv4 address of a nic of kind bridge")
     if int(nic.mac[:2], 16) & 1:

@@ -72,13 +72,15 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
 
     ``bridge``: on a tap, which is a port of an allowed bridge; the guest can speak as ``mac`` only and, where
     it is given, as ``address``. ``user``: what it sends goes out as traffic of a process of the host (passt),
-    which the host's own loopback does not hear.
+    which the host's own loopback does not hear. ``isolated``: with the owner's machines that name the same
+    ``network``, and nobody else.
     """
 
     id: Id
     mac: Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
-    kind: Literal["bridge", "user"] = "bridge"
+    kind: Literal["bridge", "user", "isolated"] = "bridge"
     bridge: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,15}$")] = ""
+    network: Annotated[str, Meta(pattern=r"^(|[a-z][a-z0-9-]{0,19})$")] = ""  # of kind isolated
     address: Annotated[str, Meta(pattern=r"^(|[0-9]{1,3}(\.[0-9]{1,3}){3})$")] = ""  # IPv4; "" for any
     queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
     slot: HotplugSlot = 0
@@ -130,8 +132,8 @@ def memory_floor(definition: Definition) -> int:
 
 def grants(nics: Iterable[Nic]) -> list[str]:
     """The tables of broker.toml that must grant its owner something: ``bridges.br0``, ``user-network``."""
-    found = {f"bridges.{nic.bridge}" if nic.kind == "bridge" else "user-network" for nic in nics}
-    return sorted(found)
+    found = {f"bridges.{nic.bridge}" for nic in nics if nic.kind == "bridge"}
+    return sorted(found | {"user-network" for nic in nics if nic.kind == "user"})
 
 
 def brought(nics: Iterable[Nic]) -> set[str]:

@@ -49,6 +49,16 @@ class AddFile(_Request, tag="add-file", frozen=True, kw_only=True):
     slot: str
 
 
+class AddLink(_Request, tag="add-link", frozen=True, kw_only=True):
+    """Another machine has come to the isolated network of ``device`` (nic/ID); a socket to it is beside this.
+
+    One of the same name before it is replaced.
+    """
+
+    device: str
+    peer: Annotated[str, Meta(min_length=1, max_length=64)]
+
+
 class Configure(_Request, tag="configure", frozen=True, kw_only=True):
     """Build the machine from the delivered files. Result when it is built or cannot be."""
 
@@ -135,6 +145,7 @@ Request = (
     Hello
     | Ack
     | AddFile
+    | AddLink
     | Configure
     | Run
     | Shutdown

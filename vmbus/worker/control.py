@@ -30,6 +30,7 @@ from vmbus.wire.worker import (
     VERSION,
     Ack,
     AddFile,
+    AddLink,
     Attach,
     CancelPrefault,
     Configure,
@@ -63,6 +64,7 @@ _requests = msgspec.msgpack.Decoder(Request)
 # What an older or newer service, with which only the lifeline is shared, may not ask.
 _BEYOND_LIFELINE = (
     AddFile,
+    AddLink,
     Configure,
     Run,
     Stats,
@@ -266,7 +268,7 @@ class Control:
 
     def _dispatch(self, request: Request, fds: list[int]) -> None:
         """The one boundary at which a handler's error becomes a result. Raises Violation."""
-        takes = {AddFile: packet.MAX_FDS, Console: 1}.get(type(request), 0)
+        takes = {AddFile: packet.MAX_FDS, AddLink: 1, Console: 1}.get(type(request), 0)
         if len(fds) > takes:
             close(fds)
             raise packet.Violation(f"{len(fds)} file descriptors beside {type(request).__name__}")

@@ -78,6 +78,8 @@ class CoreEvent(msgspec.Struct):
     json: bytes
 
 
+# native/vmm/src/config.rs, LinkKind
+_LINKS: Final = {"bridge": "tap", "user": "stream", "isolated": "hub"}
 # native/capi/src/event.rs
 _EVENTS: Final = {1: "done", 2: "failed", 3: "running", 4: "paused", 5: "reset", 6: "ended", 7: "detached"}
 _error_decoder = msgspec.json.Decoder(CoreError)
@@ -184,16 +186,21 @@ def nic_configuration(nic: Nic, files: Files) -> dict[str, Any]:
         "id": nic.id,
         "mac": nic.mac,
         "queues": nic.queues,
-        "link": "tap" if nic.kind == "bridge" else "stream",
-        "tap_fds": files.all(f"nic/{nic.id}"),
+        "link": _LINKS[nic.kind],
+        "tap_fds": [fd for slot in nic_slots(nic) for fd in files.all(slot)],
         "slot": nic.slot or None,
     }
+
+
+def nic_slots(nic: Nic) -> list[str]:
+    """The slots of its host's end; the links of an isolated network come when it is built."""
+    return [] if nic.kind == "isolated" else [f"nic/{nic.id}"]
 
 
 def named_slots(definition: Definition) -> list[str]:
     """The slots whose files ``configuration`` gives to the core."""
     names = [slot.name for slot in slots(definition)]
-    names += [f"nic/{nic.id}" for nic in definition.nics]
+    names += [slot for nic in definition.nics for slot in nic_slots(nic)]
     if definition.memory_kind != "mergeable":
         names.append("memory")
     return names
@@ -286,6 +293,11 @@ class Core:
         """Ask the guest to "detach" a device or let it "keep" it. Never waits."""
         json = _encoder.encode(device)
         call(lib.vmbus_machine_slot(self._machine, SLOT_OPERATIONS[operation], request, json, len(json)))
+
+    def link(self, request: int, device: str, peer: str, fd: int) -> None:
+        """Another machine has come to the device's network; ``fd`` is the core's. An event answers."""
+        words = _encoder.encode({"device": device, "peer": peer, "fd": fd})
+        call(lib.vmbus_machine_link(self._machine, request, words, len(words)))
 
     def _read_events(self) -> None:
         event = ffi.new("VmbusEvent *")

@@ -4,9 +4,9 @@
 | state | comes from | requests |
 |---|---|---|
 | ready | the start | AddFile, Configure, Console, Stop |
-| configured | Configure, once built | Run, Console, Stop, Stats, and what is about memory |
-| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory, Attach, Detach, Keep |
-| paused | Pause | Resume, Reset, Stop, Stats, Console, memory, Attach, Detach, Keep |
+| configured | Configure, once built | Run, Console, Stop, Stats, and what is about memory or links |
+| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory, Attach, Detach, Keep, links |
+| paused | Pause | Resume, Reset, Stop, Stats, Console, memory, Attach, Detach, Keep, links |
 | ended | the guest, Stop, an error, a build that failed | none |
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
@@ -24,6 +24,7 @@ from typing import Final
 from vmbus.wire.definition import disk_slots
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.worker import (
+    AddLink,
     Attach,
     CancelPrefault,
     Configure,
@@ -54,10 +55,11 @@ from vmbus.worker.core import (
     gone_of,
     named_slots,
     nic_configuration,
+    nic_slots,
     stats_of,
 )
 from vmbus.worker.events import EventQueue
-from vmbus.worker.files import Files
+from vmbus.worker.files import Files, close
 from vmbus.worker.loop import Loop, Timer
 
 LINGER_SECONDS: Final = 30.0
@@ -116,6 +118,8 @@ class Machine:
                 raise VmbusError("InvalidArgument", "no file descriptor came with the message")
             self._hub.attach(fds[0], write=request.write, steal=request.steal)
             reply.done()
+        elif isinstance(request, AddLink):
+            self._add_link(request, fds, reply)
         elif isinstance(request, Configure):
             self._configure(request, reply)
         elif isinstance(request, Stop) and self.state == "ready":
@@ -184,6 +188,14 @@ class Machine:
             reply.done()
             self._end("stopped", "")
 
+    def _add_link(self, request: AddLink, fds: list[int], reply: Reply) -> None:
+        if not fds or self.state not in ("configured", "running", "paused"):
+            close(fds)
+            raise VmbusError(
+                "InvalidState", "a link comes with its file descriptor to a machine that is built"
+            )
+        self.core.link(self._expect("link", reply), request.device, request.peer, fds[0])
+
     def _operate(self, request: Request, reply: Reply) -> None:
         operation, states = _OPERATIONS[type(request)]
         self._require(operation, states)
@@ -213,7 +225,7 @@ class Machine:
                 operation, slots = "attach-disk", [slot.name for slot in disk_slots(request.disk)]
                 device = disk_configuration(request.disk, self._files)
             elif request.nic is not None:
-                operation, slots = "attach-nic", [f"nic/{request.nic.id}"]
+                operation, slots = "attach-nic", nic_slots(request.nic)
                 device = nic_configuration(request.nic, self._files)
             else:
                 raise VmbusError("InvalidArgument", "neither a disk nor a nic", argument="device")

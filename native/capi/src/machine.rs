@@ -155,6 +155,30 @@ pub unsafe extern "C" fn vmbus_machine_slot(
     })
 }
 
+/// Another machine has come to an isolated network: `json` is a `Peer` of native/vmm/src/config.rs, whose fd is taken
+/// over unless it is no such JSON. The answer is an event with the same `id`.
+///
+/// # Safety
+/// As `vmbus_machine_request`; `json` points to `len` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn vmbus_machine_link(
+    machine: *mut VmbusMachine,
+    id: u64,
+    json: *const u8,
+    len: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let json = unsafe { borrowed(json, len) };
+        let peer = serde_json::from_slice(json).map_err(|error| {
+            Failure::about("InvalidArgument", "peer", format!("the peer: {error}"))
+        })?;
+        // SAFETY: the caller's promise.
+        unsafe { handle(machine) }?.machine.link(id, &peer)?;
+        Ok(0)
+    })
+}
+
 /// An fd that is readable while there is an event to take. It belongs to the machine.
 ///
 /// # Safety

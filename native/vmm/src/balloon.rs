@@ -101,6 +101,9 @@ impl Server {
                 self.paused = true;
                 let _ = sender.send(Ok(()));
             }
+            Command::Link(_, _, _, sender) => {
+                let _ = sender.send(Err(Newcomer::misplaced()));
+            }
             Command::Add(_, sender) => {
                 let _ = sender.send(Err(Newcomer::misplaced()));
             }

@@ -184,6 +184,8 @@ pub enum LinkKind {
     Tap,
     /// One stream socket, which carries frames with their length before them.
     Stream,
+    /// Nothing yet: the sockets of other machines come by [`Peer`].
+    Hub,
 }
 
 /// A virtio-net device.
@@ -205,6 +207,31 @@ pub struct Nic {
     pub link: LinkKind,
     /// The host's end: a tap's queues, at least one; a stream's socket.
     pub tap_fds: Vec<RawFd>,
+}
+
+/// Another machine of an isolated network.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Peer {
+    /// The device whose network it is, such as `nic/lan`.
+    pub device: String,
+    /// The other machine's name.
+    pub peer: String,
+    /// A SOCK_SEQPACKET socket whose other end it has.
+    pub fd: RawFd,
+}
+
+impl Peer {
+    /// Takes over the fd.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn take_file(&self) -> Result<OwnedFd> {
+        if self.fd < 0 {
+            return Err(Error::invalid("fd", "is not an fd"));
+        }
+        Ok(own(self.fd))
+    }
 }
 
 /// The files of a machine, owned.

@@ -240,6 +240,12 @@ impl Control {
                 self.devices.insert(0, device);
                 Ok(())
             }
+            Slot::Link(id, peer, socket) => {
+                let mut devices = self.devices.iter();
+                let device = devices.find(|device| device.id() == id);
+                let none = || Error::invalid("device", format!("there is no {id}"));
+                device.ok_or_else(none)?.link(peer, socket)
+            }
             Slot::AskBack(id) => self.hotplug.ask_back(&id),
             Slot::TakeBackTheQuestion(id) => self.hotplug.take_back_the_question(&id),
         }

@@ -5,7 +5,9 @@
 //! still it calls `pause` on all devices; then `reset`, `resume` or `stop`. Registers are another matter: see
 //! [`crate::bus::BusDevice`].
 
-use crate::error::Result;
+use std::os::fd::OwnedFd;
+
+use crate::error::{Error, Result};
 
 /// A device, as the control thread sees it.
 pub trait Device: Send + Sync {
@@ -33,6 +35,14 @@ pub trait Device: Send + Sync {
     /// The I/O error that prevents it.
     fn stop(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// Another machine has come to the device's network, behind this socket.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a device that is of no such network.
+    fn link(&self, _peer: String, _socket: OwnedFd) -> Result<()> {
+        Err(Error::invalid("device", "is not of an isolated network"))
     }
 
     /// Counters since the start, as a JSON object.

@@ -17,6 +17,7 @@
 //!
 //! A driver that breaks a ring gets DEVICE_NEEDS_RESET; what is in flight then ends without an answer.
 
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -50,6 +51,7 @@ pub(crate) enum Command {
     Resume(usize),
     Close(usize, Sender<Result<()>>),
     Add(Newcomer, Sender<Result<usize>>),
+    Link(usize, String, OwnedFd, Sender<Result<()>>),
     Exit,
 }
 
@@ -293,6 +295,13 @@ impl Device for IoDevice {
         let (sender, receiver) = channel();
         let close = Command::Close(self.port.device, sender);
         self.port.mailbox.post(close);
+        receiver.recv().map_err(|_| self.gone())?
+    }
+
+    fn link(&self, peer: String, socket: OwnedFd) -> Result<()> {
+        let (sender, receiver) = channel();
+        let link = Command::Link(self.port.device, peer, socket, sender);
+        self.port.mailbox.post(link);
         receiver.recv().map_err(|_| self.gone())?
     }
 

@@ -24,7 +24,7 @@ use vmbus_qcow2::Ring;
 
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
-use crate::config::{Config, Disk, Files, Nic};
+use crate::config::{Config, Disk, Files, Nic, Peer};
 use crate::control::{Control, VcpuThreads};
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{self, Cause, Gate};
@@ -238,6 +238,19 @@ impl Machine {
     /// The guest may keep the device: nobody waits any more.
     pub fn keep(&self, id: u64, device: &str) {
         self.ask(id, Slot::TakeBackTheQuestion(device.to_owned()));
+    }
+
+    /// Another machine has come to an isolated network; takes over the fd that is named.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn link(&self, id: u64, peer: &Peer) -> Result<()> {
+        let socket = peer.take_file()?;
+        self.ask(
+            id,
+            Slot::Link(peer.device.clone(), peer.peer.clone(), socket),
+        );
+        Ok(())
     }
 
     fn ask(&self, id: u64, slot: Slot) {

@@ -5,7 +5,7 @@
 //! while there is something in it.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
@@ -111,8 +111,10 @@ pub enum Event {
     },
 }
 
-/// What is asked about a slot.
+/// What is asked about a slot, or a device.
 pub(crate) enum Slot {
+    /// Another machine, by its name, has come to the network of the device of this name, behind this socket.
+    Link(String, String, OwnedFd),
     /// Put a device into slot 1 to 8.
     Attach(u8, Arrival),
     /// Ask the guest for the device of this name.

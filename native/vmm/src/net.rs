@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The I/O thread for networks: it moves frames between virtqueues and links ([`crate::io`] has a thread's life).
 //!
-//! A link is a tap, or a stream socket to a helper process ([`stream`]). What follows is about taps; the stream has
-//! one source, and makes transmit queues wait instead of dropping.
+//! A link is a tap, a stream socket to a helper process ([`stream`]), or sockets to other machines ([`hub`]). What
+//! follows is about taps; the stream has one source, and makes transmit queues wait instead of dropping.
 //!
 //! One thread serves all interfaces of a machine, all queues. Frames are read and written with readv and writev
 //! right in guest memory: a received one into as many of the driver's buffers as the longest packet could fill,
@@ -29,8 +29,11 @@
 
 mod counters;
 mod frames;
+mod hub;
 mod interface;
 mod link;
+#[cfg(test)]
+mod link_tests;
 mod server;
 mod stream;
 mod tap;
@@ -45,6 +48,7 @@ use crate::thread::{Role, ThreadHook};
 use crate::virtio::net::MAC;
 
 pub use counters::Counters;
+pub use hub::Hub;
 pub use link::Link;
 use server::Server;
 pub use stream::Stream;

@@ -29,11 +29,12 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
             let few = match nic.link {
                 LinkKind::Tap => !files.is_empty(),
                 LinkKind::Stream => files.len() == 1,
+                LinkKind::Hub => files.is_empty(),
             };
             if !few {
                 return Err(Error::invalid(
                     format!("nics[{index}].tap_fds"),
-                    "a tap has at least one descriptor, a stream exactly one",
+                    "a tap has at least one descriptor, a stream exactly one, a hub none",
                 ));
             }
             Ok(NicSpec {
@@ -58,6 +59,7 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
 fn link(kind: LinkKind, mut files: Vec<OwnedFd>) -> std::io::Result<Link> {
     Ok(match (kind, files.pop()) {
         (LinkKind::Stream, Some(socket)) => Link::Stream(Box::new(Stream::new(socket)?)),
+        (LinkKind::Hub, _) => Link::Hub(Box::default()),
         (_, last) => {
             files.extend(last);
             Link::Tap(Tap::new(files)?)

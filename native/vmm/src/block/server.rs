@@ -214,6 +214,9 @@ impl Server {
                 // Whoever asked may have gone.
                 let _ = sender.send(added);
             }
+            Command::Link(_, _, _, sender) => {
+                let _ = sender.send(Err(Newcomer::misplaced()));
+            }
             Command::Exit => self.exiting = true,
         }
         Ok(())

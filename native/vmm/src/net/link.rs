@@ -7,6 +7,7 @@ use std::os::fd::RawFd;
 use smallvec::SmallVec;
 use vm_memory::GuestMemoryMmap;
 
+use super::hub::{Hub, MEMBERS_MAX};
 use super::interface::PIECES_MAX;
 use super::stream::Stream;
 use super::Tap;
@@ -19,6 +20,8 @@ pub enum Link {
     Tap(Tap),
     /// A stream of plain frames.
     Stream(Box<Stream>),
+    /// The other machines of an isolated network.
+    Hub(Box<Hub>),
 }
 
 impl Link {
@@ -35,6 +38,8 @@ impl Link {
         match self {
             Link::Tap(tap) => tap.fds().collect(),
             Link::Stream(stream) => stream.fd().into_iter().collect(),
+            // Its members come later.
+            Link::Hub(_) => SmallVec::new(),
         }
     }
 
@@ -43,6 +48,7 @@ impl Link {
         match self {
             Link::Tap(tap) => tap.len(),
             Link::Stream(_) => 1,
+            Link::Hub(_) => MEMBERS_MAX,
         }
     }
 
@@ -51,13 +57,14 @@ impl Link {
         match self {
             Link::Tap(tap) => tap.close(),
             Link::Stream(stream) => stream.close(),
+            Link::Hub(hub) => hub.close(),
         }
     }
 
     /// Whether transmit queues have to wait until the link can be written to.
     pub(super) fn is_full(&self) -> bool {
         match self {
-            Link::Tap(_) => false,
+            Link::Tap(_) | Link::Hub(_) => false,
             Link::Stream(stream) => stream.is_full(),
         }
     }
@@ -65,7 +72,7 @@ impl Link {
     /// Whether something waits until the link can be written to.
     pub(super) fn is_waiting(&self) -> bool {
         match self {
-            Link::Tap(_) => false,
+            Link::Tap(_) | Link::Hub(_) => false,
             Link::Stream(stream) => stream.is_waiting(),
         }
     }
@@ -95,6 +102,7 @@ impl Link {
                 Ok(unsafe { tap.write(queue, &iovecs) }.is_ok())
             }
             Link::Stream(stream) => stream.send(chain, memory),
+            Link::Hub(hub) => hub.send(chain, memory),
         }
     }
 
@@ -115,6 +123,8 @@ impl Link {
             Link::Tap(tap) => unsafe { tap.read(source, iovecs) },
             // SAFETY: as above.
             Link::Stream(stream) => unsafe { stream.read(iovecs) },
+            // SAFETY: as above.
+            Link::Hub(hub) => unsafe { hub.read(source, iovecs) },
         }
     }
 }

@@ -5,14 +5,14 @@
 //! rounds but buffers that were taken off a receive queue and not yet filled; a pause gives them back.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::interface::{Active, Scratch};
 use super::{Counters, Link, Served};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::io::{Command, Mailbox, Newcomer, Serve};
 use crate::virtio::net::MAC;
 use crate::virtio::Activation;
@@ -199,8 +199,34 @@ impl Server {
                 // Whoever asked may have gone.
                 let _ = sender.send(added);
             }
+            Command::Link(device, peer, socket, sender) => {
+                let _ = sender.send(self.link(device, peer, socket));
+            }
             Command::Exit => self.exiting = true,
         }
+        Ok(())
+    }
+
+    /// Another machine has come to the network of an interface.
+    fn link(&mut self, device: usize, peer: String, socket: OwnedFd) -> Result<()> {
+        let interface = self.devices.get_mut(device);
+        let Some(Interface {
+            link: Link::Hub(hub),
+            ready,
+            ..
+        }) = interface
+        else {
+            return Err(Error::invalid("device", "is not of an isolated network"));
+        };
+        let (place, fd) = hub
+            .join(peer, socket)
+            .map_err(|e| Error::new(Kind::Unavailable, "peer", format!("cannot join: {e}")))?;
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        watch(&self.epoll, fd, events, Job::Tap(device, place).data())?;
+        if let Some(ready) = ready.get_mut(place) {
+            *ready = true;
+        }
+        soon(&mut self.again, Job::Tap(device, place));
         Ok(())
     }
 

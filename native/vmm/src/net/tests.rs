@@ -1,30 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The whole device against a driver of ours, with sockets for a tap, and on a stream.
-
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
+//! The whole device against a driver of ours, with sockets for a tap.
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Link, Stream};
 use crate::pci::Place;
 use crate::virtio::net::{F_MRG_RXBUF, HEADER};
 use crate::virtio::queue::testing::{rings, Driver};
 use crate::virtio::rig::{until, Guest, Rig, ALL_FEATURES, MAC};
 
-const RX: u16 = 0;
-const TX: u16 = 1;
+pub(super) const RX: u16 = 0;
+pub(super) const TX: u16 = 1;
 const RX2: u16 = 2;
-const TX2: u16 = 3;
+pub(super) const TX2: u16 = 3;
 const CONTROL: u16 = 4;
 const WRITE: u16 = 2;
 const SIZE: u16 = 8;
 /// Where buffer n of queue q lies.
 const BUFFERS: u64 = 0x4_0000;
 
-struct Nic<'a> {
-    guest: Guest<'a>,
+pub(super) struct Nic<'a> {
+    pub(super) guest: Guest<'a>,
     queues: Vec<(u16, Driver)>,
 }
 
@@ -46,11 +41,11 @@ impl<'a> Nic<'a> {
         Nic { guest, queues }
     }
 
-    fn all(rig: &'a Rig) -> Nic<'a> {
+    pub(super) fn all(rig: &'a Rig) -> Nic<'a> {
         Nic::start(rig, ALL_FEATURES, &[RX, TX, RX2, TX2, CONTROL])
     }
 
-    fn queue(&mut self, index: u16) -> &mut Driver {
+    pub(super) fn queue(&mut self, index: u16) -> &mut Driver {
         let mut queues = self.queues.iter_mut();
         &mut queues.find(|(number, _)| *number == index).unwrap().1
     }
@@ -65,7 +60,7 @@ impl<'a> Nic<'a> {
     }
 
     /// Gives buffers 0, 1, … of these lengths to receive into.
-    fn buffers(&mut self, index: u16, lens: &[u32]) {
+    pub(super) fn buffers(&mut self, index: u16, lens: &[u32]) {
         for (buffer, len) in (0..).zip(lens) {
             let queue = self.queue(index);
             queue.descriptor(buffer, Self::place(index, buffer), *len, WRITE, 0);
@@ -75,7 +70,7 @@ impl<'a> Nic<'a> {
     }
 
     /// Sends a frame in two descriptors, cut inside the header.
-    fn send(&mut self, index: u16, packet: &[u8]) {
+    pub(super) fn send(&mut self, index: u16, packet: &[u8]) {
         let (first, second) = (Self::place(index, 0), Self::place(index, 1));
         let memory = &self.guest.rig.memory;
         let (head, tail) = packet.split_at(7);
@@ -103,11 +98,11 @@ impl<'a> Nic<'a> {
         memory.read_obj(GuestAddress(place + 0x800)).unwrap()
     }
 
-    fn wait(&mut self, index: u16, used: u16) {
+    pub(super) fn wait(&mut self, index: u16, used: u16) {
         until("the queue moves", || self.queue(index).used_index() == used);
     }
 
-    fn bytes(&self, index: u16, buffer: u16, len: usize) -> Vec<u8> {
+    pub(super) fn bytes(&self, index: u16, buffer: u16, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         let place = GuestAddress(Self::place(index, buffer));
         self.guest.rig.memory.read_slice(&mut bytes, place).unwrap();
@@ -116,14 +111,14 @@ impl<'a> Nic<'a> {
 }
 
 /// A packet as the wire has it: an empty header and a frame of `len` bytes to this address.
-fn packet(to: [u8; 6], len: usize) -> Vec<u8> {
+pub(super) fn packet(to: [u8; 6], len: usize) -> Vec<u8> {
     let mut packet = vec![0; HEADER];
     packet.extend(to);
     packet.extend((6..len).map(|n| n as u8));
     packet
 }
 
-fn stats(rig: &Rig) -> serde_json::Value {
+pub(super) fn stats(rig: &Rig) -> serde_json::Value {
     rig.device("nic/net").stats()
 }
 
@@ -352,117 +347,4 @@ fn a_frame_that_the_tap_does_not_take_is_dropped() {
     nic.wait(TX, 1);
     assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 1);
     assert_eq!(nic.guest.status(), 15);
-}
-
-/// An interface on a stream, and the stream's other end.
-fn on_stream() -> (Rig, UnixStream) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_read_timeout(Some(Duration::from_secs(10)))
-        .unwrap();
-    let link = Link::Stream(Box::new(Stream::new(theirs.into()).unwrap()));
-    (Rig::linked(None, link, Vec::new()), ours)
-}
-
-fn put_frame(stream: &mut UnixStream, frame: &[u8]) {
-    let len = (frame.len() as u32).to_be_bytes();
-    stream.write_all(&[&len, frame].concat()).unwrap();
-}
-
-fn take_frame(stream: &mut UnixStream) -> Vec<u8> {
-    let mut len = [0; 4];
-    stream.read_exact(&mut len).unwrap();
-    let mut frame = vec![0; u32::from_be_bytes(len) as usize];
-    stream.read_exact(&mut frame).unwrap();
-    frame
-}
-
-#[test]
-fn a_stream_carries_frames_without_their_header() {
-    let (rig, mut wire) = on_stream();
-    let mut nic = Nic::all(&rig);
-    for (queue, len) in [(TX, 300), (TX2, 60)] {
-        let sent = packet([1; 6], len);
-        nic.send(queue, &sent);
-        assert_eq!(take_frame(&mut wire), sent[HEADER..]);
-    }
-    // Two frames in one piece, and one in three.
-    let (first, second) = (packet(MAC, 100), packet(MAC, 200));
-    put_frame(&mut wire, &first[HEADER..]);
-    put_frame(&mut wire, &second[HEADER..]);
-    nic.buffers(RX, &[2048; 3]);
-    nic.wait(RX, 2);
-    assert_eq!(nic.queue(RX).used(1), (1, 212));
-    let got = nic.bytes(RX, 1, 212);
-    assert_eq!(got[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
-    assert_eq!(got[12..], second[12..]);
-    for piece in [&[0, 0][..], &[0, 100], &first[HEADER..]] {
-        assert_eq!(nic.queue(RX).used_index(), 2);
-        wire.write_all(piece).unwrap();
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    nic.wait(RX, 3);
-    assert_eq!(nic.queue(RX).used(2), (2, 112));
-    assert_eq!(stats(&rig)["pair-0"]["transmitted"]["bytes"], 300);
-}
-
-#[test]
-fn a_checksum_that_the_driver_left_is_in_the_stream() {
-    let (rig, mut wire) = on_stream();
-    let mut nic = Nic::all(&rig);
-    let mut sent = packet([1; 6], 20);
-    sent[0] = 1;
-    sent[6] = 14;
-    sent[8] = 2;
-    sent[HEADER + 14..].copy_from_slice(&[0x12, 0x34, 0, 0, 0, 1]);
-    nic.send(TX, &sent);
-    let frame = take_frame(&mut wire);
-    assert_eq!(frame[14..], [0x12, 0x34, 0xed, 0xca, 0, 1]);
-    sent[6] = 200;
-    nic.send(TX, &sent);
-    nic.wait(TX, 2);
-    assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 1);
-}
-
-#[test]
-fn a_stream_that_is_not_read_makes_the_driver_wait_and_loses_nothing() {
-    let (rig, mut wire) = on_stream();
-    let mut nic = Nic::all(&rig);
-    let mut sent: u16 = 0;
-    let mut quiet = 0;
-    while quiet < 10 {
-        if nic.queue(TX).used_index() == sent {
-            nic.send(TX, &packet([sent as u8; 6], 1500));
-            sent += 1;
-            quiet = 0;
-        } else {
-            std::thread::sleep(Duration::from_millis(10));
-            quiet += 1;
-        }
-    }
-    assert!(sent > 100, "{sent}");
-    for number in 0..sent {
-        assert_eq!(take_frame(&mut wire)[..6], [number as u8; 6]);
-    }
-    nic.wait(TX, sent);
-    assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 0);
-}
-
-#[test]
-fn a_stream_that_breaks_its_rules_or_ends_is_a_cable_with_nothing_at_its_end() {
-    for bad in [&[0, 0, 0, 13][..], &[0xff, 0, 0, 0], &[]] {
-        let (rig, mut wire) = on_stream();
-        let mut nic = Nic::all(&rig);
-        nic.buffers(RX, &[2048; 2]);
-        put_frame(&mut wire, &packet(MAC, 100)[HEADER..]);
-        nic.wait(RX, 1);
-        wire.write_all(bad).unwrap();
-        if bad.is_empty() {
-            wire.shutdown(std::net::Shutdown::Write).unwrap();
-        }
-        assert_eq!(wire.read(&mut [0; 10]).unwrap(), 0);
-        nic.send(TX, &packet([1; 6], 100));
-        nic.wait(TX, 1);
-        assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 1);
-        assert_eq!(nic.guest.status(), 15);
-    }
 }

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host CPU time of a packet through virtio-net on a tap, beside QEMU on the same /dev/kvm.
+
+The same bare-metal guest (tests/guests, mode net-echo) answers echo requests that this program sends over the
+bridge, a few at a time, so that each costs a packet in and a packet out. Counted is what the process used,
+but for its vCPU: on a software KVM the guest's own instructions are most of that, and the same for both.
+QEMU is run with its own tap back end (vhost=off), and as it is by default otherwise. Both run in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import report
+from bench.peers import EMULATOR
+from bench.system import Measured
+from tests.lab.system import ALICE
+from tests.local.worker_guest import image
+
+PACKETS = 2000
+ROUNDS = 5
+AT_ONCE = 8
+SIZE = 1000  # bytes of data
+GUEST = "10.97.0.2"
+BRIDGE = f"vmbb{os.getpid()}"
+TICK = os.sysconf("SC_CLK_TCK")
+RULE = """\
+polkit.addRule(function(action, subject) {
+    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
+});
+"""
+WORDS = f"net-echo count={1 << 30} address={0x0A610002}"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+@contextlib.contextmanager
+def bridge() -> Iterator[None]:
+    """A bridge with an address in the guest's network."""
+    ip("link", "add", BRIDGE, "type", "bridge")
+    try:
+        ip("address", "add", "10.97.0.1/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        yield
+    finally:
+        ip("link", "del", BRIDGE)
+
+
+def device_seconds(pid: int) -> float:
+    """What all threads of a process have used, but for its vCPU's."""
+    ticks = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        name = (task / "comm").read_text()
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        if not name.startswith(("vcpu", "CPU ")):
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / TICK
+
+
+def checksum(data: bytes) -> int:
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~(total + (total >> 16)) & 0xFFFF
+
+
+def exchange(packets: int) -> None:
+    """Send so many echo requests, AT_ONCE of them on their way at a time, and take the answers."""
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+        raw.settimeout(20)
+        raw.connect((GUEST, 0))
+        body = bytes(SIZE)
+        for number in range(packets + AT_ONCE):
+            if number < packets:
+                empty = struct.pack(">BBHHH", 8, 0, 0, 4711, number & 0xFFFF)
+                sum_of = checksum(empty + body)
+                raw.send(struct.pack(">BBHHH", 8, 0, sum_of, 4711, number & 0xFFFF) + body)
+            if number >= AT_ONCE:
+                while raw.recv(2000)[20] != 0:
+                    pass
+
+
+def wait_for_guest() -> None:
+    """Until it answers."""
+    for _ in range(100):
+        words = ["busybox", "ping", "-c", "1", "-W", "1", GUEST]
+        if subprocess.run(words, check=False, capture_output=True).returncode == 0:
+            return
+    raise RuntimeError("the guest does not answer")
+
+
+def measure(pid: int) -> float:
+    """Microseconds of a packet, in or out."""
+    wait_for_guest()
+    before = device_seconds(pid)
+    exchange(PACKETS)
+    return (device_seconds(pid) - before) / (2 * PACKETS) * 1e6
+
+
+def ours(system: Measured) -> float:
+    system.vmbusctl(ALICE, "start", "net", timeout=60)
+    try:
+        [pid] = system.workers()
+        return measure(pid)
+    finally:
+        system.vmbusctl(ALICE, "kill", "net", timeout=60)
+        ip("neighbour", "flush", "dev", BRIDGE)
+
+
+def theirs() -> float:
+    ip("tuntap", "add", "vmbbtap", "mode", "tap", "vnet_hdr")
+    ip("link", "set", "vmbbtap", "master", BRIDGE, "up")
+    words = [EMULATOR, "-M", "q35,accel=kvm", "-m", "64", "-nodefaults", "-display", "none", "-no-reboot"]
+    words += ["-kernel", str(image()), "-append", WORDS, "-serial", "null"]
+    words += ["-netdev", "tap,id=n,ifname=vmbbtap,script=no,downscript=no,vhost=off"]
+    words += ["-device", "virtio-net-pci,netdev=n,addr=3,disable-legacy=on,romfile="]
+    try:
+        with subprocess.Popen(words) as process:
+            try:
+                return measure(process.pid)
+            finally:
+                process.kill()
+    finally:
+        ip("link", "del", "vmbbtap")
+        ip("neighbour", "flush", "dev", BRIDGE)
+
+
+def main() -> None:
+    """Run and report."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
+    vmbus, qemu = [], []
+    policy = f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n'
+    with bridge(), Measured(policy=policy) as system:
+        system.rule(RULE)
+        words = ["define", "--name", "net", "--memory", "16M", "--kernel", str(system.kernel)]
+        done = system.vmbusctl(ALICE, *words, "--cmdline", WORDS, "--nic", BRIDGE)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        for _ in range(rounds):
+            vmbus.append(ours(system))
+            qemu.append(theirs())
+            time.sleep(0.1)
+    report.emit(
+        "net",
+        packets=2 * PACKETS,
+        **{
+            "vmbus-us": report.spread(vmbus, digits=2),
+            "qemu-us": report.spread(qemu, digits=2),
+            "vmbus-to-qemu": round(min(vmbus) / min(qemu), 3),
+        },
+        aims={"vmbus-to-qemu": 0.5},
+    )
+
+
+if __name__ == "__main__":
+    main()
