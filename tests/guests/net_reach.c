@@ -141,4 +141,6 @@ void mode_net_reach(void)
         send_to(to, port, TCP);
     while (!wait_for(to));
     print("net: done\n");
+    for (;;)
+        pause();
 }
