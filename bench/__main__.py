@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import peers
 
-NAMES = ("start", "memory", "list_machines", "port_exit", "prefault", "images", "net")
+NAMES = ("start", "memory", "merging", "list_machines", "port_exit", "prefault", "images", "net")
 
 
 def main() -> int:

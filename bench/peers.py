@@ -38,7 +38,7 @@ DOMAIN: Final = """\
   <name>{name}</name>
   <memory unit='MiB'>{memory}</memory>
   <vcpu>1</vcpu>
-  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os>
   <features><acpi/><apic/></features>
   <devices>
     <emulator>{emulator}</emulator>
@@ -94,10 +94,11 @@ class Libvirt:
             raise RuntimeError(f"virsh {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
-    def define(self, name: str, *, memory: int = 64) -> None:
-        """Define a domain of ``memory`` MiB with one vCPU and a serial console."""
+    def define(self, name: str, *, memory: int = 64, kernel: Path | None = None, cmdline: str = "") -> None:
+        """Define a domain of ``memory`` MiB with one vCPU and a serial console, perhaps booting a kernel."""
         file = self._system.place / f"{name}.xml"
-        file.write_text(DOMAIN.format(name=name, memory=memory, emulator=EMULATOR))
+        boot = f"<kernel>{kernel}</kernel><cmdline>{cmdline}</cmdline>" if kernel else ""
+        file.write_text(DOMAIN.format(name=name, memory=memory, emulator=EMULATOR, boot=boot))
         self.virsh("define", str(file))
 
     def version(self) -> str:
@@ -117,6 +118,10 @@ class Libvirt:
             self._system.inside(["sh", "-c", script]), capture_output=True, text=True, check=False
         )
         return [int(word) for word in listing.stdout.split()]
+
+    def daemons(self) -> list[int]:
+        """The processes of libvirt itself: virtlogd, libvirtd, libvirt-dbus."""
+        return [daemon.pid for daemon in self._daemons]
 
     def close(self) -> None:
         """End the domains and the daemons."""

@@ -99,6 +99,7 @@ void mode_ticks(void);
 void mode_smp(void);
 void mode_acpi(void);
 void mode_memory(void);
+void mode_fill(void);
 void mode_cpuid(void);
 void mode_clock(void);
 void mode_pci_list(void);

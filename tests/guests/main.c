@@ -20,6 +20,7 @@ static const struct mode modes[] = {
     { "smp", mode_smp },
     { "acpi", mode_acpi },
     { "memory", mode_memory },
+    { "fill", mode_fill },
     { "cpuid", mode_cpuid },
     { "clock", mode_clock },
     { "pci-list", mode_pci_list },

@@ -22,6 +22,18 @@ void mode_memory(void)
     print("last word: %lx\n", *last);
 }
 
+/* fill equal=MIB unlike=MIB seed=N: writes to that much memory from 16 MiB on, pages that are no two alike within the
+ * guest; another guest has the same `equal` ones, and the same `unlike` ones only with the same seed. Then sleeps. */
+void mode_fill(void)
+{
+    u64 page = 16 << 20, equal = page + (option("equal", 0) << 20), end = equal + (option("unlike", 0) << 20);
+    u64 seed = option("seed", 0) << 40 | 1UL << 60;
+    for (; page < end; page += 4096)
+        *(volatile u64 *)page = page < equal ? page : page | seed;
+    print("filled\n");
+    halt();
+}
+
 static int valid(const u8 *table, u32 length)
 {
     u8 sum = 0;

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+import functools
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
+
+from tests.lab.system import SLOW
 
 KSM: Final = Path("/sys/kernel/mm/ksm")
 _LOCK: Final = Path("/tmp/.vmbus-lab-ksm")
@@ -38,3 +42,36 @@ def alone() -> Iterator[dict[str, str]]:
             for name, value in found.items():
                 with contextlib.suppress(OSError):
                     (KSM / name).write_text(value)
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> None:
+    """Look every 50 ms; fail after ``seconds`` (of a machine with hardware KVM)."""
+    end = time.monotonic() + seconds * SLOW
+    while not true():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.05)
+
+
+def merging(pids: list[int]) -> list[int]:
+    """Pages of each worker that KSM has merged."""
+    texts = [Path(f"/proc/{pid}/ksm_stat").read_text() for pid in pids]
+    return [int(text.partition("ksm_merging_pages ")[2].split()[0]) for text in texts]
+
+
+def scanned_since(scans: str) -> bool:
+    """Whether a full scan has ended since ``full_scans`` was ``scans``."""
+    return read("full_scans") != scans
+
+
+def at_rest(pids: list[int], least: int, seconds: float = 90) -> list[int]:
+    """Merged pages of each worker, once each has ``least`` and a full scan has added next to none."""
+    end = time.monotonic() + seconds * SLOW
+    while min(now := merging(pids)) < least:
+        assert time.monotonic() < end, (now, least)
+        time.sleep(0.05)
+    while True:
+        scans, last = read("full_scans"), now
+        until(functools.partial(scanned_since, scans), 60)
+        now = merging(pids)
+        if sum(now) - sum(last) < 16:
+            return now

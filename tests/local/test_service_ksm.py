@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import mmap
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.lab import ksm
-from tests.lab.system import ALICE, BOB, SLOW, System
+from tests.lab.system import ALICE, BOB, System
 from tests.local import worker_guest
 
 pytestmark = pytest.mark.requires("root", "kvm", "ksm")
@@ -121,25 +120,18 @@ def test_the_end_of_the_service_puts_back_what_was_found_also_after_crashes(foun
     config = "[ksm.settings]\npages-to-scan = 1234\n"
     with System(policy=POLICY, config=config) as system:
         system.rule(RULE)
-        until(lambda: ksm.read("pages_to_scan") == "1234")
+        ksm.until(lambda: ksm.read("pages_to_scan") == "1234")
         ctl(system, "ksm", "set", "sleep-millisecs=99", "run=1")
         system.service.kill()
         system.broker.kill()
         system.broker.start()
         system.service.start()
-        until(lambda: len(ctl(system, "ksm")["found"]) == 3)
+        ksm.until(lambda: len(ctl(system, "ksm")["found"]) == 3)
         system.service.stop()
         assert ksm.settings() == found
 
 
 # -- machines
-
-
-def until(true: Any, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds * SLOW
-    while not true():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.05)
 
 
 class Content:
@@ -175,30 +167,6 @@ def pid_of(system: System, name: str, user: str = ALICE) -> int:
     return int(ctl(system, "show", name, user=user)["worker-pid"])
 
 
-def merging(pids: list[int]) -> list[int]:
-    """Pages of each worker that KSM has merged."""
-    texts = [Path(f"/proc/{pid}/ksm_stat").read_text() for pid in pids]
-    return [int(text.partition("ksm_merging_pages ")[2].split()[0]) for text in texts]
-
-
-def scanned_since(scans: str) -> bool:
-    return ksm.read("full_scans") != scans
-
-
-def at_rest(pids: list[int], least: int, seconds: float = 90) -> list[int]:
-    """Merged pages of each worker, once each has ``least`` and a full scan has added next to none."""
-    end = time.monotonic() + seconds * SLOW
-    while min(now := merging(pids)) < least:
-        assert time.monotonic() < end, (now, least)
-        time.sleep(0.05)
-    while True:
-        scans, last = ksm.read("full_scans"), now
-        until(functools.partial(scanned_since, scans), 60)
-        now = merging(pids)
-        if sum(now) - sum(last) < 16:
-            return now
-
-
 def all_memory(pids: list[int]) -> int:
     """PSS in pages: a merged page counts in parts."""
     texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
@@ -215,7 +183,7 @@ def expected_figures(system: System, pages: int, many: int) -> None:
     begun, before = all_memory(pids), int(ksm.read("pages_sharing"))
     ctl(system, "ksm", "set", *SMART, *FAST)
     own_code = 300  # pages; the guests' kernel and tables are equal too
-    merged = at_rest(pids, int(pages * 0.95))
+    merged = ksm.at_rest(pids, int(pages * 0.95))
     others = ctl(system, "ksm", "others")
     assert all(pages * 0.95 <= one <= pages * 1.05 + own_code for one in merged), merged
     predicted = pages * (many - 1)
@@ -261,8 +229,8 @@ def test_different_owners_do_not_merge_and_say_so(system: System, found: dict[st
     mine = [pid_of(system, name) for name in ("mine", "mine-too")]
     yours = [pid_of(system, name, BOB) for name in ("yours", "yours-too")]
     ctl(system, "ksm", "set", *SMART, *FAST)
-    at_rest(mine, 2000)
-    assert merging(yours) == [0, 0]
+    ksm.at_rest(mine, 2000)
+    assert ksm.merging(yours) == [0, 0]
     assert ctl(system, "show", "mine")["merging"] == "yes"
     assert ctl(system, "show", "yours", user=BOB)["merging"] == "other-domain"
     assert ctl(system, "ksm")["active-domain"] == f"uid {pwd.getpwnam(ALICE).pw_uid}"
@@ -285,7 +253,7 @@ def test_owners_of_one_domain_merge(found: dict[str, str]) -> None:
         content.run("mine", "across", ALICE)
         content.run("yours", "across", BOB)
         ctl(system, "ksm", "set", *SMART, *FAST)
-        at_rest([pid_of(system, "mine"), pid_of(system, "yours", BOB)], 2000)
+        ksm.at_rest([pid_of(system, "mine"), pid_of(system, "yours", BOB)], 2000)
         assert ctl(system, "ksm")["active-domain"] == "friends"
         system.service.kill()
         system.service.start()
@@ -299,7 +267,59 @@ def test_a_process_beyond_vmbus_that_uses_ksm_is_shown(system: System, found: di
         for offset in range(0, 256 * PAGE, PAGE):
             memory[offset : offset + PAGE] = page
         ctl(system, "ksm", "set", *SMART, *FAST)
-        at_rest([os.getpid()], 250)
+        ksm.at_rest([os.getpid()], 250)
         (shown,) = (one for one in ctl(system, "ksm", "others") if one["pid"] == os.getpid())
         assert (shown["uid"], shown["merged"] >= 250 * PAGE, shown["profit"] > 0) == (os.getuid(), True, True)
         ctl(system, "ksm", "restore")
+
+
+# -- the tuner
+
+
+def ksmd_seconds() -> float:
+    """CPU time of ksmd."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (entry / "comm").read_text() == "ksmd\n":
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    raise AssertionError("there is no ksmd")
+
+
+def test_the_tuner_merges_below_its_bound_rests_and_stops_with_the_last_machine(
+    found: dict[str, str],
+) -> None:
+    config = "[ksm.tuner]\non = true\nadvisor = false\nmost-cpu = 20\n"
+    with System(policy=POLICY, config=config) as system:
+        content = Content(system, 2048)
+        ksm.until(lambda: ctl(system, "ksm")["tuner"] == "stopped")
+        for name in ("first", "second"):
+            content.run(name, "tuned")
+        began, used = time.monotonic(), ksmd_seconds()
+        ksm.until(lambda: ctl(system, "ksm")["tuner"] == "fast")
+        pids = [pid_of(system, "first"), pid_of(system, "second")]
+        ksm.until(lambda: min(ksm.merging(pids)) >= 2000, 120)
+        assert (ksmd_seconds() - used) / (time.monotonic() - began) <= 0.20
+        ksm.until(lambda: ctl(system, "ksm")["tuner"] == "slow", 120)
+        assert ksm.read("pages_to_scan") == "100"
+        for name in ("first", "second"):
+            ctl(system, "kill", name)
+        ksm.until(lambda: ksm.read("run") == "0")
+        system.service.stop()
+        assert ksm.settings() == found
+
+
+@pytest.mark.skipif(not (ksm.KSM / "advisor_mode").exists(), reason="the kernel has no advisor")
+def test_where_the_kernel_has_an_advisor_the_tuner_sets_it_up(found: dict[str, str]) -> None:
+    config = "[ksm.tuner]\non = true\nmost-cpu = 15\nscan-time = 30\n"
+    with System(policy=POLICY, config=config) as system:
+        content = Content(system, 64)
+        content.run("only", "advised")
+        ksm.until(lambda: ctl(system, "ksm")["tuner"] == "advisor")
+        settings = ctl(system, "ksm")["settings"]
+        assert settings["advisor-mode"] == "scan-time"
+        assert (settings["advisor-max-cpu"], settings["advisor-target-scan-time"]) == (15, 30)
+        assert settings["run"] == 1
+        ctl(system, "kill", "only")
+        ksm.until(lambda: ksm.read("run") == "0")
+        system.service.stop()
+        assert ksm.settings() == found

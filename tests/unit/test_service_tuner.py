@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +108,22 @@ def test_figures_that_go_backwards_do_no_harm() -> None:
     settings = plan.decide(Sample(10, 10, 0, 0.0, 2))
     assert settings["run"] == 1
     assert int(settings["pages-to-scan"]) >= 1
+
+
+def test_on_values_recorded_from_a_kernel_it_is_fast_while_these_grow_and_slow_when_they_rest() -> None:
+    """/sys/kernel/mm/ksm and ksmd's time on Linux 6.18: two machines start, rest, two more start, all end.
+
+    A row: seconds, pages_sharing, full_scans, ksmd's seconds, machines. Other processes merged beside them.
+    """
+    rows = json.loads(Path(__file__).with_name("ksm_trace.json").read_text())
+    plan, states = Plan(WANTED), []
+    for row in rows:
+        settings = plan.decide(Sample(*row))
+        states.append(plan.state)
+        assert plan.share <= 0.20
+        assert settings == {"run": 0} if not row[4] else 1 <= int(settings["pages-to-scan"]) <= 8000
+    assert [state for state, _ in itertools.groupby(states)] == [
+        *("stopped", "fast", "slow", "fast", "slow", "stopped")
+    ]
+    rested = {state for state, row in zip(states, rows, strict=True) if 33 < row[0] < 46 or 93 < row[0] < 104}
+    assert rested == {"slow"}

@@ -115,7 +115,8 @@ async def serve(options: argparse.Namespace) -> int:
     ksm = Ksm(registry, broker, wanted.ksm)
     lifecycle.admit_to_merging = ksm.admit
     tuner = Tuner(ksm, broker, wanted.ksm.tuner)
-    ksm.on_offered = tuner.machine_offered
+    ksm.on_offered = tuner.wake
+    lifecycle.on_finished.append(lambda machine: tuner.wake())
     dispatcher = _on_the_bus(
         options.instance,
         bus,

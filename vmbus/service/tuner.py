@@ -121,8 +121,8 @@ class Tuner:
         self.state: State = "off"
         self.share = 0.0
 
-    def machine_offered(self) -> None:
-        """A machine starts: look at once."""
+    def wake(self) -> None:
+        """A machine starts, or has ended: look soon."""
         self._wake.set()
 
     async def run(self) -> None:
