@@ -28,11 +28,11 @@ _vmbusctl() {
             return
             ;;
         define)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         run)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         list)
@@ -131,6 +131,10 @@ _vmbusctl() {
             COMPREPLY=($(compgen -f -- "${current#*=}"))
             return
             ;;
+        "define --firmware")
+            COMPREPLY=($(compgen -W "bios uefi" -- "$current"))
+            return
+            ;;
         "define --memory-kind")
             COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
             return
@@ -143,7 +147,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --bus-address" | "define --bus-name")
+        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --boot" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --bus-address" | "define --bus-name")
             return
             ;;
         "run --kernel")
@@ -154,6 +158,10 @@ _vmbusctl() {
         "run --initrd")
             compopt -o filenames 2>/dev/null
             COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "run --firmware")
+            COMPREPLY=($(compgen -W "bios uefi" -- "$current"))
             return
             ;;
         "run --memory-kind")
@@ -168,7 +176,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --bus-address" | "run --bus-name")
+        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --boot" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --bus-address" | "run --bus-name")
             return
             ;;
         "list --bus-address" | "list --bus-name")

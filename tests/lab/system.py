@@ -66,13 +66,21 @@ class System:
     """One instance of vmbus. A context manager; ``start`` and ``close`` may also be called alone.
 
     ``policy`` is appended to broker.toml, ``config`` is vmbusd.toml. ``parts`` says how far ``start`` goes:
-    "bus" (with polkitd), "broker" or "service" (all). Raises NotReady from ``start``, with logs.
+    "bus" (with polkitd), "broker" or "service" (all). ``firmware`` is where the packages of firmware are.
+    Raises NotReady from ``start``, with logs.
     """
 
     def __init__(
-        self, *, policy: str = "", config: str = "", parts: str = "service", bus_name: str = "org.vmbus1"
+        self,
+        *,
+        policy: str = "",
+        config: str = "",
+        parts: str = "service",
+        bus_name: str = "org.vmbus1",
+        firmware: Path = Path("/"),
     ) -> None:
         self._parts = parts
+        self._firmware = firmware
         self._take_slot()
         self.place = Path(tempfile.mkdtemp(prefix="vmbus-"))
         self.instance = f"lab{self._slot}"
@@ -256,6 +264,7 @@ class System:
         argv = [str(PROGRAMS / "vmbusd"), "--instance", self.instance, "--run-dir", str(self.run_dir)]
         argv += ["--state-dir", str(self.place / "state"), "--bus-name", self.bus_name]
         argv += ["--config", str(self.vmbusd_toml)]
+        argv += ["--firmware-root", str(self._firmware)]
         return as_user("vmbus", [*argv, "--bus-address", "unix:path=/run/dbus/system_bus_socket"])
 
     # -- users

@@ -25,14 +25,21 @@ KINDS: Final = {1: "done", 2: "failed", 3: "running", 4: "paused", 5: "reset", 6
 
 
 class CoreMachine:
-    """Built, not yet running. ``disks`` are raw files. Raises VmbusError as the core does."""
+    """Built, not yet running. ``disks`` are raw files, ``overlays`` qcow2 files on a raw one each.
+
+    ``firmware`` instead of ``kernel`` and ``initrd`` is the path of its code; ``variables`` may belong to it.
+    Raises VmbusError as the core does.
+    """
 
     def __init__(
         self,
-        kernel: Path,
-        initrd: Path,
+        kernel: Path | None = None,
+        initrd: Path | None = None,
         cmdline: str = "",
         *,
+        firmware: Path | None = None,
+        variables: Path | None = None,
+        overlays: Sequence[tuple[Path, Path]] = (),
         vcpus: int = 1,
         memory_mib: int = 384,
         cpu_model: str = "host",
@@ -44,7 +51,7 @@ class CoreMachine:
         self.printed = b""
         self.seen: list[str] = []
         self._ids = 0
-        config = {
+        config: dict[str, Any] = {
             "machine_type": "vmbus-0",
             "uuid": "6ba7b811-9dad-11d1-80b4-00c04fd430c8",
             "vcpus": vcpus,
@@ -52,11 +59,6 @@ class CoreMachine:
             "cpu_model": cpu_model,
             "kvm_fd": os.open("/dev/kvm", os.O_RDWR),
             "console_fd": console.detach(),
-            "kernel": {
-                "fd": os.open(kernel, os.O_RDONLY),
-                "initrd_fd": os.open(initrd, os.O_RDONLY),
-                "cmdline": f"console=ttyS0 quiet panic=-1 {cmdline}",
-            },
             "disks": [
                 {"id": f"disk{index}", "layers": [{"fd": os.open(path, os.O_RDWR), "format": "raw"}]}
                 for index, path in enumerate(disks)
@@ -64,6 +66,15 @@ class CoreMachine:
             "rng": True,
             "on_reset": on_reset,
         }
+        config |= _beginning(kernel, initrd, cmdline, firmware, variables)
+        for top, base in overlays:
+            layers = [
+                {"fd": os.open(top, os.O_RDWR), "format": "qcow2", "backing_name": str(base)},
+                {"fd": os.open(base, os.O_RDONLY), "format": "raw"},
+            ]
+            config["disks"].append({"id": f"disk{len(config['disks'])}", "layers": layers})
+        if firmware:
+            config["firmware"]["boot"] = [f"disk/{disk['id']}" for disk in config["disks"]]
         encoded = json.dumps(config).encode()
         out = ffi.new("VmbusMachine **")
         core.call(lib.vmbus_machine_new(encoded, len(encoded), out))
@@ -120,3 +131,21 @@ class CoreMachine:
                 self._reason: str = json.loads(text)["reason"]
             if kind != "done":
                 self.seen.append(kind)
+
+
+def _beginning(
+    kernel: Path | None, initrd: Path | None, cmdline: str, firmware: Path | None, variables: Path | None
+) -> dict[str, Any]:
+    if firmware:
+        found: dict[str, Any] = {"code_fd": os.open(firmware, os.O_RDONLY)}
+        if variables:
+            found["variables_fd"] = os.open(variables, os.O_RDWR)
+        return {"firmware": found}
+    assert kernel and initrd
+    return {
+        "kernel": {
+            "fd": os.open(kernel, os.O_RDONLY),
+            "initrd_fd": os.open(initrd, os.O_RDONLY),
+            "cmdline": f"console=ttyS0 quiet panic=-1 {cmdline}",
+        }
+    }

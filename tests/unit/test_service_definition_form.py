@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from vmbus.wire import dbus_form
-from vmbus.wire.definition import Definition, Disk, Kernel, Layer, Nic, memory_floor
+from vmbus.wire.definition import (
+    Definition,
+    Disk,
+    Kernel,
+    Layer,
+    Nic,
+    boot_order,
+    memory_floor,
+    slots,
+)
 from vmbus.wire.errors import VmbusError
 
 LEAST: dict[str, Any] = {"name": "one", "memory": 64 << 20, "kernel": {"path": "/boot/vmlinuz"}}
@@ -159,7 +168,41 @@ def test_a_group_mac_address_is_refused() -> None:
 
 def test_a_kernel_by_fd_has_no_path() -> None:
     assert refusal(kernel={"source": "fd", "path": "/k"}).argument == "kernel.source"
-    assert dbus_form.parse({**LEAST, "kernel": {"source": "fd"}}).kernel.path is None
+    kernel = dbus_form.parse({**LEAST, "kernel": {"source": "fd"}}).kernel
+    assert kernel is not None and kernel.path is None
+
+
+def test_a_machine_boots_a_kernel_or_firmware() -> None:
+    without = {key: value for key, value in LEAST.items() if key != "kernel"}
+    with pytest.raises(VmbusError, match="so is firmware") as caught:
+        dbus_form.parse(without)
+    assert caught.value.argument == "kernel"
+    for key, value in {"firmware": "bios", "boot": ["disk"], "boot-menu": True}.items():
+        assert refusal(**{key: value}).argument == key
+    definition = dbus_form.parse({**without, "firmware": "uefi"})
+    assert [slot.name for slot in slots(definition)] == []
+
+
+def test_the_boot_order_is_classes_and_ids() -> None:
+    disks = [{**DISK, "id": "cd", "cdrom": True}, {**DISK, "id": "root"}, {**DISK, "id": "data"}]
+    nics = [{"id": "lan", "mac": "52:54:00:00:00:01", "bridge": "br0"}]
+    least = {key: value for key, value in LEAST.items() if key != "kernel"}
+    machine = {**least, "firmware": "bios", "disks": disks, "nics": nics}
+
+    def order(*boot: str) -> list[str]:
+        return boot_order(dbus_form.parse({**machine, "boot": list(boot)}))
+
+    assert order() == ["disk/root", "disk/data", "disk/cd", "nic/lan"]
+    assert order("network", "data", "disk") == ["nic/lan", "disk/data", "disk/root"]
+    for boot, argument in ((["tape"], "boot[0]"), (["disk", "disk"], "boot[1]")):
+        with pytest.raises(VmbusError) as caught:
+            dbus_form.parse({**machine, "boot": boot})
+        assert caught.value.argument == argument
+
+
+def test_a_cd_rom_is_not_written() -> None:
+    definition = dbus_form.parse({**LEAST, "disks": [{**DISK, "cdrom": True}]})
+    assert [slot.writable for slot in slots(definition)] == [False, False]
 
 
 def test_a_floor_above_the_ceiling_is_refused() -> None:

@@ -129,8 +129,8 @@ def registry(tmp_path: Path) -> Registry:
 async def test_machines_are_found_again_in_their_order(tmp_path: Path) -> None:
     first = registry(tmp_path)
     for number in (2, 0, 1):
-        first.create(UUIDS[number], 1000, definition(f"m{number}"), persistent=True)
-    first.create(UUIDS[3], 1000, definition("transient"), persistent=False)
+        first.create(UUIDS[number], 1000, definition(f"m{number}"), {}, persistent=True)
+    first.create(UUIDS[3], 1000, definition("transient"), {}, persistent=False)
     second = registry(tmp_path)
     second.load()
     assert [machine.definition.name for machine in second.all()] == ["m2", "m0", "m1"]

@@ -134,13 +134,21 @@ def _description(to: argparse.ArgumentParser) -> None:
     _completed(add("--kernel", metavar="PATH", help="a bzImage or PVH ELF kernel"), "file")
     _completed(add("--initrd", metavar="PATH", help="its initial RAM disk"), "file")
     add("--cmdline", metavar="TEXT", help="its command line")
+    add("--firmware", choices=("bios", "uefi"), help="boot by it, without a given kernel")
+    add(
+        "--boot",
+        metavar="WHAT[,...]",
+        help="what the firmware tries, in this order, and nothing else: disk, cdrom, network, or ids of "
+        "disks and nics (default disk,cdrom,network)",
+    )
+    add("--boot-menu", action="store_true", help="the BIOS offers its boot menu")
     add(
         "--disk",
         metavar="PATH,format=F[,...]",
         action="append",
         default=[],
-        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, read-only; may "
-        "be repeated, in order; a comma in a path is written twice",
+        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, read-only, "
+        "cdrom; may be repeated, in order; a comma in a path is written twice",
     )
     add(
         "--nic",

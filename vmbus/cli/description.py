@@ -27,7 +27,7 @@ from vmbus.wire.errors import VmbusError
 
 _SUFFIXES: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DISK_FLAG_KEYS: Final = frozenset(
-    {"path", "format", "backing-format", "id", "read-only", "serial", "queues", "source", "slot"}
+    {"path", "format", "backing-format", "id", "read-only", "cdrom", "serial", "queues", "source", "slot"}
 )
 _NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id", "queues", "kind", "address", "network", "slot"})
 
@@ -42,6 +42,9 @@ class Flags:
     kernel: str | None = None
     initrd: str | None = None
     cmdline: str | None = None
+    firmware: str | None = None
+    boot: str | None = None
+    boot_menu: bool | None = None
     cpu_model: str | None = None
     machine_type: str | None = None
     memory_kind: str | None = None
@@ -70,8 +73,8 @@ def build(file: str | None, flags: Flags) -> Definition:
     for key in ("memory", "memory-minimum"):
         if key in tree:
             tree[key] = size(tree[key], argument=key)
-    for required, flag in (("name", "--name"), ("memory", "--memory"), ("kernel", "--kernel")):
-        if required not in tree:
+    for required, flag in (("name", "--name"), ("memory", "--memory"), ("kernel", "--kernel or --firmware")):
+        if required not in tree and not (required == "kernel" and "firmware" in tree):
             raise VmbusError(
                 "InvalidArgument", f"is missing; give it in the file or with {flag}", argument=required
             )
@@ -105,15 +108,17 @@ def disk_for_fds(disk: Disk) -> Disk:
 def for_fds(definition: Definition) -> Definition:
     """The same machine with every file passed as an fd instead of opened by path (for a transient one)."""
     kernel = definition.kernel
-    return msgspec.structs.replace(
-        definition,
-        kernel=msgspec.structs.replace(
+    if kernel is not None:
+        kernel = msgspec.structs.replace(
             kernel,
             source="fd",
             path=None,
             initrd_path=None,
             initrd=kernel.initrd or kernel.initrd_path is not None,
-        ),
+        )
+    return msgspec.structs.replace(
+        definition,
+        kernel=kernel,
         disks=[disk_for_fds(disk) for disk in definition.disks],
     )
 
@@ -163,6 +168,9 @@ def _apply(tree: dict[str, Any], flags: Flags) -> None:
         ("name", flags.name),
         ("memory", flags.memory),
         ("vcpus", flags.vcpus),
+        ("firmware", flags.firmware),
+        ("boot", flags.boot.split(",") if flags.boot is not None else None),
+        ("boot-menu", flags.boot_menu),
         ("cpu-model", flags.cpu_model),
         ("machine-type", flags.machine_type),
         ("memory-kind", flags.memory_kind),
@@ -217,7 +225,7 @@ def _from_flag(text: str, known: frozenset[str], first: str, flag: str) -> dict[
 
 
 def _flag_value(key: str, value: str, flag: str) -> Any:
-    if key == "read-only":
+    if key in ("read-only", "cdrom"):
         words = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
         if value not in words:
             raise VmbusError("InvalidArgument", f"{key} is yes or no, not {value!r}", argument=f"--{flag}")

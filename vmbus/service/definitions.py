@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from vmbus.service.broker_client import BrokerClient
+from vmbus.service.firmware import Firmware
 from vmbus.service.host import numa_nodes
 from vmbus.service.machine import Machine
 from vmbus.service.owned import Owned
@@ -29,15 +30,17 @@ HUGEPAGES: Final = Path("/sys/kernel/mm/hugepages")
 class Definitions:
     """Operations of the Manager."""
 
-    def __init__(self, registry: Registry, broker: BrokerClient, owned: Owned) -> None:
+    def __init__(self, registry: Registry, broker: BrokerClient, owned: Owned, firmware: Firmware) -> None:
         self._registry = registry
         self._broker = broker
         self._owned = owned
+        self._firmware = firmware
 
     async def create(self, owner: int, definition: Definition, *, persistent: bool) -> Machine:
         """A new machine that belongs to ``owner``, stored if persistent, in state stopped.
 
-        Raises AlreadyExists, and the broker's QuotaExceeded, AccessDenied, NotFound, Unavailable.
+        Raises AlreadyExists, Unavailable (no such firmware), and the broker's QuotaExceeded, AccessDenied,
+        NotFound, Unavailable.
         """
         self._registry.check_name(owner, definition.name)
         if sum(1 for _ in self._registry.of(owner)) >= MACHINES:
@@ -65,7 +68,8 @@ class Definitions:
         uuid = str(uuids.uuid4())
         try:
             await self._owned.make(uuid, owner)
-            machine = self._registry.create(uuid, owner, definition, persistent=persistent)
+            async with self._firmware.taken(uuid, definition) as hashes:
+                machine = self._registry.create(uuid, owner, definition, hashes, persistent=persistent)
         except BaseException:
             await self._owned.drop(uuid)
             raise

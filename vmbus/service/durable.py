@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One JSON file, written so that after a crash it is the old one or the new one, never half of either."""
+"""One file, written so that after a crash it is the old one or the new one, never half of either."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ T = TypeVar("T")
 
 
 def write(path: Path, value: object) -> None:
-    """Replace ``path`` (mode 0600) by ``value`` as JSON: temporary file, fsync, rename, fsync of the
-    directory."""
+    """Replace ``path`` (mode 0600) by ``value`` as JSON."""
+    write_bytes(path, msgspec.json.format(msgspec.json.encode(value)) + b"\n", mode=0o600)
+
+
+def write_bytes(path: Path, content: bytes, *, mode: int) -> None:
+    """Replace ``path`` by ``content``: temporary file, fsync, rename, fsync of the directory."""
     temporary = path.with_name(f".{path.name}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(FileNotFoundError):  # a crash may have left one that cannot be written
+        temporary.unlink()
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(fd, "wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
 from vmbus.service.files import PassedFile
+from vmbus.service.firmware import Firmware
 from vmbus.service.machine import Machine
 from vmbus.service.networks import Networks
 from vmbus.wire.definition import Nic, Slot, queue_pairs
@@ -21,10 +22,11 @@ from vmbus.wire.errors import VmbusError
 class Handover:
     """For all machines. Errors name the slot."""
 
-    def __init__(self, broker: BrokerClient, claims: Claims) -> None:
+    def __init__(self, broker: BrokerClient, claims: Claims, firmware: Firmware) -> None:
         self._broker = broker
         self._claims = claims
         self.networks = Networks()
+        self._firmware = firmware
 
     async def files(self, machine: Machine, slots: Iterable[Slot], passed: Mapping[str, PassedFile]) -> None:
         """Fill ``slots``; ``passed`` has those without a path, and stays the caller's."""
@@ -42,6 +44,11 @@ class Handover:
             if regular and (identity.mode & 0o170000) != 0o100000:
                 raise VmbusError("InvalidArgument", f"{slot.path} is not a regular file", argument=slot.name)
             self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
+
+    async def firmware(self, machine: Machine) -> None:
+        """What the machine was defined with, which the service keeps itself."""
+        for slot, fd in self._firmware.opened(machine.uuid, machine.firmware):
+            await machine.connection().add_file(slot, fd)
 
     async def nics(self, machine: Machine, nics: Iterable[Nic]) -> None:
         """The host's end of each: a tap, a helper's connection. Isolated ones are linked once it is built."""

@@ -129,6 +129,7 @@ class Lifecycle:
             ("record", lambda: self._record(machine)),
             ("spawn", lambda: self._spawn(machine)),
             ("files", lambda: self._handover.files(machine, slots(machine.definition), files)),
+            ("firmware", lambda: self._handover.firmware(machine)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             ("build", lambda: self._build(machine)),
             *([("prefault", lambda: touch(machine, machine.job))] if machine.definition.prefault else []),
@@ -144,6 +145,7 @@ class Lifecycle:
             machine.persistent,
             machine.generation,
             machine.order,
+            firmware=dict(machine.firmware),
         )
         self._registry.write_run(machine, run)
         await self._broker.own(machine.uuid, machine.owner)

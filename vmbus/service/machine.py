@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -58,6 +58,7 @@ class Stored(msgspec.Struct, frozen=True):
     last: Last
     generation: int = 1
     order: int = 0  # of definition, for lists
+    firmware: dict[str, str] = {}  # slot → SHA-256 (``firmware.py``)
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -81,6 +82,7 @@ class Run(msgspec.Struct, frozen=True):
     merging: str = ""
     end_reason: str = ""
     end_detail: str = ""
+    firmware: dict[str, str] = {}
 
 
 class Machine:
@@ -96,6 +98,7 @@ class Machine:
         generation: int = 1,
         order: int = 0,
         last: Last | None = None,
+        firmware: Mapping[str, str] | None = None,
     ) -> None:
         self.uuid = uuid
         self.owner = owner
@@ -103,6 +106,8 @@ class Machine:
         self.persistent = persistent
         self.generation = generation
         self.order = order
+        self.firmware: Mapping[str, str] = firmware or {}
+        """The files that it was defined with: slot → SHA-256."""
         self.state: State = last.state if last else "stopped"
         self.reason = last.reason if last else "defined"
         self.detail = last.detail if last else ""
@@ -237,7 +242,15 @@ class Machine:
             self.since,
             boot_id() if running else "",
         )
-        return Stored(self.uuid, self.owner, self.definition, last, self.generation, self.order)
+        return Stored(
+            self.uuid,
+            self.owner,
+            self.definition,
+            last,
+            self.generation,
+            self.order,
+            dict(self.firmware),
+        )
 
 
 def now() -> int:

@@ -32,6 +32,7 @@ from vmbus.service.definitions import Definitions
 from vmbus.service.dispatcher import Dispatcher
 from vmbus.service.exports import Exports, Subscribers
 from vmbus.service.files import Files
+from vmbus.service.firmware import Firmware
 from vmbus.service.handover import Handover
 from vmbus.service.host_memory import read_pressure
 from vmbus.service.hotplug import Hotplug
@@ -65,6 +66,12 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--state-dir", type=Path, help="default: /var/lib/vmbus/INSTANCE")
     parser.add_argument("--config", type=Path, default=Path("/etc/vmbus/vmbusd.toml"))
     parser.add_argument("--bus-address", help="default: the system bus")
+    parser.add_argument(
+        "--firmware-root",
+        type=Path,
+        default=Path("/"),
+        help="where firmware packages are installed (default: /)",
+    )
     parser.add_argument("--bus-name", default="org.vmbus1", help="default: org.vmbus1")
     found = parser.parse_args(argv)
     found.run_dir = found.run_dir or Path("/run/vmbus") / found.instance
@@ -103,11 +110,14 @@ async def serve(options: argparse.Namespace) -> int:
         on_ended=lambda message: lifecycle.ended(message),  # noqa: PLW0108 (made below),
     )
     owned = Owned(notes, broker)
-    handover = Handover(broker, claims)
+    firmware = Firmware(options.state_dir, options.firmware_root)
+    firmware.named = lambda: [(machine.uuid, machine.firmware) for machine in registry.all()]
+    registry.forget_files = firmware.forget
+    handover = Handover(broker, claims, firmware)
     lifecycle = Lifecycle(registry, broker, owned, claims, jobs, handover)
     hotplug = Hotplug(registry, broker, claims, jobs, handover)
     lifecycle.on_detached = hotplug.detached
-    definitions = Definitions(registry, broker, owned)
+    definitions = Definitions(registry, broker, owned, firmware)
     memory = Memory(jobs)
     lifecycle.on_found = memory.found
     hugepages = HugePages(registry, broker, jobs, wanted.hugepages.persistent)
@@ -138,6 +148,7 @@ async def serve(options: argparse.Namespace) -> int:
         tuner,
     )
     registry.load()
+    firmware.load()
     owned.load({machine.uuid for machine in registry.all()})
     descriptors.begin()
 

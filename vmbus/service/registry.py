@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,8 @@ class Registry:
         self._order = 0
         self.on_added: Callable[[Machine], None] = lambda machine: None
         self.on_removed: Callable[[Machine], None] = lambda machine: None
+        self.forget_files: Callable[[str], None] = lambda uuid: None
+        """Takes away what lies elsewhere for the machine with this UUID."""
 
     def load(self) -> None:
         """Read everything that was stored. Machines with a run record may still have a worker: they show
@@ -58,6 +60,7 @@ class Registry:
             generation=stored.generation,
             order=stored.order,
             last=last,
+            firmware=stored.firmware,
         )
         self._add(machine)
 
@@ -75,6 +78,7 @@ class Registry:
                 persistent=False,
                 generation=run.generation,
                 order=run.order,
+                firmware=run.firmware,
             )
             self._add(machine)
         machine.run = run
@@ -118,10 +122,14 @@ class Registry:
                 argument="name",
             )
 
-    def create(self, uuid: str, owner: int, definition: Definition, *, persistent: bool) -> Machine:
+    def create(
+        self, uuid: str, owner: int, definition: Definition, firmware: Mapping[str, str], *, persistent: bool
+    ) -> Machine:
         """Add a machine, and store it if it is persistent. Raises AlreadyExists, Internal."""
         self.check_name(owner, definition.name)
-        machine = Machine(uuid, owner, definition, persistent=persistent, order=self._order + 1)
+        machine = Machine(
+            uuid, owner, definition, persistent=persistent, order=self._order + 1, firmware=firmware
+        )
         self.store(machine)
         self._add(machine)
         return machine
@@ -143,6 +151,8 @@ class Registry:
             del self._named[key]
         if machine.persistent:
             durable.remove(self._state / f"{machine.uuid}.json")
+        if machine.firmware:
+            self.forget_files(machine.uuid)
         self.on_removed(machine)
 
     def _add(self, machine: Machine) -> None:

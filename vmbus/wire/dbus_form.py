@@ -22,6 +22,7 @@ import msgspec
 from msgspec import inspect
 
 from vmbus.wire.definition import (
+    BOOT_CLASSES,
     ID_PATTERN,
     NAME_PATTERN,
     Definition,
@@ -119,6 +120,8 @@ def _build(value: object, info: inspect.Type, name: str) -> tuple[str, Any]:
     assert isinstance(value, list) and isinstance(info, inspect.ListType)
     if isinstance(info.item_type, inspect.IntType):
         return "au", value
+    if isinstance(info.item_type, inspect.StrType):
+        return "as", list(value)
     return "aa{sv}", [build(item) for item in value]
 
 
@@ -212,7 +215,7 @@ def _show(value: object) -> str:
 
 
 def _check(definition: Definition) -> None:
-    _check_kernel(definition.kernel)
+    _check_boot(definition)
     _check_memory(definition)
     seen: set[str] = set()
     named = [(f"disks[{i}].id", disk.id) for i, disk in enumerate(definition.disks)]
@@ -272,6 +275,28 @@ def _is_ipv4(text: str) -> bool:
         return str(ipaddress.IPv4Address(text)) == text
     except ValueError:
         return False
+
+
+def _check_boot(definition: Definition) -> None:
+    if definition.kernel is None and definition.firmware == "none":
+        raise _bad("kernel", "is missing, and so is firmware (bios or uefi): the machine would not begin")
+    if definition.kernel is not None:
+        for key, given in (
+            ("firmware", definition.firmware != "none"),
+            ("boot", bool(definition.boot)),
+            ("boot-menu", definition.boot_menu),
+        ):
+            if given:
+                raise _bad(key, "is for a machine without kernel: that is booted directly")
+        _check_kernel(definition.kernel)
+    ids = {disk.id for disk in definition.disks} | {nic.id for nic in definition.nics}
+    for index, word in enumerate(definition.boot):
+        if word not in BOOT_CLASSES and word not in ids:
+            raise _bad(
+                f"boot[{index}]", f"{word!r} is neither disk, cdrom or network nor the id of a disk or nic"
+            )
+        if word in definition.boot[:index]:
+            raise _bad(f"boot[{index}]", f"{word!r} is there twice")
 
 
 def _check_kernel(kernel: Kernel) -> None:

@@ -4,13 +4,14 @@
 The bounds here are those of the format; an owner's quota is broker.toml's. Unknown keys are
 refused (rule: a typo must not be a silent default). Files are named by *slots*:
 ``kernel``, ``initrd``, ``disk/<id>/<layer>`` (0 is the active layer) and
-``disk/<id>/<layer>/data`` for an external data file. Sizes are bytes.
+``disk/<id>/<layer>/data`` for an external data file; the service itself fills those of firmware. Sizes are
+bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -52,6 +53,7 @@ class Disk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, froze
     layers: Annotated[list[Layer], Meta(min_length=1, max_length=200)]
     source: Literal["path", "fd"] = "path"
     read_only: bool = False
+    cdrom: bool = False  # read-only, and "cdrom" in the boot order
     serial: Annotated[str, Meta(pattern=r"^[ -~]{0,20}$")] = ""
     queues: Annotated[int, Meta(ge=0, le=16)] = 0  # 0: one per vCPU
     slot: HotplugSlot = 0
@@ -96,7 +98,10 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
 
     name: Name
     memory: Annotated[int, Meta(ge=MEMORY_LEAST, le=MEMORY_MOST, multiple_of=MIB)]
-    kernel: Kernel
+    kernel: Kernel | None = None  # direct boot; else firmware boots
+    firmware: Literal["none", "bios", "uefi"] = "none"
+    boot: Annotated[list[Id], Meta(max_length=35)] = []  # see ``boot_order``
+    boot_menu: bool = False  # the BIOS offers its menu, for 2.5 s
     vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
     machine_type: Literal["vmbus-0"] = "vmbus-0"
     cpu_model: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,40}$")] = "host"
@@ -111,6 +116,35 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     memory_nodes: Annotated[list[Annotated[int, Meta(ge=0, lt=1024)]], Meta(max_length=64)] = []  # NUMA
     memory_minimum: Annotated[int, Meta(ge=0, le=MEMORY_MOST, multiple_of=MIB)] = 0  # see ``memory_floor``
     on_reset: Literal["restart", "end"] = "restart"
+
+
+BOOT_CLASSES: Final = ("disk", "cdrom", "network")
+"""Words of ``boot`` that mean all devices of a kind, in the definition's order; other words are ids."""
+
+
+def boot_order(definition: Definition) -> list[str]:
+    """``disk/ID`` and ``nic/ID`` in the order in which firmware tries them; it tries nothing else."""
+    ids = {
+        "disk": [f"disk/{disk.id}" for disk in definition.disks if not disk.cdrom],
+        "cdrom": [f"disk/{disk.id}" for disk in definition.disks if disk.cdrom],
+        "network": [f"nic/{nic.id}" for nic in definition.nics],
+    }
+    known = {name.partition("/")[2]: name for names in ids.values() for name in names}
+    order: list[str] = []
+    for word in definition.boot or BOOT_CLASSES:
+        order += ids[word] if word in ids else [known[word]]
+    return list(dict.fromkeys(order))
+
+
+def is_read_only(disk: Disk) -> bool:
+    """Whether the guest may not write to it."""
+    return disk.read_only or disk.cdrom
+
+
+FIRMWARE_CODE: Final = "firmware"
+FIRMWARE_VARIABLES: Final = "firmware/variables"
+FIRMWARE_NIC_ROM: Final = "firmware/nic-rom"
+"""Slots that the service fills from its own store."""
 
 
 def huge_page_size(definition: Definition) -> Literal[0, 0x200000, 0x40000000]:
@@ -150,12 +184,12 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 def slots(definition: Definition) -> Iterator[Slot]:
-    """All the files a start needs, in a stable order."""
-    kernel = definition.kernel
-    by_fd = kernel.source == "fd"
-    yield Slot("kernel", None if by_fd else kernel.path, False)
-    if kernel.initrd if by_fd else kernel.initrd_path is not None:
-        yield Slot("initrd", None if by_fd else kernel.initrd_path, False)
+    """All the files of the owner's that a start needs, in a stable order."""
+    if (kernel := definition.kernel) is not None:
+        by_fd = kernel.source == "fd"
+        yield Slot("kernel", None if by_fd else kernel.path, False)
+        if kernel.initrd if by_fd else kernel.initrd_path is not None:
+            yield Slot("initrd", None if by_fd else kernel.initrd_path, False)
     for disk in definition.disks:
         yield from disk_slots(disk)
 
@@ -163,7 +197,7 @@ def slots(definition: Definition) -> Iterator[Slot]:
 def disk_slots(disk: Disk) -> Iterator[Slot]:
     """The files of one disk."""
     for index, layer in enumerate(disk.layers):
-        writable = index == 0 and not disk.read_only
+        writable = index == 0 and not is_read_only(disk)
         yield Slot(f"disk/{disk.id}/{index}", layer.path, writable)
         if layer.data_name is not None:
             yield Slot(f"disk/{disk.id}/{index}/data", layer.data_path, writable)

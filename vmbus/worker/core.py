@@ -20,7 +20,18 @@ from typing import Any, Final
 import msgspec
 
 from vmbus._native import ffi, lib
-from vmbus.wire.definition import Definition, Disk, Nic, has_balloon, slots
+from vmbus.wire.definition import (
+    FIRMWARE_CODE,
+    FIRMWARE_NIC_ROM,
+    FIRMWARE_VARIABLES,
+    Definition,
+    Disk,
+    Nic,
+    boot_order,
+    has_balloon,
+    is_read_only,
+    slots,
+)
 from vmbus.wire.errors import KINDS, VmbusError
 from vmbus.worker.files import Files
 from vmbus.worker.loop import Loop
@@ -132,7 +143,6 @@ def configuration(
     filled. All the slots that it names, ``kvm`` and ``console``
     belong to the core once the bytes are given to it.
     """
-    kernel: dict[str, Any] = {"fd": files.one("kernel"), "cmdline": definition.kernel.cmdline}
     config: dict[str, Any] = {
         "machine_type": definition.machine_type,
         "uuid": uuid,
@@ -142,7 +152,6 @@ def configuration(
         "cpu_model": definition.cpu_model,
         "kvm_fd": kvm,
         "console_fd": console,
-        "kernel": kernel,
         "disks": [disk_configuration(disk, files) for disk in definition.disks],
         "nics": [nic_configuration(nic, files) for nic in definition.nics],
         "rng": definition.rng,
@@ -152,8 +161,7 @@ def configuration(
         "memory_nodes": definition.memory_nodes,
         "on_reset": definition.on_reset,
     }
-    if any(slot.name == "initrd" for slot in slots(definition)):
-        kernel["initrd_fd"] = files.one("initrd")
+    config |= _beginning(definition, files)
     if definition.memory_kind != "mergeable":
         config["memory_fd"] = files.one("memory")
     return _encoder.encode(config)
@@ -173,7 +181,7 @@ def disk_configuration(disk: Disk, files: Files) -> dict[str, Any]:
     return {
         "id": disk.id,
         "layers": layers,
-        "read_only": disk.read_only,
+        "read_only": is_read_only(disk),
         "serial": disk.serial,
         "queues": disk.queues,
         "slot": disk.slot or None,
@@ -192,14 +200,34 @@ def nic_configuration(nic: Nic, files: Files) -> dict[str, Any]:
     }
 
 
+def _beginning(definition: Definition, files: Files) -> dict[str, Any]:
+    """What is booted: a kernel or firmware."""
+    if definition.kernel is None:
+        firmware: dict[str, Any] = {
+            "code_fd": files.one(FIRMWARE_CODE),
+            "boot": boot_order(definition),
+            "menu": definition.boot_menu,
+        }
+        for key, slot in (("variables_fd", FIRMWARE_VARIABLES), ("nic_rom_fd", FIRMWARE_NIC_ROM)):
+            if files.has(slot):
+                firmware[key] = files.one(slot)
+        return {"firmware": firmware}
+    kernel: dict[str, Any] = {"fd": files.one("kernel"), "cmdline": definition.kernel.cmdline}
+    if any(slot.name == "initrd" for slot in slots(definition)):
+        kernel["initrd_fd"] = files.one("initrd")
+    return {"kernel": kernel}
+
+
 def nic_slots(nic: Nic) -> list[str]:
     """The slots of its host's end; the links of an isolated network come when it is built."""
     return [] if nic.kind == "isolated" else [f"nic/{nic.id}"]
 
 
-def named_slots(definition: Definition) -> list[str]:
+def named_slots(definition: Definition, files: Files) -> list[str]:
     """The slots whose files ``configuration`` gives to the core."""
     names = [slot.name for slot in slots(definition)]
+    if definition.kernel is None:
+        names += filter(files.has, (FIRMWARE_CODE, FIRMWARE_VARIABLES, FIRMWARE_NIC_ROM))
     names += [slot for nic in definition.nics for slot in nic_slots(nic)]
     if definition.memory_kind != "mergeable":
         names.append("memory")

@@ -162,7 +162,7 @@ class Machine:
             console=self._console_end,
             merge=request.merge,
         )
-        self._files.hand_over(named_slots(definition))
+        self._files.hand_over(named_slots(definition, self._files))
         self._files.built()
         self._building = True
         self.core.build(config, lambda error: self._built(error, reply))

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Runs one machine with its console on stdin and stdout, for tests, benchmarks and curiosity.
 //!
-//!     boot --kernel K [--initrd I] [--cmdline C] | --firmware CODE [--menu yes]
+//!     boot --kernel K [--initrd I] [--cmdline C] | --firmware CODE [--variables V] [--menu yes]
 //!          [--disk FILE:FORMAT]… [--memory MiB] [--vcpus N] [--cpu MODEL] [--on-reset restart|end] [--button-on TEXT]
 //!          [--time-limit S]
 //!
@@ -78,6 +78,7 @@ fn parse(console_fd: RawFd) -> Result<Arguments, String> {
             "--initrd" => config["kernel"]["initrd_fd"] = open(&value, false)?.into(),
             "--cmdline" => config["kernel"]["cmdline"] = value.into(),
             "--firmware" => config["firmware"]["code_fd"] = open(&value, false)?.into(),
+            "--variables" => config["firmware"]["variables_fd"] = open(&value, true)?.into(),
             "--menu" => config["firmware"]["menu"] = (value == "yes").into(),
             "--memory" => config["memory"] = (number()? << 20).into(),
             "--vcpus" => config["vcpus"] = number()?.into(),

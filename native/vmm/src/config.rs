@@ -126,6 +126,12 @@ pub struct Kernel {
 pub struct Firmware {
     /// Its code: 128 KiB to 8 MiB, read once.
     pub code_fd: RawFd,
+    /// Its variables: a file open for reading and writing, which the guest changes.
+    #[serde(default)]
+    pub variables_fd: Option<RawFd>,
+    /// The option ROM of all network interfaces.
+    #[serde(default)]
+    pub nic_rom_fd: Option<RawFd>,
     /// `disk/ID` and `nic/ID`: what is booted, in this order, and nothing else.
     #[serde(default)]
     pub boot: Vec<String>,
@@ -246,6 +252,10 @@ pub struct Files {
     pub kernel: Option<OwnedFd>,
     /// The firmware's code.
     pub firmware: Option<OwnedFd>,
+    /// Its variables.
+    pub variables: Option<OwnedFd>,
+    /// The option ROM of network interfaces.
+    pub nic_rom: Option<OwnedFd>,
     /// The initrd.
     pub initrd: Option<OwnedFd>,
     /// For each disk, for each layer: the image and its data file.
@@ -267,6 +277,8 @@ impl Config {
             memory: self.memory_fd.map(own),
             kernel: self.kernel.as_ref().map(|kernel| own(kernel.fd)),
             firmware: self.firmware.as_ref().map(|code| own(code.code_fd)),
+            variables: self.firmware.as_ref().and_then(|f| f.variables_fd).map(own),
+            nic_rom: self.firmware.as_ref().and_then(|f| f.nic_rom_fd).map(own),
             initrd: self.kernel.as_ref().and_then(|k| k.initrd_fd).map(own),
             disks: self.disks.iter().map(Disk::own_files).collect(),
             nics: self.nics.iter().map(Nic::own_files).collect(),
@@ -398,6 +410,12 @@ impl Config {
         }
         if let Some(firmware) = &self.firmware {
             fds.push(("firmware.code_fd".to_owned(), firmware.code_fd));
+            for (name, fd) in [
+                ("firmware.variables_fd", firmware.variables_fd),
+                ("firmware.nic_rom_fd", firmware.nic_rom_fd),
+            ] {
+                fds.extend(fd.map(|fd| (name.to_owned(), fd)));
+            }
         }
         for (index, disk) in self.disks.iter().enumerate() {
             fds.extend(disk.fds(&format!("disks[{index}].")));

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use vm_memory::mmap::MmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Image, Ring};
 
@@ -89,6 +90,8 @@ pub struct Board {
     pub mmio: Arc<Bus>,
     /// The host bridge.
     pub host: Arc<HostBridge>,
+    /// The option ROM of network interfaces, of [`crate::firmware::rom::OPTION_ROM`] bytes.
+    pub nic_rom: Option<Arc<MmapRegion>>,
     /// How many vCPUs there are.
     pub vcpus: u8,
     /// Hears of an I/O thread that ended although nobody told it to.
@@ -173,6 +176,7 @@ pub fn assemble(
             seat: Seat::Bus0(Place::RNG),
             model: rng::model(),
             counters: None,
+            rom: None,
         };
         share.push((Served::Rng, endpoint));
     }
@@ -204,6 +208,7 @@ pub fn assemble(
             seat: Seat::Bus0(Place::BALLOON),
             model: balloon.model(),
             counters: Some(balloon),
+            rom: None,
         };
         served_by.extend([endpoint].into_iter().zip(ports));
         others.push(Arc::new(thread));
@@ -252,6 +257,7 @@ pub(crate) struct Endpoint {
     model: crate::virtio::Model,
     /// What has happened.
     pub(crate) counters: Option<Arc<dyn Count>>,
+    rom: Option<Arc<MmapRegion>>,
 }
 
 impl Endpoint {
@@ -263,6 +269,7 @@ impl Endpoint {
             board.wiring.clone(),
             board.memory.clone(),
             Arc::new(port.clone()),
+            self.rom.clone(),
         )?))
     }
 }
@@ -295,6 +302,7 @@ pub(crate) fn disk_endpoint(
         seat: seat(spec.slot, Place::disk(index as u8)),
         model: disk.model(queues),
         counters: Some(counters.clone()),
+        rom: None,
     };
     let served = Served::Disk {
         disk,
@@ -325,6 +333,7 @@ pub(crate) fn nic_endpoint(
         seat: seat(spec.slot, Place::nic(index)),
         model: virtio_net::model(spec.mac, pairs),
         counters: Some(counters.clone()),
+        rom: board.nic_rom.clone(),
     };
     let served = net::Served {
         link: spec.link,

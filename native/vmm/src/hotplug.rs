@@ -188,6 +188,7 @@ mod tests {
             wiring: Arc::new(FakeWiring::default()),
             memory: Arc::new(memory),
             mmio: mmio.clone(),
+            nic_rom: None,
             host: host_bridge(),
             vcpus: 1,
             trouble: Arc::new(|detail| panic!("{detail}")),

@@ -14,7 +14,7 @@
 //!
 //! All are started within [`Machine::build`], by its caller's thread, and each narrows itself first thing by the hook.
 
-use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -34,6 +34,7 @@ use crate::cpu::run::Vcpu;
 use crate::devices::{self, Board, Devices, Parts};
 use crate::disks;
 use crate::error::{Error, Kind, Result};
+use crate::firmware::flash::Flash;
 use crate::firmware::shadow::{self, Shadow};
 use crate::firmware::{self, rom, smbios, BootDevice, Facts};
 use crate::hotplug::Arrival;
@@ -57,6 +58,7 @@ use crate::platform::{self, Legacy, Platform, Start};
 use crate::prefault::Prefault;
 use crate::slots::{self, Source, View};
 use crate::thread::{self, Role, ThreadHook};
+use crate::virtio;
 use crate::virtio::balloon::Balloon;
 use crate::vm::Vm;
 
@@ -80,6 +82,8 @@ impl Machine {
             memory: memory_file,
             kernel,
             firmware,
+            variables,
+            nic_rom,
             initrd,
             disks,
             nics,
@@ -88,6 +92,16 @@ impl Machine {
         let initrd = initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?;
         let code = firmware
             .map(|fd| rom::firmware(&BootFile::new(fd, "firmware")?))
+            .transpose()?;
+        let nic_rom = nic_rom
+            .map(|fd| {
+                let file = BootFile::new(fd, "firmware/nic-rom")?;
+                rom::option_rom(
+                    &file,
+                    virtio::pci::VENDOR,
+                    virtio::pci::device_id(virtio::net::DEVICE_TYPE),
+                )
+            })
             .transpose()?;
         let disks = disks::open(&config.disks, disks)?;
         let nics = nics::open(&config.nics, nics)?;
@@ -99,9 +113,10 @@ impl Machine {
         platform::create_irqchip(&fd)?;
         let vm = Vm::new(fd, ram)?;
         memory::register(&vm.slots, &vm.memory, config.memory)?;
-        if let Some(code) = &code {
-            show_firmware(&vm, code)?;
-        }
+        let flash = match &code {
+            Some(code) => show_firmware(&vm, code, variables)?,
+            None => None,
+        };
 
         let mailbox = Arc::new(Mailbox::new()?);
         let sink = Arc::clone(&mailbox);
@@ -118,6 +133,7 @@ impl Machine {
             wiring: Arc::new(KvmWiring::new(&vm)),
             memory: Arc::clone(&vm.memory),
             mmio: Arc::clone(&vm.mmio),
+            nic_rom,
             host: Arc::new(host_bridge(&vm, code, &gate)),
             vcpus: config.vcpus,
             trouble: {
@@ -139,7 +155,8 @@ impl Machine {
         };
         let prefault = Prefault::new(Arc::clone(&board.memory), &hook)?;
         let host = Arc::clone(&board.host);
-        let devices = devices::assemble(board, parts, rings, &hook)?;
+        let mut devices = devices::assemble(board, parts, rings, &hook)?;
+        devices.list.extend(flash.map(|flash| flash as _));
         // Firmware begins with PAM as after power-on, a kernel as firmware leaves it.
         host.reset();
         let facts = facts(&config, &devices)?;
@@ -281,8 +298,12 @@ fn named_slot(slot: Option<u8>) -> Result<u8> {
     slot.ok_or_else(|| Error::invalid("slot", "a device that is attached needs a slot, 1 to 8"))
 }
 
-/// The code lies below 4 GiB, ending there.
-fn show_firmware(vm: &Vm, code: &Arc<MmapRegion>) -> Result<()> {
+/// The code lies below 4 GiB, ending there, and its variables, if it has any, below it.
+fn show_firmware(
+    vm: &Vm,
+    code: &Arc<MmapRegion>,
+    variables: Option<OwnedFd>,
+) -> Result<Option<Arc<Flash>>> {
     let size = code.size() as u64;
     let view = View {
         base: rom::firmware_base(size),
@@ -290,7 +311,16 @@ fn show_firmware(vm: &Vm, code: &Arc<MmapRegion>) -> Result<()> {
         source: Source::Mapping(Arc::clone(code), 0),
         read_only: true,
     };
-    vm.slots.set(slots::FIRMWARE, Some(view))
+    let begin = view.base;
+    vm.slots.set(slots::FIRMWARE, Some(view))?;
+    let Some(fd) = variables else {
+        return Ok(None);
+    };
+    let flash = Arc::new(Flash::new(fd, begin, Some(Arc::clone(&vm.slots)))?);
+    let (base, size) = flash.place();
+    vm.mmio.insert(base, size, Arc::clone(&flash) as _)?;
+    flash.show()?;
+    Ok(Some(flash))
 }
 
 /// The host bridge, whose PAM registers move what is seen below 1 MiB.

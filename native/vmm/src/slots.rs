@@ -7,7 +7,8 @@
 //! | 3 – 15 | the thirteen segments of the shadow area, 0xc0000 to 0xfffff ([`crate::firmware::shadow`]) |
 //! | 16 | the firmware's code |
 //! | 17 | its variables |
-//! | 32 – 287 | the option ROM of the PCI function with devfn slot − 32 |
+//! | 32 – 287 | the option ROM of the function on bus 0 with devfn slot − 32 |
+//! | 288 – 295 | the option ROM of what is in hotplug slot slot − 287 |
 //!
 //! KVM changes neither the memory nor the writability of a slot that exists, so a change takes the slot away
 //! and adds it again. A vCPU that meets the gap makes an MMIO exit: a read finds ones, a write is lost. Only the

@@ -83,7 +83,7 @@ def test_a_file_gives_every_key_and_paths_are_taken_from_its_directory(place: Pa
 def test_a_flag_wins_over_the_file(place: Path) -> None:
     found = description.build(str(place / "web.toml"), Flags(name="web2", memory="1G", vcpus=4, rng=False))
     assert (found.name, found.memory, found.vcpus, found.rng) == ("web2", 1 << 30, 4, False)
-    assert found.kernel.cmdline == "console=ttyS0"
+    assert found.kernel is not None and found.kernel.cmdline == "console=ttyS0"
 
 
 def test_flags_alone_are_enough(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@
 //! | file | what |
 //! |---|---|
 //! | [`rom`] | its code, read-only below 4 GiB |
+//! | [`flash`] | its variables, in a file of the machine's own |
 //! | [`shadow`] | the end of its code below 1 MiB, or the RAM there |
 //! | [`loader`] | the ACPI tables, and how it is to place them |
 //! | [`smbios`] | what the machine is called |
@@ -13,6 +14,7 @@
 //! A machine that boots a kernel has the same devices; its tables are put into memory, too.
 
 pub mod files;
+pub mod flash;
 pub mod loader;
 pub mod rom;
 pub mod shadow;

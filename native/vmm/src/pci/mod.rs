@@ -32,17 +32,20 @@ pub mod config;
 pub mod host;
 pub mod lpc;
 pub mod msix;
+pub mod option_rom;
 pub mod root;
 pub mod root_port;
 
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vm_memory::mmap::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result};
 use crate::irq::{MsiMessage, Routing};
 use crate::layout::{MMIO32_START, MMIO64_START};
+use crate::slots::{self, Slots, Source, View};
 use crate::vm::Vm;
 
 /// Where a function sits on bus 0.
@@ -159,6 +162,12 @@ pub trait Wiring: Send + Sync {
     /// Takes that back.
     fn unwatch(&self, event: &EventFd, address: u64);
 
+    /// Shows the guest `rom` at `base` as memory, or takes it away: the option ROM of the function at `seat`.
+    ///
+    /// # Errors
+    /// `Unavailable` when something else is there; reads then arrive by [`Function::read`].
+    fn show_rom(&self, seat: Seat, rom: Option<(u64, Arc<MmapRegion>)>) -> Result<()>;
+
     /// A GSI for an MSI.
     ///
     /// # Errors
@@ -185,6 +194,7 @@ pub trait Wiring: Send + Sync {
 pub struct KvmWiring {
     vm: Arc<VmFd>,
     irq: Arc<Routing>,
+    slots: Arc<Slots>,
 }
 
 impl KvmWiring {
@@ -193,6 +203,7 @@ impl KvmWiring {
         KvmWiring {
             vm: vm.fd.clone(),
             irq: vm.irq.clone(),
+            slots: vm.slots.clone(),
         }
     }
 }
@@ -209,6 +220,21 @@ impl Wiring for KvmWiring {
         let _ = self
             .vm
             .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch);
+    }
+
+    fn show_rom(&self, seat: Seat, rom: Option<(u64, Arc<MmapRegion>)>) -> Result<()> {
+        let number = match seat {
+            Seat::Bus0(place) => u32::from(place.devfn()),
+            Seat::Slot(index) => 256 + u32::from(index),
+        };
+        let slot = slots::OPTION_ROMS.saturating_add(number);
+        let view = rom.map(|(base, memory)| View {
+            base,
+            size: memory.size() as u64,
+            source: Source::Mapping(memory, 0),
+            read_only: true,
+        });
+        self.slots.set(slot, view)
     }
 
     fn allocate(&self) -> Result<u32> {
@@ -292,6 +318,9 @@ pub(crate) mod testing {
         }
         fn unwatch(&self, _: &EventFd, address: u64) {
             self.0.lock().unwrap().doorbells.remove(&address);
+        }
+        fn show_rom(&self, _: Seat, _: Option<(u64, Arc<MmapRegion>)>) -> Result<()> {
+            Ok(())
         }
         fn allocate(&self) -> Result<u32> {
             let mut state = self.0.lock().unwrap();

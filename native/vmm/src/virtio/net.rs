@@ -25,6 +25,8 @@ use super::chain::Chain;
 use super::queue::{self, Fault};
 use super::{Model, F_RING};
 
+/// The device type.
+pub const DEVICE_TYPE: u16 = 1;
 /// Bytes of a hardware address.
 pub const MAC: usize = 6;
 /// Bytes of the header before each frame (5.1.6), whose last two say how many buffers it fills.
@@ -68,7 +70,7 @@ pub fn model(mac: [u8; MAC], pairs: u16) -> Model {
         config.extend_from_slice(&value.to_le_bytes());
     }
     Model {
-        device_type: 1,
+        device_type: DEVICE_TYPE,
         class: 0x020000,
         features: F_RING
             | F_CSUM

@@ -25,6 +25,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use vm_memory::mmap::MmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -38,6 +39,7 @@ use crate::pci::config::{
     KIND_INTEGRATED, MULTIFUNCTION,
 };
 use crate::pci::msix::Msix;
+use crate::pci::option_rom::{self, OptionRom};
 use crate::pci::root::in_window;
 use crate::pci::{Function, Seat, Window, Wiring, BAR_STRIDE};
 
@@ -65,6 +67,14 @@ const CAP_PCI: u8 = 5;
 /// How long a reset waits for what is in flight.
 const DRAIN: Duration = Duration::from_secs(1);
 
+/// The vendor of all virtio devices.
+pub const VENDOR: u16 = 0x1af4;
+
+/// The PCI device number of a virtio device type.
+pub const fn device_id(device_type: u16) -> u16 {
+    0x1040 + device_type
+}
+
 /// A virtio device's PCI function.
 pub struct VirtioPci(Mutex<State>);
 
@@ -85,6 +95,8 @@ struct State {
     draining: Option<Receiver<()>>,
     /// The queues whose doorbells KVM watches, and the BAR's address it does so for.
     doorbells: Option<(u64, Vec<u16>)>,
+    /// Code for firmware.
+    rom: Option<OptionRom>,
     /// Where the PCI Express and the PCI configuration access capabilities lie.
     express: u16,
     access: u16,
@@ -101,6 +113,7 @@ impl VirtioPci {
         wiring: Arc<dyn Wiring>,
         memory: Arc<GuestMemoryMmap>,
         backend: Arc<dyn Backend>,
+        rom: Option<Arc<MmapRegion>>,
     ) -> Result<VirtioPci> {
         let (header, address, kind) = match seat {
             Seat::Bus0(place) if place.function == 0 => {
@@ -111,8 +124,8 @@ impl VirtioPci {
             Seat::Slot(_) => (0, 0, KIND_ENDPOINT),
         };
         let mut space = ConfigSpace::new(Identity {
-            vendor: 0x1af4,
-            device: 0x1040 + model.device_type,
+            vendor: VENDOR,
+            device: device_id(model.device_type),
             revision: 1,
             class: model.class,
             header,
@@ -143,6 +156,7 @@ impl VirtioPci {
         space.allow(access + 8, &[0xff; 12]);
         // Device capabilities: role-based error reporting, function level reset.
         let express = express_capability(&mut space, kind, 1 << 15 | 1 << 28, None)?;
+        let rom = rom.map(|memory| OptionRom::new(&mut space, seat, memory));
         space.seal();
         let interrupt = Arc::new(Interrupt::new(msix.vectors(), vectors, model.queues));
         let kicks = (0..model.queues)
@@ -162,6 +176,7 @@ impl VirtioPci {
             running: false,
             draining: None,
             doorbells: None,
+            rom,
             express,
             access,
         })))
@@ -213,7 +228,11 @@ impl Function for VirtioPci {
         if moved {
             state.place_doorbells();
         }
-        moved
+        let rom_moved = OptionRom::touched(register, data.len());
+        if let Some(rom) = state.rom.as_ref().filter(|_| rom_moved) {
+            rom.show(&state.space, state.wiring.as_ref());
+        }
+        moved || rom_moved
     }
 
     fn windows(&self) -> Vec<Window> {
@@ -222,19 +241,27 @@ impl Function for VirtioPci {
         if !state.space.memory_enabled() {
             return Vec::new();
         }
-        vec![Window {
+        let mut windows = vec![Window {
             bar: BAR.index,
             base,
             size: BAR.size,
-        }]
+        }];
+        windows.extend(state.rom.as_ref().and_then(|rom| rom.window(&state.space)));
+        windows
     }
 
-    fn read(&self, _bar: u8, offset: u64, data: &mut [u8]) {
-        self.lock().read(offset, data);
+    fn read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        let mut state = self.lock();
+        match &state.rom {
+            Some(rom) if bar == option_rom::BAR => rom.read(offset, data),
+            _ => state.read(offset, data),
+        }
     }
 
-    fn write(&self, _bar: u8, offset: u64, data: &[u8]) {
-        self.lock().write(offset, data);
+    fn write(&self, bar: u8, offset: u64, data: &[u8]) {
+        if bar == BAR.index {
+            self.lock().write(offset, data);
+        }
     }
 
     fn reset(&self) {
@@ -409,6 +436,9 @@ impl State {
     /// Function level reset, and power-on.
     fn reset(&mut self) {
         self.space.reset();
+        if let Some(rom) = &self.rom {
+            rom.show(&self.space, self.wiring.as_ref());
+        }
         self.reset_device();
         self.msix.reset();
     }

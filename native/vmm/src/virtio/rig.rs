@@ -67,6 +67,7 @@ impl Rig {
             wiring: wiring.clone(),
             memory: memory(),
             mmio: Arc::new(Bus::new()),
+            nic_rom: None,
             host: host_bridge(),
             vcpus: 2,
             trouble: Arc::new(move |reason| heard.lock().unwrap().push(reason)),

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Debian disk boots by itself to a login: by SeaBIOS and by OVMF, both the distribution's, and GRUB."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab import guest_disk
+from tests.testbed.core_machine import CoreMachine
+
+pytestmark = [pytest.mark.requires("kvm-hardware"), pytest.mark.long]
+
+SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
+OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+OVMF_VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> tuple[Path, Path]:
+    """An overlay of the cached disk, and that disk."""
+    base, top = guest_disk.image(), tmp_path / "disk.qcow2"
+    program = Path(sys.executable).with_name("vmbus-img")
+    subprocess.run([program, "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top], check=True)
+    return top, base
+
+
+def test_seabios_grub_and_debian(disk: tuple[Path, Path]) -> None:
+    with CoreMachine(firmware=SEABIOS, overlays=[disk]) as machine:
+        machine.ask("run")
+        machine.until("GRUB on pc")
+        printed = machine.until(guest_disk.LOGIN)
+        assert "booted by BIOS" in printed
+        machine.ask("power-button")
+
+
+def test_ovmf_grub_and_debian_and_ovmf_keeps_its_variables(disk: tuple[Path, Path], tmp_path: Path) -> None:
+    variables = tmp_path / "variables"
+    shutil.copyfile(OVMF_VARIABLES, variables)
+    with CoreMachine(firmware=OVMF_CODE, variables=variables, overlays=[disk]) as machine:
+        machine.ask("run")
+        machine.until("GRUB on efi")
+        printed = machine.until(guest_disk.LOGIN)
+        assert "booted by UEFI" in printed
+    changed = variables.read_bytes()
+    assert len(changed) == OVMF_VARIABLES.stat().st_size
+    assert changed != OVMF_VARIABLES.read_bytes()
+    # Boot0000 and the like, in UCS-2: what OVMF has written down about the disk.
+    assert "Boot00".encode("utf-16-le") in changed
