@@ -55,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--no-nested"):
         dropped.add("nested")
     kept = [item for item in items if not any(item.get_closest_marker(mark) for mark in dropped)]
+    if config.getoption("--no-nested"):
+        kept = [item for item in kept if "nested-host" not in _required(item)]
     if len(kept) != len(items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

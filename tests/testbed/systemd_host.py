@@ -6,7 +6,8 @@
 
 ``make install-files`` has been run into the overlay, and the units are started by systemd as they are: with
 their sandbox, their cgroups, their order, their users and directories made by sysusers and tmpfiles. In the
-place of the installed environment stands a link to the checkout's. What is written goes into a tmpfs.
+place of the installed environment stands a link to the checkout's; or everything is what ``make install`` put
+into a DESTDIR, and the checkout is out of sight. What is written goes into a tmpfs.
 
 systemd believes to be in a container, and does without udev, logind and the like. Needs root, cgroup v2 and
 overlayfs.
@@ -55,18 +56,23 @@ touch "$root/dev/console"
 mount --bind "$CONSOLE" "$root/dev/console"
 mount -t tmpfs -o mode=0755 tmpfs "$root/run"
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
-# The checkout, where the overlay hides it, and the way to it for users that could not go there.
 mkdir -p "$root$CHECKOUT"
-mount --bind "$CHECKOUT" "$root$CHECKOUT"
-place="$CHECKOUT"
-while [ "$place" != / ]; do
-    place=$(dirname "$place")
-    chmod o+x "$root$place"
-done
 mount -t tmpfs -o mode=0755 tmpfs "$root/etc/systemd/system"
-mkdir -p "$root/usr/lib/vmbus"
-ln -s "$VENV" "$root/usr/lib/vmbus/env"
-make -s -C "$CHECKOUT" -f install.mk install-files DESTDIR="$root"
+if [ "$INSTALLED" ]; then
+    cp -a "$INSTALLED/." "$root/"
+    mount -t tmpfs tmpfs "$root$CHECKOUT"
+else
+    # The checkout, where the overlay hides it, and the way to it for users that could not go there.
+    mount --bind "$CHECKOUT" "$root$CHECKOUT"
+    place="$CHECKOUT"
+    while [ "$place" != / ]; do
+        place=$(dirname "$place")
+        chmod o+x "$root$place"
+    done
+    mkdir -p "$root/usr/lib/vmbus"
+    ln -s "$VENV" "$root/usr/lib/vmbus/env"
+    make -s -C "$CHECKOUT" -f install.mk install-files DESTDIR="$root"
+fi
 cp "$GRANTS" "$root/etc/vmbus/broker.toml"
 for unit in $MASKED; do ln -s /dev/null "$root/etc/systemd/system/$unit"; done
 cat >"$root/etc/systemd/system/lab.target" <<EOF
@@ -120,7 +126,9 @@ class SystemdHostFailed(Exception):
 class SystemdHost:
     """See the module's note. A context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, installed: Path | None = None) -> None:
+        """``installed``: a DESTDIR of ``make install``; None: the checkout's programs."""
+        self._installed = installed
         self._place = Path(tempfile.mkdtemp(prefix="vmbus-systemd-"))
         self._process: subprocess.Popen[bytes] | None = None
         self._cgroup: Path | None = None
@@ -212,7 +220,8 @@ class SystemdHost:
             "CONSOLE": str(self._place / "log"),
             "GRANTS": str(self._place / "grants.toml"),
             "MASKED": " ".join(MASKED),
-            "VISIBLE": " ".join(UNITS) if hidden else "",
+            "VISIBLE": " ".join(UNITS) if hidden and not self._installed else "",
+            "INSTALLED": str(self._installed or ""),
         }
         # systemd alone may be in the cgroup that is its root: with another process there it could enable no
         # controller. 0 is who writes.

@@ -26,6 +26,7 @@ LOADED = {
     "locale_t",
     "proc_t",
     "textrel_shlib_t",
+    "tmpfs_t",  # its root, while there is something in it: directories and links
     "urandom_device_t",
     "usr_t",
     "vmbus_lib_t",
