@@ -34,8 +34,8 @@ def _ip(*words: str) -> str:
 
 
 @contextlib.contextmanager
-def uplink() -> Iterator[None]:
-    """There is a default route, and a server at OUTSIDE, meanwhile."""
+def uplink() -> Iterator[str]:
+    """There is a default route, and a server at OUTSIDE, meanwhile; the name of the namespace out there."""
     # Names of their own: what goes with a namespace goes a little later.
     number = next(_numbers)
     near, far, space = (f"vmb{letter}{os.getpid()}.{number}" for letter in "uvw")
@@ -52,7 +52,7 @@ def uplink() -> Iterator[None]:
         with subprocess.Popen(inside, stdout=subprocess.PIPE) as server:
             assert server.stdout and server.stdout.readline() == b"ready\n"
             try:
-                yield
+                yield space
             finally:
                 server.kill()
     finally:

@@ -30,7 +30,7 @@ class Survey(msgspec.Struct, frozen=True):
     """The host, and those parts of broker.toml that are about nobody in particular."""
 
     image: Image  # of a worker's root
-    label: str  # SELinux label of workers, with two places for categories; "" for none
+    label: str  # SELinux label of workers and helpers: places for which, and two categories; "" for none
     uid_first: int  # uids of workers
     uid_count: int
     uid_min: int  # least uid of an owner

@@ -205,7 +205,8 @@ class Workers:
             made.append(cgroup.WorkerCgroup(Path(group)))
         limits = cgroup.limits(0 if group else whole, wanted.vcpus, wanted.locked)
         index = uid - self._uids.range.start  # two categories make a label its own
-        label = self.rules.survey.label.format(index % 512, 512 + index // 512)
+        kind = "helper" if command else "worker"
+        label = self.rules.survey.label.format(kind, index % 512, 512 + index // 512)
         image = root.Image([], [], command) if command else self.rules.survey.image
         plan = spawn.Plan(uid, image, str(self._place), limits, group, label)
         words, words_write = os.pipe2(os.O_CLOEXEC)

@@ -22,7 +22,7 @@ from vmbus.broker.root import Image
 from vmbus.wire.errors import VmbusError
 
 _LOADER = "/lib64/ld-linux-x86-64.so.2"  # System V ABI, AMD64 supplement
-_LABEL = "system_u:system_r:vmbus_worker_t:s0:c{},c{}"
+_LABEL = "system_u:system_r:vmbus_{}_t:s0:c{},c{}"
 _PARTS = ("__init__.py", "wire", "worker", "_native")
 # A guest reaches nothing of the host's own: its loopback is no gateway's address, no port is forwarded.
 _PASST = "/usr/bin/passt --foreground --quiet --stderr --fd 3 --no-map-gw --tcp-ports none --udp-ports none"
@@ -82,10 +82,10 @@ def _library_directories(outside: list[str]) -> list[str]:
 
 
 def label() -> str:
-    """The SELinux label of workers, with two places for categories; "" if SELinux is off or lacks it."""
+    """The SELinux label of workers and helpers, with places; "" if SELinux is off or lacks it."""
     try:
         with open("/sys/fs/selinux/context", "w", encoding="ascii", buffering=1) as context:
-            context.write(_LABEL.format(0, 512))  # EINVAL: the loaded policy does not know it
+            context.write(_LABEL.format("helper", 0, 512))  # EINVAL: the loaded policy does not know it
     except OSError:
         return ""
     return _LABEL
