@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Format = Literal["qcow2", "raw"]
 FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
+DetectZeroes = Literal["off", "on", "unmap"]
+DETECT_ZEROES: Final[tuple[DetectZeroes, ...]] = ("off", "on", "unmap")
 MAX_LAYERS: Final = 200
 _DISCARD, _ZERO, _ZERO_UNMAP = 0, 1, 2
 
@@ -283,6 +285,7 @@ class Image:
         cache: int | None = None,
         direct: bool = False,
         sync: bool = True,
+        detect_zeroes: DetectZeroes = "off",
     ) -> None:
         """Open ``layers``, active one first; see ``open`` for the usual way."""
         self.layers = layers
@@ -308,6 +311,7 @@ class Image:
                 "sync": sync,
                 "snapshot": snapshot,
                 "cache": cache,
+                "detect_zeroes": detect_zeroes,
             }
             text = json.dumps(request).encode()
             out = ffi.new("struct VmbusImage **")
@@ -578,16 +582,26 @@ def open(
     direct: bool = False,
     sync: bool = True,
     secrets: Sequence[Secret | None] = (),
+    detect_zeroes: DetectZeroes = "off",
 ) -> Image:
     """Open an image with the chain that its headers name.
 
     ``snapshot`` shows the disk as it was then (read-only). ``guess`` looks at backing files whose format
     is not stated. ``secrets`` are the passphrases of encrypted layers, active one first. ``direct`` goes
     round the host's page cache. Without ``sync`` nothing is made durable: for an image that is of no use
-    unless it gets finished.
+    unless it gets finished. ``detect_zeroes`` says what becomes of writes whose bytes are all zeros: they are
+    written, or the range is zeroed by its mapping, with ``unmap`` giving its space back.
     """
     layers = chain(path, format, lock=locks, guess=guess, secrets=secrets)
-    return Image(layers, read_only=read_only, locks=locks, snapshot=snapshot, direct=direct, sync=sync)
+    return Image(
+        layers,
+        read_only=read_only,
+        locks=locks,
+        snapshot=snapshot,
+        direct=direct,
+        sync=sync,
+        detect_zeroes=detect_zeroes,
+    )
 
 
 def _create_raw(path: str, size: int, preallocation: str) -> None:

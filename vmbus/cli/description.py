@@ -27,7 +27,19 @@ from vmbus.wire.errors import VmbusError
 
 _SUFFIXES: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DISK_FLAG_KEYS: Final = frozenset(
-    {"path", "format", "backing-format", "id", "read-only", "cdrom", "serial", "queues", "source", "slot"}
+    {
+        "path",
+        "format",
+        "backing-format",
+        "id",
+        "read-only",
+        "cdrom",
+        "serial",
+        "queues",
+        "source",
+        "slot",
+        "detect-zeroes",
+    }
 )
 _NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id", "queues", "kind", "address", "network", "slot"})
 

@@ -99,6 +99,14 @@ def _arguments() -> argparse.ArgumentParser:
         for flag in flags:
             one.add_argument(flag, dest=f"cache_{flag[1:]}", choices=modes, help="none: round the page cache")
 
+    def zeroes(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "--detect-zeroes",
+            choices=image.DETECT_ZEROES,
+            default="off",
+            help="what writes of zeros become",
+        )
+
     output = {"choices": ["human", "json"], "default": "human", "help": "for people or for programs"}
 
     one = command("create", _create, "make an image")
@@ -222,6 +230,7 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument(
         "--cache", choices=["none", "writeback"], default="writeback", help="none: round the page cache"
     )
+    zeroes(one)
     one.add_argument("file")
 
     one = command("bitmap", _bitmap, "persistent bitmaps")
@@ -252,6 +261,7 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("--no-drain", action="store_true", help="flushes do not wait (never done)")
     one.add_argument("--random", action="store_true", help="places in no order (not in qemu-img)")
     cache(one, "-t")
+    zeroes(one)
     one.add_argument("file")
 
     one = command("commit", _commit, "write an overlay's content into its backing file")
@@ -641,6 +651,7 @@ def _bench(options: argparse.Namespace) -> int:
         read_only=not options.write,
         locks=not options.share,
         guess=True,
+        detect_zeroes=options.detect_zeroes,
         direct=mode in {"none", "directsync"},
     ) as one:
         kind = "write" if options.write else "read"
@@ -683,6 +694,7 @@ def _serve(options: argparse.Namespace) -> int:
                 locks=not options.share,
                 snapshot=options.snapshot,
                 guess=True,
+                detect_zeroes=options.detect_zeroes,
                 direct=options.cache == "none",
             )
         )

@@ -57,6 +57,8 @@ class Disk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, froze
     serial: Annotated[str, Meta(pattern=r"^[ -~]{0,20}$")] = ""
     queues: Annotated[int, Meta(ge=0, le=16)] = 0  # 0: one per vCPU
     slot: HotplugSlot = 0
+    # Writes of zeros are written, or done by the image's mapping, or that and their space given back.
+    detect_zeroes: Literal["off", "on", "unmap"] = "off"
 
 
 class Kernel(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):

@@ -185,6 +185,7 @@ def disk_configuration(disk: Disk, files: Files) -> dict[str, Any]:
         "serial": disk.serial,
         "queues": disk.queues,
         "slot": disk.slot or None,
+        "detect_zeroes": disk.detect_zeroes,
     }
 
 

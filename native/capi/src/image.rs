@@ -37,7 +37,8 @@ pub struct VmbusImage {
 }
 
 /// Open and activate a chain. JSON: `layers` (each with `fd`, `format`, and where it has them
-/// `backing_name`, `data_fd`, `data_name`, `secret_fd`), `read_only`, `locks`, `sync`, `discard`, `cache` (bytes), `snapshot`.
+/// `backing_name`, `data_fd`, `data_name`, `secret_fd`), `read_only`, `locks`, `sync`, `discard`, `cache` (bytes), `snapshot`,
+/// `detect_zeroes`.
 ///
 /// # Safety
 /// `json` points to `len` bytes, `out` to room for a handle.
@@ -646,6 +647,10 @@ fn open(request: &Value) -> Outcome<Arc<Image>> {
             .as_u64()
             .map_or(defaults.cache, |bytes| bytes as usize),
         snapshot: request["snapshot"].as_str().map(str::to_owned),
+        detect_zeroes: match request["detect_zeroes"].as_str() {
+            Some(name) => name.parse()?,
+            None => defaults.detect_zeroes,
+        },
     };
     let image = Image::open_chain(layers, options)?;
     image.activate()?;

@@ -144,10 +144,43 @@ pub(crate) unsafe fn gather(pieces: &[libc::iovec], data: &mut [u8]) {
     }
 }
 
+/// Whether all bytes are zero. Memory that changes meanwhile is looked at once, in a copy.
+///
+/// # Safety
+/// The pieces are readable memory.
+pub(crate) unsafe fn all_zero(pieces: &[libc::iovec]) -> bool {
+    let mut copy = [0u64; 64];
+    pieces.iter().all(|piece| {
+        (0..piece.iov_len).step_by(512).all(|at| {
+            let len = (piece.iov_len - at).min(512);
+            copy.fill(0);
+            // SAFETY: the caller's promise; `len` bytes from `at` lie in the piece, and fit.
+            unsafe {
+                let from = piece.iov_base.cast::<u8>().add(at);
+                std::ptr::copy(from, copy.as_mut_ptr().cast::<u8>(), len);
+            }
+            copy.iter().all(|word| *word == 0)
+        })
+    })
+}
+
 #[cfg(test)]
 #[allow(clippy::indexing_slicing)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_byte_that_is_not_zero_is_found_anywhere() {
+        for at in [0, 511, 512, 1000, 1300] {
+            let mut memory = Buffer::zeroed(1301);
+            let pieces = [memory.iovec(0, 600), memory.iovec(600, 701)];
+            // SAFETY: the buffer's own memory.
+            assert!(unsafe { all_zero(&pieces) });
+            memory.bytes_mut()[at] = 1;
+            // SAFETY: the same.
+            assert!(!unsafe { all_zero(&pieces) }, "{at}");
+        }
+    }
 
     #[test]
     fn a_subrange_spans_pieces() {

@@ -45,6 +45,34 @@ pub struct LayerFiles {
     pub secret: Option<Secret>,
 }
 
+/// What becomes of writes whose bytes are all zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DetectZeroes {
+    /// They are written.
+    #[default]
+    Off,
+    /// The range is zeroed by its mapping where that can be; its space stays.
+    On,
+    /// The same, and its space is given back.
+    Unmap,
+}
+
+impl std::str::FromStr for DetectZeroes {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<DetectZeroes> {
+        match name {
+            "off" => Ok(DetectZeroes::Off),
+            "on" => Ok(DetectZeroes::On),
+            "unmap" => Ok(DetectZeroes::Unmap),
+            _ => Err(Error::new(
+                Kind::InvalidArgument,
+                "detect-zeroes is off, on or unmap",
+            )),
+        }
+    }
+}
+
 /// How to open a chain.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
@@ -59,6 +87,8 @@ pub struct OpenOptions {
     /// Flushes reach the disk (default). Without, they keep their order in memory only: for an image that
     /// is made anew and of no use unless it gets finished.
     pub sync: bool,
+    /// What becomes of writes whose bytes are all zeros (default: they are written).
+    pub detect_zeroes: DetectZeroes,
     /// Show the disk as it was in this internal snapshot (id or name); only with `read_only`.
     pub snapshot: Option<String>,
 }
@@ -71,6 +101,7 @@ impl Default for OpenOptions {
             locks: true,
             discard: true,
             sync: true,
+            detect_zeroes: DetectZeroes::Off,
             snapshot: None,
         }
     }
@@ -187,6 +218,11 @@ impl Image {
     /// Whether the active layer may not be written.
     pub fn read_only(&self) -> bool {
         self.options.read_only
+    }
+
+    /// What becomes of writes of zeros.
+    pub(crate) fn detect_zeroes(&self) -> DetectZeroes {
+        self.options.detect_zeroes
     }
 
     /// Whether the image is active.

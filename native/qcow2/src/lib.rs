@@ -74,7 +74,7 @@ pub use crypt::{fuzz_luks_header, Secret};
 pub use disk::Disk;
 pub use engine::{Engine, Slot};
 pub use error::{Error, Kind, Result};
-pub use image::{Image, LayerFiles, OpenOptions, MAX_LAYERS};
+pub use image::{DetectZeroes, Image, LayerFiles, OpenOptions, MAX_LAYERS};
 pub use info::{info, looks_like_qcow2, set_backing, ImageInfo, Qcow2Info};
 pub use map::{range_at, Range};
 pub use nbd::{serve, serve_client, ServeOptions};

@@ -160,6 +160,9 @@ pub struct Disk {
     /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0, where it stays.
     #[serde(default)]
     pub slot: Option<u8>,
+    /// What becomes of writes of zeros: `off` (also when empty), `on` or `unmap`.
+    #[serde(default)]
+    pub detect_zeroes: String,
 }
 
 /// One image of a chain.

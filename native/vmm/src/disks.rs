@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vmbus_qcow2::{Format, Image, LayerFiles, OpenOptions};
+use vmbus_qcow2::{DetectZeroes, Format, Image, LayerFiles, OpenOptions};
 
 use crate::block::image_error;
 use crate::config::Disk;
@@ -90,6 +90,10 @@ fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
         .collect::<Result<Vec<_>>>()?;
     let options = OpenOptions {
         read_only: disk.read_only,
+        detect_zeroes: match disk.detect_zeroes.as_str() {
+            "" => DetectZeroes::Off,
+            name => name.parse().map_err(about)?,
+        },
         ..Default::default()
     };
     let image = Image::open_chain(layers, options).map_err(about)?;

@@ -44,7 +44,7 @@ use std::sync::Arc;
 use crate::buffer::{self, Buffer};
 use crate::crypt::cipher::SECTOR;
 use crate::error::{Error, Kind, Result};
-use crate::image::Image;
+use crate::image::{DetectZeroes, Image};
 use crate::mailbox::Mailbox;
 use crate::request::{Completion, Op, Request};
 use crate::ring::{event_fd, Ring};
@@ -174,10 +174,13 @@ impl Engine {
         } else if let Some(attached) = self.slots.get_mut(slot.0) {
             attached.tasks += 1;
             let epoch = attached.image.enter();
+            // SAFETY: the caller's promise about the buffers.
+            let op = unsafe { as_zeroes(&attached.image, &request) };
             let task = Task {
                 id: request.id,
                 slot: slot.0,
-                op: request.op,
+                op,
+                durable: matches!(request.op, Op::Flush | Op::Write { fua: true }),
                 offset: request.offset,
                 len: request.len,
                 pieces: request.buffers,
@@ -341,6 +344,24 @@ impl Drop for Engine {
             }
         }
     }
+}
+
+/// What is done for a request: a write of zeros may be a zeroing (`OpenOptions::detect_zeroes`).
+///
+/// # Safety
+/// The buffers are valid.
+unsafe fn as_zeroes(image: &Image, request: &Request) -> Op {
+    let unmap = match image.detect_zeroes() {
+        DetectZeroes::Off => return request.op,
+        DetectZeroes::On => false,
+        DetectZeroes::Unmap => true,
+    };
+    let write = matches!(request.op, Op::Write { .. }) && request.len > 0;
+    // SAFETY: the caller's promise.
+    if write && unsafe { buffer::all_zero(&request.buffers) } {
+        return Op::WriteZeroes { unmap };
+    }
+    request.op
 }
 
 fn no_slot() -> Error {

@@ -27,6 +27,8 @@ pub(crate) struct Task {
     pub(crate) committing: bool,
     /// The commit it asked for has ended.
     pub(crate) committed: bool,
+    /// It ends with a commit.
+    pub(crate) durable: bool,
     /// What `Image::enter` gave.
     pub(crate) epoch: u64,
     pub(crate) error: Option<Error>,
@@ -40,7 +42,7 @@ impl Task {
 
     /// Whether the request ends with a commit.
     pub(crate) fn wants_commit(&self) -> bool {
-        matches!(self.op, Op::Flush | Op::Write { fua: true })
+        self.durable
     }
 }
 
