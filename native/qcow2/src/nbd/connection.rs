@@ -2,8 +2,8 @@
 //! One client's requests: read from its socket, put to an engine, answered as they end.
 //!
 //! One thread a connection, waiting in poll(2) for the socket and the engine. Requests end in any
-//! order. What a client can make the server hold is bounded: `MAX_PENDING` requests and `MAX_HELD`
-//! bytes; beyond them its socket is not read. A client that breaks the protocol loses its
+//! order. What a client can make the server hold is bounded: `MAX_PENDING` requests, `MAX_HELD` bytes
+//! (those that it has not read yet among them) and `MAX_ANSWERS`; beyond them its socket is not read. A client that breaks the protocol loses its
 //! connection; what it had begun still ends.
 //!
 //! Block status is looked up on this thread, by plain system calls. It would wait for ever for a block
@@ -16,6 +16,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use smallvec::smallvec;
 
@@ -31,11 +32,31 @@ use crate::request::{Completion, Op, Request};
 use crate::ring::Ring;
 
 const MAX_PENDING: usize = 256;
-const MAX_HELD: usize = 128 << 20;
+const MAX_HELD: usize = 64 << 20;
+/// Answers that wait for the client to read them.
+const MAX_ANSWERS: usize = 1024;
+/// How long a client is waited for once the server is to stop.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// The most ranges in one answer about block status.
 const MAX_RANGES: usize = 2048;
 /// How often the wish to stop is looked at, in milliseconds.
 const TICK: i32 = 200;
+
+/// What waits to be sent.
+enum Answer {
+    Words(Vec<u8>),
+    /// What was read.
+    Data(Buffer),
+}
+
+impl Answer {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Answer::Words(bytes) => bytes,
+            Answer::Data(memory) => memory.bytes(),
+        }
+    }
+}
 
 /// What is known about a request under way.
 struct Pending {
@@ -65,7 +86,7 @@ pub(crate) struct Connection {
     arriving: Option<Arriving>,
     /// Block status that waits for all before it.
     asked: Option<RequestHeader>,
-    out: VecDeque<Vec<u8>>,
+    out: VecDeque<Answer>,
     out_sent: usize,
     held: usize,
     leaving: bool,
@@ -110,9 +131,13 @@ impl Connection {
     /// Serve until the client leaves or `stop` is set.
     pub(crate) fn serve(&mut self, socket: &mut UnixStream, stop: &AtomicBool) -> io::Result<()> {
         socket.set_nonblocking(true)?;
+        let mut stopping: Option<Instant> = None;
         loop {
             if stop.load(Ordering::Relaxed) {
                 self.leaving = true;
+                if stopping.get_or_insert_with(Instant::now).elapsed() > FAREWELL {
+                    return Ok(());
+                }
             }
             let idle = self.pending.is_empty() && self.asked.is_none() && self.out.is_empty();
             if self.leaving && idle {
@@ -158,7 +183,10 @@ impl Connection {
     }
 
     fn full(&self) -> bool {
-        self.pending.len() >= MAX_PENDING || self.held > MAX_HELD || self.asked.is_some()
+        self.pending.len() >= MAX_PENDING
+            || self.held > MAX_HELD
+            || self.out.len() >= MAX_ANSWERS
+            || self.asked.is_some()
     }
 
     fn answer_asked(&mut self) {
@@ -299,7 +327,11 @@ impl Connection {
         let Some(Pending { header, memory }) = self.pending.remove(&completion.id) else {
             return;
         };
-        self.held -= memory.as_ref().map_or(0, Buffer::len);
+        let read = completion.result.is_ok() && header.command == Command::Read;
+        if !read {
+            // What was read is held until the client has taken it.
+            self.held -= memory.as_ref().map_or(0, Buffer::len);
+        }
         if let Err(error) = completion.result {
             return self.fail(&header, number(&error));
         }
@@ -312,31 +344,35 @@ impl Connection {
         match (header.command, memory) {
             (Command::Read, Some(memory)) => {
                 if self.agreed.structured {
-                    self.out.push_back(wire::last_chunk(
+                    self.say(wire::last_chunk(
                         chunk::OFFSET_DATA,
                         header.cookie,
                         header.len + 8,
                     ));
-                    self.out.push_back(header.offset.to_be_bytes().to_vec());
+                    self.say(header.offset.to_be_bytes().to_vec());
                 } else {
-                    self.out.push_back(wire::simple(0, header.cookie));
+                    self.say(wire::simple(0, header.cookie));
                 }
-                self.out.push_back(memory.bytes().to_vec());
+                self.out.push_back(Answer::Data(memory));
             }
-            _ => self.out.push_back(wire::simple(0, header.cookie)),
+            _ => self.say(wire::simple(0, header.cookie)),
         }
+    }
+
+    fn say(&mut self, bytes: Vec<u8>) {
+        self.out.push_back(Answer::Words(bytes));
     }
 
     fn fail(&mut self, header: &RequestHeader, error: u32) {
         let structured = matches!(header.command, Command::Read | Command::BlockStatus)
             && self.agreed.structured;
         if !structured {
-            return self.out.push_back(wire::simple(error, header.cookie));
+            return self.say(wire::simple(error, header.cookie));
         }
         let mut out = wire::last_chunk(chunk::ERROR, header.cookie, 6);
         out.extend(error.to_be_bytes());
         out.extend(0u16.to_be_bytes());
-        self.out.push_back(out);
+        self.say(out);
     }
 
     /// Which ranges are holes and which are zeros.
@@ -369,7 +405,7 @@ impl Connection {
                 out.extend(state.to_be_bytes());
             }
         }
-        self.out.push_back(out);
+        self.say(out);
     }
 
     /// The ranges of a request in one context: length and state of each.
@@ -413,11 +449,13 @@ impl Connection {
 
     fn send(&mut self, socket: &mut UnixStream) -> io::Result<()> {
         while let Some(first) = self.out.front() {
-            match socket.write(first.get(self.out_sent..).unwrap_or(&[])) {
+            match socket.write(first.bytes().get(self.out_sent..).unwrap_or(&[])) {
                 Ok(count) => {
                     self.out_sent += count;
-                    if self.out_sent >= first.len() {
-                        self.out.pop_front();
+                    if self.out_sent >= first.bytes().len() {
+                        if let Some(Answer::Data(memory)) = self.out.pop_front() {
+                            self.held -= memory.len();
+                        }
                         self.out_sent = 0;
                     }
                 }

@@ -195,6 +195,46 @@ mod tests {
         image.inactivate().unwrap();
     }
 
+    /// Bytes of this process in memory.
+    fn resident() -> usize {
+        let status = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: usize = status.split(' ').nth(1).unwrap().parse().unwrap();
+        pages * 4096
+    }
+
+    #[test]
+    fn a_client_that_never_reads_makes_the_server_hold_little_and_does_not_keep_it_from_stopping() {
+        let image = image("never-reads");
+        let (server, mut client) = UnixStream::pair().unwrap();
+        client.write_all(&3u32.to_be_bytes()).unwrap();
+        client.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let before = resident();
+        let thread = {
+            let (image, stop) = (image.clone(), stop.clone());
+            let options = ServeOptions {
+                export: String::new(),
+                persistent: false,
+                connections: 1,
+                bitmaps: Vec::new(),
+            };
+            std::thread::spawn(move || serve_client(&image, server, &options, &stop))
+        };
+        // A gigabyte of answers, until the server takes no more.
+        client
+            .set_write_timeout(Some(Duration::from_millis(500)))
+            .unwrap();
+        let asked = request(0, 0, &[], SIZE as u32);
+        let taken = (0..1000).take_while(|_| client.write_all(&asked).is_ok());
+        let taken = taken.count();
+        std::thread::sleep(Duration::from_millis(300));
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 200 << 20, "{grown} bytes for {taken} requests");
+        stop.store(true, Ordering::Relaxed);
+        thread.join().unwrap().unwrap();
+        image.inactivate().unwrap();
+    }
+
     #[test]
     fn block_status_behind_a_write_that_reads_the_same_table_is_answered() {
         let image = image("status");
