@@ -91,6 +91,8 @@ impl BlockFile {
 
     /// Fill `data` from `offset`; what lies past the end of the file reads as zeros.
     pub(crate) fn read_at(&self, data: &mut [u8], offset: u64) -> Result<()> {
+        #[cfg(test)]
+        crate::interrupted::strike("read")?;
         if self.alignment > 1 {
             return self.read_aligned(data, offset);
         }
@@ -132,6 +134,8 @@ impl BlockFile {
 
     /// Write all of `data` at `offset`; with O_DIRECT unaligned edges are read first.
     pub(crate) fn write_at(&self, data: &[u8], offset: u64) -> Result<()> {
+        #[cfg(test)]
+        crate::interrupted::strike("write")?;
         let failed = |e: io::Error| Error::io(format_args!("write at {offset:#x}"), &e);
         #[cfg(test)]
         crate::powercut::note_write(self.fd(), offset, data);
@@ -172,6 +176,8 @@ impl BlockFile {
     /// fdatasync.
     pub(crate) fn sync(&self) -> Result<()> {
         #[cfg(test)]
+        crate::interrupted::strike("sync")?;
+        #[cfg(test)]
         crate::powercut::note_sync(self.fd());
         self.file
             .sync_data()
@@ -180,6 +186,8 @@ impl BlockFile {
 
     /// Set a regular file's length.
     pub(crate) fn set_len(&self, len: u64) -> Result<()> {
+        #[cfg(test)]
+        crate::interrupted::strike("length")?;
         #[cfg(test)]
         crate::powercut::note_len(self.fd(), len);
         self.file

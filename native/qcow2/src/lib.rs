@@ -51,6 +51,8 @@ mod faults;
 mod file;
 mod image;
 mod info;
+#[cfg(test)]
+mod interrupted;
 mod locks;
 mod mailbox;
 mod map;

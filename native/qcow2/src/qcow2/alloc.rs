@@ -167,6 +167,12 @@ impl Writer {
         self.end << self.geometry.cluster_bits
     }
 
+    /// Count in other blocks from now on.
+    pub(crate) fn replace_refcount_table(&mut self, offset: HostOffset, table: Vec<u64>) {
+        self.reftable_offset = offset;
+        self.reftable = table;
+    }
+
     /// Cover clusters up to `end` with file, growing in steps.
     fn lengthen(&mut self, files: &[BlockFile], end: u64) -> Result<()> {
         let wanted = end

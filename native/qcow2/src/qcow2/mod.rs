@@ -14,6 +14,7 @@
 //! | `resize`   | growing and shrinking                                |
 //! | `bitmaps`  | persistent bitmaps                                   |
 //! | `snapshot` | internal snapshots                                   |
+//! | `switch`   | changing counts, flags and tables all at once, for snapshots |
 //! | `check`    | counting every pointer (`walk` finds them, `counts` keeps them); `repair` sets right |
 //! | `write`    | planning writes; `packed`: compressed ones           |
 //! | `zero`     | planning discards and zeroes                         |
@@ -33,6 +34,7 @@ pub(crate) mod refcount;
 pub(crate) mod repair;
 pub(crate) mod resize;
 pub mod snapshot;
+pub(crate) mod switch;
 pub(crate) mod walk;
 pub(crate) mod write;
 pub(crate) mod zero;

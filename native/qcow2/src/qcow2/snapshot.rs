@@ -1,34 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Internal snapshots: a second L1 table over the same L2 tables and clusters.
 //!
-//! Each of the operations is a list of steps, and each step is durable before the next begins. What
-//! a power cut between them leaves is told on the right; nothing of it needs repair.
+//! Each of the operations changes counts, flags and tables of the whole image at once (switch.rs): after a
+//! cut at any moment either nothing has happened or all of it has, and what is not used any more, or not
+//! yet, leaks.
 //!
-//! | create                                                | after a cut behind it              |
-//! |-------------------------------------------------------|------------------------------------|
-//! | copy of the L1 table, counts up, COPIED flags cleared | counts too high: leaks             |
-//! | new snapshot table                                    | the same                           |
-//! | header names it                                       | done; the old table leaks          |
-//!
-//! | delete                          |                                     |
-//! |---------------------------------|-------------------------------------|
-//! | new snapshot table              | a leaked table                      |
-//! | header names it                 | the snapshot is gone, its clusters leak |
-//! | counts down                     | COPIED flags are missing            |
-//! | COPIED flags set                | done                                |
-//!
-//! | apply                                    |                                     |
-//! |------------------------------------------|-------------------------------------|
-//! | copy of the snapshot's L1, counts up     | leaks                               |
-//! | header names it, and the disk's size     | applied; the old state leaks        |
-//! | counts down, COPIED flags set            | done                                |
-//!
-//! A missing COPIED flag costs a needless copy at the next write; check -r sets it.
+//! | operation | counts                                              | tables written anew                   |
+//! |-----------|-----------------------------------------------------|---------------------------------------|
+//! | create    | up below the L1 table                               | both L1 tables; L2 tables with COPIED flags, without them |
+//! | delete    | down below the snapshot's L1 table                  | the L1 table; L2 tables of which clusters have become the disk's alone |
+//! | apply     | up below the snapshot's L1 table, down below the old| the L1 table                          |
 
 use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::blocking::{commit, run, settle};
+use crate::blocking::{run, settle};
 use crate::bytes::{be16, be32, be64, put32, put64};
 use crate::cache::{Block, Class};
 use crate::error::{Error, Kind, Result};
@@ -36,10 +22,11 @@ use crate::file::BlockFile;
 use crate::image::Image;
 use crate::mailbox::Waiter;
 use crate::plan::{Planned, Stop};
-use crate::qcow2::entry::{L2Entry, Mapping, COPIED};
+use crate::qcow2::entry::{L2Entry, Mapping, COPIED, OFFSET};
 use crate::qcow2::header::{field, l1_entries, Header};
-use crate::qcow2::mapping::{block_of, decode_l1};
+use crate::qcow2::mapping::decode_l1;
 use crate::qcow2::overlap::Holds;
+use crate::qcow2::switch::Switch;
 use crate::qcow2::{refcount, Geometry};
 use crate::state::{Layer, State};
 use crate::types::{HostCluster, HostOffset};
@@ -196,11 +183,6 @@ pub fn create(image: &Image, name: &str) -> Result<Snapshot> {
             "too many snapshots, or too long a name",
         ));
     }
-    let l1 = read_l1(image, &geometry, header.l1_offset, header.l1_entries)?;
-    let copy: Vec<u64> = l1.iter().map(|entry| entry & !COPIED).collect();
-    let area = new_table(image, &geometry, &copy)?;
-    count_or_free(image, &geometry, &l1, area)?;
-    clear_copied(image, &geometry, header.l1_offset, &l1)?;
     let id = snapshots
         .iter()
         .filter_map(|snapshot| snapshot.id.parse::<u64>().ok())
@@ -210,19 +192,39 @@ pub fn create(image: &Image, name: &str) -> Result<Snapshot> {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let snapshot = Snapshot {
+    let mut snapshot = Snapshot {
         id: id.to_string(),
         name: name.to_owned(),
         date: (now.as_secs() as u32, now.subsec_nanos()),
         disk_size: Some(header.size),
-        l1_offset: area.0,
         l1_entries: header.l1_entries,
         ..Snapshot::default()
     };
     snapshots.push(snapshot.clone());
-    switch_table(image, &geometry, &header, &snapshots, old_len)?;
-    settle(image)?;
-    image.lock().reread_metadata(image.files())?;
+    let l1 = read_l1(image, &geometry, header.l1_offset, header.l1_entries)?;
+    let l1_len = l1.len() as u64 * 8;
+    let own = l1.iter().filter(|entry| **entry & COPIED != 0).count() as u64;
+    let table_len = serialize(&snapshots)?.len() as u64 * 8;
+    let mut switch = Switch::begin(image, &geometry, own, &[l1_len, l1_len, table_len])?;
+    let done = without_flags(image, &geometry, &mut switch, l1).and_then(|l1| {
+        count_tree(image, &geometry, &l1, true)?;
+        let disk = switch.put(0, &l1)?;
+        snapshot.l1_offset = switch.put(1, &l1)?.0;
+        if let Some(last) = snapshots.last_mut() {
+            last.l1_offset = snapshot.l1_offset;
+        }
+        Ok((disk, switch.put(2, &serialize(&snapshots)?)?))
+    });
+    let (disk, table) = match done {
+        Ok(places) => places,
+        Err(error) => return Err(switch.abandon(error)),
+    };
+    switch.retire(HostOffset(header.l1_offset), l1_len);
+    switch.retire(HostOffset(header.snapshots_offset), old_len);
+    switch.finish(|header, sector| {
+        name_l1(header, sector, disk, snapshot.l1_entries);
+        name_snapshots(header, sector, table, snapshots.len());
+    })?;
     Ok(snapshot)
 }
 
@@ -231,18 +233,33 @@ pub fn delete(image: &Image, wanted: &str) -> Result<()> {
     let (header, geometry) = begin(image)?;
     let (mut snapshots, old_len) = read_table(file_of(image, &geometry)?, &header)?;
     let gone = snapshots.remove(find(&snapshots, wanted)?);
-    let l1 = read_l1(image, &geometry, gone.l1_offset, gone.l1_entries)?;
-    switch_table(image, &geometry, &header, &snapshots, old_len)?;
-    count_tree(image, &geometry, &l1, false)?;
-    image.lock().reread_metadata(image.files())?;
-    free_area(
-        image,
-        &geometry,
-        gone.l1_offset,
-        u64::from(gone.l1_entries) * 8,
-    )?;
-    set_copied(image, &geometry)?;
-    settle(image)
+    let gone_l1 = read_l1(image, &geometry, gone.l1_offset, gone.l1_entries)?;
+    let l1 = read_l1(image, &geometry, header.l1_offset, header.l1_entries)?;
+    let l1_len = l1.len() as u64 * 8;
+    let tables = l1.iter().filter(|entry| **entry & OFFSET != 0).count() as u64;
+    let words = serialize(&snapshots)?;
+    let mut switch = Switch::begin(image, &geometry, tables, &[l1_len, words.len() as u64 * 8])?;
+    let done = count_tree(image, &geometry, &gone_l1, false)
+        .and_then(|()| with_flags(image, &geometry, &mut switch, l1))
+        .and_then(|l1| Ok((switch.put(0, &l1)?, switch.put(1, &words)?)));
+    let (disk, table) = match done {
+        Ok(places) => places,
+        Err(error) => return Err(switch.abandon(error)),
+    };
+    switch.retire(HostOffset(header.l1_offset), l1_len);
+    switch.retire(HostOffset(header.snapshots_offset), old_len);
+    switch.retire(HostOffset(gone.l1_offset), gone_l1.len() as u64 * 8);
+    let table = if snapshots.is_empty() {
+        // Its area has become one that nothing points to.
+        switch.retire(table, geometry.cluster());
+        HostOffset(0)
+    } else {
+        table
+    };
+    switch.finish(|header, sector| {
+        name_l1(header, sector, disk, header.l1_entries);
+        name_snapshots(header, sector, table, snapshots.len());
+    })
 }
 
 /// Go back to a snapshot, by id or name: the disk's content and size become what they were.
@@ -269,30 +286,36 @@ pub fn apply(image: &Image, wanted: &str) -> Result<()> {
     let old = read_l1(image, &geometry, header.l1_offset, header.l1_entries)?;
     new.iter_mut().for_each(|entry| *entry &= !COPIED);
     new.resize(new.len().max(needed as usize), 0);
-    let area = new_table(image, &geometry, &new)?;
-    count_or_free(image, &geometry, &new, area)?;
-    commit(image)?;
-    {
-        let mut state = image.lock();
-        state.set_l1(area, new.len() as u32)?;
-        if let Some(Layer::Qcow2(qcow2)) = state.layers.first_mut() {
-            qcow2.header.size = size;
-        }
-        put64(state.writer()?.header.bytes_mut(), field::SIZE, size);
-        state.cache_header()?;
-    }
-    commit(image)?;
+    let mut switch = Switch::begin(image, &geometry, 0, &[new.len() as u64 * 8])?;
+    let done = count_tree(image, &geometry, &new, true)
+        .and_then(|()| count_tree(image, &geometry, &old, false))
+        .and_then(|()| switch.put(0, &new));
+    let disk = match done {
+        Ok(place) => place,
+        Err(error) => return Err(switch.abandon(error)),
+    };
+    switch.retire(HostOffset(header.l1_offset), old.len() as u64 * 8);
+    switch.finish(|header, sector| {
+        name_l1(header, sector, disk, new.len() as u32);
+        header.size = size;
+        put64(sector, field::SIZE, size);
+    })?;
     image.set_size(size);
-    count_tree(image, &geometry, &old, false)?;
-    image.lock().reread_metadata(image.files())?;
-    free_area(
-        image,
-        &geometry,
-        header.l1_offset,
-        u64::from(header.l1_entries) * 8,
-    )?;
-    set_copied(image, &geometry)?;
-    settle(image)
+    Ok(())
+}
+
+fn name_l1(header: &mut Header, sector: &mut [u8], offset: HostOffset, entries: u32) {
+    header.l1_offset = offset.0;
+    header.l1_entries = entries;
+    put64(sector, field::L1_OFFSET, offset.0);
+    put32(sector, field::L1_SIZE, entries);
+}
+
+fn name_snapshots(header: &mut Header, sector: &mut [u8], offset: HostOffset, number: usize) {
+    header.snapshots = number as u32;
+    header.snapshots_offset = offset.0;
+    put32(sector, field::SNAPSHOTS, header.snapshots);
+    put64(sector, field::SNAPSHOTS_OFFSET, offset.0);
 }
 
 fn begin(image: &Image) -> Result<(Header, Geometry)> {
@@ -331,8 +354,16 @@ pub(crate) fn read_l1(
     offset: u64,
     entries: u32,
 ) -> Result<Vec<u64>> {
+    let file = file_of(image, geometry)?;
+    if offset.saturating_add(u64::from(entries) * 8)
+        > file.len()?.next_multiple_of(geometry.cluster())
+    {
+        return Err(Error::invalid(
+            "an L1 table lies beyond the end of the file",
+        ));
+    }
     let mut bytes = vec![0u8; entries as usize * 8];
-    file_of(image, geometry)?.read_at(&mut bytes, offset)?;
+    file.read_at(&mut bytes, offset)?;
     let l1: Vec<u64> = bytes
         .chunks_exact(8)
         .map(|entry| be64(entry, 0).unwrap_or(0))
@@ -357,14 +388,8 @@ pub(crate) fn new_table(image: &Image, geometry: &Geometry, content: &[u64]) -> 
     })
 }
 
-/// Write a new snapshot table and let the header name it.
-fn switch_table(
-    image: &Image,
-    geometry: &Geometry,
-    header: &Header,
-    snapshots: &[Snapshot],
-    old_len: u64,
-) -> Result<()> {
+/// A snapshot table in words.
+fn serialize(snapshots: &[Snapshot]) -> Result<Vec<u64>> {
     let mut bytes: Vec<u8> = snapshots.iter().flat_map(Snapshot::serialize).collect();
     if bytes.len() as u64 > MAX_TABLE {
         return Err(Error::new(
@@ -373,32 +398,8 @@ fn switch_table(
         ));
     }
     bytes.resize(bytes.len().next_multiple_of(8), 0);
-    let offset = if snapshots.is_empty() {
-        HostOffset(0)
-    } else {
-        let words: Vec<u64> = bytes
-            .chunks_exact(8)
-            .map(|word| be64(word, 0).unwrap_or(0))
-            .collect();
-        new_table(image, geometry, &words)?
-    };
-    commit(image)?;
-    {
-        let mut state = image.lock();
-        if let Some(Layer::Qcow2(qcow2)) = state.layers.first_mut() {
-            qcow2.header.snapshots = snapshots.len() as u32;
-            qcow2.header.snapshots_offset = offset.0;
-        }
-        let first = state.writer()?.header.bytes_mut();
-        put32(first, field::SNAPSHOTS, snapshots.len() as u32);
-        put64(first, field::SNAPSHOTS_OFFSET, offset.0);
-        state.cache_header()?;
-    }
-    commit(image)?;
-    if old_len > 0 {
-        free_area(image, geometry, header.snapshots_offset, old_len)?;
-    }
-    Ok(())
+    let words = bytes.chunks_exact(8);
+    Ok(words.map(|word| be64(word, 0).unwrap_or(0)).collect())
 }
 
 /// Clusters that nothing on disk points to any more.
@@ -414,36 +415,8 @@ pub(crate) fn free_area(image: &Image, geometry: &Geometry, offset: u64, len: u6
     Ok(())
 }
 
-/// Count everything below an L1 table up or down by one. (Both are allowed at once: up before
-/// anything on disk points there, down after nothing does.) Counting up is undone when it fails.
+/// Count everything below an L1 table up or down by one, in the copies of the counts.
 fn count_tree(image: &Image, geometry: &Geometry, l1: &[u64], up: bool) -> Result<()> {
-    let mut counted = 0;
-    let result = count_some(image, geometry, l1, up, u64::MAX, &mut counted);
-    if result.is_err() && up {
-        count_some(image, geometry, l1, false, counted, &mut 0)?;
-    }
-    result
-}
-
-/// Count up for a new L1 table at `area`; if that fails the table goes, too.
-fn count_or_free(image: &Image, geometry: &Geometry, l1: &[u64], area: HostOffset) -> Result<()> {
-    let result = count_tree(image, geometry, l1, true);
-    if result.is_err() {
-        free_area(image, geometry, area.0, (l1.len() as u64 * 8).max(1))?;
-        settle(image)?;
-    }
-    result
-}
-
-/// Count the first `limit` clusters below an L1 table; `counted` tells how many were, also after an error.
-fn count_some(
-    image: &Image,
-    geometry: &Geometry,
-    l1: &[u64],
-    up: bool,
-    limit: u64,
-    counted: &mut u64,
-) -> Result<()> {
     let mut bytes = vec![0u8; geometry.cluster() as usize];
     for entry in l1 {
         let Some(table) = decode_l1(geometry, *entry)? else {
@@ -469,74 +442,103 @@ fn count_some(
             }
         }
         for mut range in runs {
-            range.end = range.end.min(range.start.saturating_add(limit - *counted));
-            let start = range.start;
             // The range shrinks as it is counted, so that going on after a stop counts nothing twice.
-            let result = run(image, |state, waiter| {
+            run(image, |state, waiter| {
                 state.count_run(geometry, &mut range, up, waiter)
-            });
-            *counted += range.start - start;
-            result?;
+            })?;
         }
     }
     Ok(())
 }
 
-/// No cluster below the active L1 table is ours alone any more.
-fn clear_copied(image: &Image, geometry: &Geometry, l1_offset: u64, l1: &[u64]) -> Result<()> {
-    for (index, entry) in l1.iter().enumerate() {
+/// The L1 table as it is when no cluster below it is the disk's alone any more: the L2 tables that had flags
+/// are written elsewhere.
+fn without_flags(
+    image: &Image,
+    geometry: &Geometry,
+    switch: &mut Switch,
+    mut l1: Vec<u64>,
+) -> Result<Vec<u64>> {
+    let file = file_of(image, geometry)?;
+    let size = geometry.l2_entry_size() as usize;
+    let mut bytes = vec![0u8; geometry.cluster() as usize];
+    for entry in &mut l1 {
+        let Some(table) = decode_l1(geometry, *entry)?.filter(|table| table.copied) else {
+            continue;
+        };
+        image.lock().guard(geometry, table.offset, Holds::L2)?;
+        file.read_at(&mut bytes, table.offset.0)?;
+        for at in (0..bytes.len()).step_by(size) {
+            let word = be64(&bytes, at).unwrap_or(0);
+            put64(&mut bytes, at, word & !COPIED);
+        }
+        *entry = move_l2(image, geometry, switch, table.offset, &bytes)?.0;
+    }
+    Ok(l1)
+}
+
+/// The L1 table with flags as the copied counts say; L2 tables whose flags change are written elsewhere.
+fn with_flags(
+    image: &Image,
+    geometry: &Geometry,
+    switch: &mut Switch,
+    mut l1: Vec<u64>,
+) -> Result<Vec<u64>> {
+    let file = file_of(image, geometry)?;
+    let size = geometry.l2_entry_size() as usize;
+    let mut before = vec![0u8; geometry.cluster() as usize];
+    let mut counts = Counts::default();
+    for entry in &mut l1 {
         let Some(table) = decode_l1(geometry, *entry)? else {
             continue;
         };
-        each_block(image, geometry, table.offset, |_, entries, _| {
-            entries.iter_mut().for_each(|entry| entry.word &= !COPIED);
-            Ok(())
-        })?;
-        run(image, |state, waiter| {
-            let l1 = HostOffset(l1_offset);
-            let entry = state.table_entry(geometry, l1, index as u64, waiter)?;
-            state.guard(geometry, l1.plus(index as u64 * 8), Holds::L1)?;
-            state.set_table_entry(geometry, l1, index as u64, entry & !COPIED, Class::Mapping);
-            Ok(())
-        })?;
+        let cluster = table.offset.0 >> geometry.cluster_bits;
+        if run(image, |state, waiter| {
+            counts.get(state, geometry, cluster, waiter)
+        })? != 1
+        {
+            *entry &= !COPIED;
+            continue;
+        }
+        file.read_at(&mut before, table.offset.0)?;
+        let mut after = before.clone();
+        for (n, l2) in L2Entry::all(geometry, &before).enumerate() {
+            let Some((host, false)) = l2.decode(geometry)?.host() else {
+                continue;
+            };
+            let cluster = host.0 >> geometry.cluster_bits;
+            let count = run(image, |state, waiter| {
+                counts.get(state, geometry, cluster, waiter)
+            })?;
+            if count == 1 {
+                put64(&mut after, n * size, l2.word | COPIED);
+            }
+        }
+        *entry = if after == before {
+            table.offset.0 | COPIED
+        } else {
+            move_l2(image, geometry, switch, table.offset, &after)?.0 | COPIED
+        };
     }
-    Ok(())
+    Ok(l1)
 }
 
-/// Set the COPIED flag wherever the refcount has become one.
-fn set_copied(image: &Image, geometry: &Geometry) -> Result<()> {
-    let (l1, entries) = image
-        .lock()
-        .l1(geometry.layer)
-        .unwrap_or((HostOffset(0), 0));
-    for index in 0..entries {
-        let table = run(image, |state, waiter| {
-            let entry = state.table_entry(geometry, l1, index, waiter)?;
-            let Some(table) = decode_l1(geometry, entry)? else {
-                return Ok(None);
-            };
-            let cluster = HostCluster(table.offset.0 >> geometry.cluster_bits);
-            if !table.copied && state.refcount(geometry, cluster, waiter)? == 1 {
-                state.guard(geometry, l1.plus(index * 8), Holds::L1)?;
-                state.set_table_entry(geometry, l1, index, entry | COPIED, Class::Mapping);
-            }
-            Ok(Some(table))
-        })?;
-        let Some(table) = table else { continue };
-        each_block(image, geometry, table.offset, |state, entries, waiter| {
-            let mut counts = Counts::default();
-            for entry in entries.iter_mut() {
-                let Some((host, false)) = entry.decode(geometry)?.host() else {
-                    continue;
-                };
-                if counts.get(state, geometry, host.0 >> geometry.cluster_bits, waiter)? == 1 {
-                    entry.word |= COPIED;
-                }
-            }
-            Ok(())
-        })?;
-    }
-    Ok(())
+/// Write an L2 table with this content elsewhere; its old place is nobody's once the header changes.
+fn move_l2(
+    image: &Image,
+    geometry: &Geometry,
+    switch: &mut Switch,
+    old: HostOffset,
+    content: &[u8],
+) -> Result<HostOffset> {
+    let place = switch.spare()?;
+    file_of(image, geometry)?.write_at(content, place.0)?;
+    let mut state = image.lock();
+    let (layer, cluster, block) = (geometry.layer, geometry.cluster(), geometry.block());
+    state.cache.forget(layer, place, cluster, block);
+    drop(state);
+    switch.retire(old, cluster);
+    Ok(place)
 }
 
 /// Refcounts of neighbours, with one look into the cache for many.
@@ -571,44 +573,6 @@ impl Counts {
             cluster - self.first,
         ))
     }
-}
-
-/// Let `change` look at an L2 table's entries, a cached block at a time, and write back what it
-/// changed. A stop repeats the block.
-fn each_block(
-    image: &Image,
-    geometry: &Geometry,
-    table: HostOffset,
-    mut change: impl FnMut(&mut State, &mut [L2Entry], &Waiter) -> Planned<()>,
-) -> Result<()> {
-    let block = geometry.block();
-    for at in (0..geometry.cluster()).step_by(block as usize) {
-        run(image, |state, waiter| {
-            if state.cache.crowded() {
-                return Err(Stop::Commit);
-            }
-            let need = block_of(geometry, table.0 + at);
-            let bytes = state.cache.fetch(need, waiter)?.bytes();
-            let before: Vec<L2Entry> = L2Entry::all(geometry, bytes).collect();
-            let mut entries = before.clone();
-            change(state, &mut entries, waiter)?;
-            if entries != before {
-                state.guard(geometry, table, Holds::L2)?;
-                if let Some(bytes) = state
-                    .cache
-                    .modify(geometry.layer, need.offset, Class::Mapping)
-                {
-                    let size = geometry.l2_entry_size() as usize;
-                    // Only flags are changed here, which are in the first word.
-                    for (n, entry) in entries.iter().enumerate() {
-                        put64(bytes, n * size, entry.word);
-                    }
-                }
-            }
-            Ok(())
-        })?;
-    }
-    Ok(())
 }
 
 impl State {
