@@ -207,6 +207,9 @@ class FakeBroker:
         self.asked: list[Any] = []
         self.stuck: set[str] = set()
         self.make_worker: Callable[[FakeWorker], None] = lambda worker: None
+        # Opened now: while a test connects as another user, this process may not look at its own memory.
+        names = ("smaps_rollup", "smaps", "ksm_stat")
+        self._figures = [os.open(f"/proc/self/{name}", os.O_RDONLY) for name in names]
         self._listener: socket.socket | None = None
         self._peer: socket.socket | None = None
 
@@ -235,6 +238,9 @@ class FakeBroker:
         self.stop()
         for worker in self.workers.values():
             worker.close()
+        for fd in self._figures:
+            os.close(fd)
+        self._figures = []
 
     def reset(self) -> None:
         """Behave again."""
@@ -303,10 +309,8 @@ class FakeBroker:
                 if worker is None:
                     fields = {"error": "InvalidState", "message": "no worker"}
                 else:
-                    names = ("smaps_rollup", "smaps", "ksm_stat")
-                    figures = [open(f"/proc/self/{name}", "rb") for name in names]  # noqa: SIM115 (closed below)
-                    opened = [worker.connect(), *figures]
-                    fds = [file.fileno() for file in opened]
+                    opened = [worker.connect()]
+                    fds = [opened[0].fileno(), *self._figures]
             case broker.Open():
                 if os.path.exists(request.path):
                     found = os.stat(request.path)
