@@ -24,12 +24,15 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
             options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
+            ;;
+        abi)
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         run)
             options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
@@ -148,6 +151,35 @@ _vmbusctl() {
             return
             ;;
         "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --boot" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --bus-address" | "define --bus-name")
+            return
+            ;;
+        "abi --kernel")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "abi --initrd")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "abi --firmware")
+            COMPREPLY=($(compgen -W "bios uefi" -- "$current"))
+            return
+            ;;
+        "abi --memory-kind")
+            COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
+            return
+            ;;
+        "abi --page-size")
+            COMPREPLY=($(compgen -W "2M 1G" -- "$current"))
+            return
+            ;;
+        "abi --on-reset")
+            COMPREPLY=($(compgen -W "restart end" -- "$current"))
+            return
+            ;;
+        "abi --name" | "abi --memory" | "abi --vcpus" | "abi --cmdline" | "abi --boot" | "abi --disk" | "abi --nic" | "abi --cpu-model" | "abi --machine-type" | "abi --memory-minimum" | "abi --uuid" | "abi --bus-address" | "abi --bus-name")
             return
             ;;
         "run --kernel")

@@ -45,7 +45,9 @@ class CoreMachine:
         cpu_model: str = "host",
         disks: Sequence[Path] = (),
         on_reset: str = "restart",
+        patience: float = PATIENCE,
     ) -> None:
+        self._patience = patience
         self._console, console = socket.socketpair()
         console.setblocking(False)
         self.printed = b""
@@ -110,7 +112,7 @@ class CoreMachine:
 
     def _pump(self, done: Any) -> None:
         event_fd = core.call(lib.vmbus_machine_event_fd(self._machine))
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self._patience
         while not done():
             left = deadline - time.monotonic()
             assert left > 0, self._state()

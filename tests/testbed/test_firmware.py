@@ -13,7 +13,10 @@ import pytest
 from tests.lab import guest_disk
 from tests.testbed.core_machine import CoreMachine
 
-pytestmark = [pytest.mark.requires("kvm-hardware"), pytest.mark.long]
+pytestmark = [pytest.mark.requires("kvm-hardware"), pytest.mark.long, pytest.mark.timeout(900)]
+
+PATIENCE = 400.0
+"""BIOS calls of a nested guest under emulation are slow: GRUB loads kernel and initrd by them."""
 
 SEABIOS = Path("/usr/share/seabios/bios-256k.bin")
 OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
@@ -30,7 +33,7 @@ def disk(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_seabios_grub_and_debian(disk: tuple[Path, Path]) -> None:
-    with CoreMachine(firmware=SEABIOS, overlays=[disk]) as machine:
+    with CoreMachine(firmware=SEABIOS, overlays=[disk], patience=PATIENCE) as machine:
         machine.ask("run")
         machine.until("GRUB on pc")
         printed = machine.until(guest_disk.LOGIN)
@@ -41,7 +44,7 @@ def test_seabios_grub_and_debian(disk: tuple[Path, Path]) -> None:
 def test_ovmf_grub_and_debian_and_ovmf_keeps_its_variables(disk: tuple[Path, Path], tmp_path: Path) -> None:
     variables = tmp_path / "variables"
     shutil.copyfile(OVMF_VARIABLES, variables)
-    with CoreMachine(firmware=OVMF_CODE, variables=variables, overlays=[disk]) as machine:
+    with CoreMachine(firmware=OVMF_CODE, variables=variables, overlays=[disk], patience=PATIENCE) as machine:
         machine.ask("run")
         machine.until("GRUB on efi")
         printed = machine.until(guest_disk.LOGIN)

@@ -194,6 +194,12 @@ def _define(to: argparse.ArgumentParser) -> None:
     to.add_argument("--dry-run", action="store_true", help="show what would be defined; ask nobody")
 
 
+def _abi(to: argparse.ArgumentParser) -> None:
+    to.add_argument("what", choices=("dump",), help="dump: everything, as JSON with sorted keys")
+    _description(to)
+    to.add_argument("--uuid", help="the machine's UUID, which SMBIOS shows (default: zeroes)")
+
+
 def _run(to: argparse.ArgumentParser) -> None:
     _description(to)
     to.add_argument("--detach", action="store_true", help="leave it running, with no console here")
@@ -345,6 +351,17 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl define web.toml --name web2 --dry-run", "look at the chain and the definition only"),
         ),
         _define,
+    ),
+    Command(
+        "abi",
+        "show what a guest can see of a machine",
+        "PCI, ACPI, SMBIOS, memory map, CPUID and firmware's files, as far as they follow from the machine "
+        "type\nand the definition; no service and no /dev/kvm is needed. Equal texts are equal machines.",
+        (
+            ("vmbusctl abi dump web.toml", "everything, as JSON"),
+            ("vmbusctl abi dump --name x --memory 1G --firmware uefi", "of a machine without devices"),
+        ),
+        _abi,
     ),
     Command(
         "run",

@@ -49,6 +49,16 @@ def dry_run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def abi_dump(arguments: argparse.Namespace) -> int:
+    """What a guest of this definition sees, without a bus."""
+    # The core is loaded for this alone.
+    from vmbus import abi  # noqa: PLC0415
+
+    definition = description.build(arguments.file, _flags(arguments))
+    sys.stdout.write(abi.canonical(abi.describe(definition, arguments.uuid or abi.NOBODY)))
+    return 0
+
+
 async def run(remote: Remote, arguments: argparse.Namespace) -> int:
     """A transient machine on files opened here, with its console."""
     definition = description.build(arguments.file, _flags(arguments))

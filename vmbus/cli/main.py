@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "define" and arguments.dry_run:
             return commands.dry_run(arguments)
+        if arguments.command == "abi":
+            return commands.abi_dump(arguments)
         return asyncio.run(_connected(arguments))
     except VmbusError as error:
         _complain(error, as_json=arguments.json)

@@ -9,6 +9,7 @@
 //! maturin makes the header with cbindgen, and cffi loads the library by it at run time; nothing but a test tells
 //! whether both mean the same layout, hence [`vmbus_layout`](layout::vmbus_layout).
 
+pub mod abi;
 pub mod error;
 pub mod event;
 pub mod image;

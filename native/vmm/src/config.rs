@@ -375,18 +375,7 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` when it is none.
     pub fn uuid_bytes(&self) -> Result<[u8; 16]> {
-        let wrong = || {
-            let message = format!("{:?} is no UUID: 32 hex digits as 8-4-4-4-12", self.uuid);
-            Error::invalid("uuid", message)
-        };
-        let groups: Vec<&str> = self.uuid.split('-').collect();
-        let digits = groups.concat();
-        let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
-        if lengths != [8, 4, 4, 4, 12] || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(wrong());
-        }
-        let number = u128::from_str_radix(&digits, 16).map_err(|_| wrong())?;
-        Ok(number.to_be_bytes())
+        uuid_bytes(&self.uuid)
     }
 
     /// How the guest's memory is made.
@@ -488,6 +477,25 @@ fn each_stands_once(fds: Vec<(String, RawFd)>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A UUID's bytes, in the order of its text.
+///
+/// # Errors
+/// `InvalidArgument` when it is none.
+pub fn uuid_bytes(text: &str) -> Result<[u8; 16]> {
+    let wrong = || {
+        let message = format!("{text:?} is no UUID: 32 hex digits as 8-4-4-4-12");
+        Error::invalid("uuid", message)
+    };
+    let groups: Vec<&str> = text.split('-').collect();
+    let digits = groups.concat();
+    let lengths: Vec<usize> = groups.iter().map(|group| group.len()).collect();
+    if lengths != [8, 4, 4, 4, 12] || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(wrong());
+    }
+    let number = u128::from_str_radix(&digits, 16).map_err(|_| wrong())?;
+    Ok(number.to_be_bytes())
 }
 
 fn own(fd: RawFd) -> OwnedFd {

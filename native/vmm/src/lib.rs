@@ -14,6 +14,7 @@
     )
 )]
 
+pub mod abi;
 pub mod acpi;
 pub mod balloon;
 pub mod block;

@@ -68,7 +68,7 @@ fn link(kind: LinkKind, mut files: Vec<OwnedFd>) -> std::io::Result<Link> {
 }
 
 /// A station's address, as `52:54:00:12:34:56`.
-fn address(text: &str) -> Option<[u8; MAC]> {
+pub(crate) fn address(text: &str) -> Option<[u8; MAC]> {
     let mut bytes = [0; MAC];
     let mut pairs = text.split(':');
     for byte in &mut bytes {

@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "api": {"service", "wire", "bus"},
     "broker": {"wire"},
     "worker": {"wire", "_native"},
-    "cli": {"wire", "bus", "image"},
+    "cli": {"wire", "bus", "image", "abi"},
+    "abi": {"wire", "_native"},
     "image": {"wire", "_native"},
 }
 # vmbusd's composition root is the one place below which api is imported.

@@ -80,6 +80,16 @@ impl Answers {
         }
     }
 
+    /// All of it: leaf, subleaf where the leaf has some, EAX to EDX.
+    pub fn entries(&self) -> impl Iterator<Item = (u32, Option<u32>, [u32; 4])> + '_ {
+        self.0.iter().map(|entry| {
+            let has_subleaves = entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
+            let subleaf = has_subleaves.then_some(entry.index);
+            let registers = [entry.eax, entry.ebx, entry.ecx, entry.edx];
+            (entry.function, subleaf, registers)
+        })
+    }
+
     /// Forgets a leaf with all its subleaves.
     pub fn remove(&mut self, leaf: u32) {
         self.0.retain(|entry| entry.function != leaf);

@@ -91,6 +91,14 @@ pub fn answers(kvm: &Kvm, name: &str) -> Result<Answers> {
     Ok(model.answers())
 }
 
+/// What a guest with this named model sees on every host, but for the topology.
+///
+/// # Errors
+/// `InvalidArgument` for a name that is none, and for `host`, which differs from host to host.
+pub fn frozen(name: &str) -> Result<Answers> {
+    Ok(find(name)?.answers())
+}
+
 fn find(name: &str) -> Result<&'static Model> {
     MODELS
         .iter()

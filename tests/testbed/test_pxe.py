@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine with nothing but a network interface boots from the wire: SeaBIOS, iPXE's option ROM, DHCP, TFTP,
+HTTP, and Debian's stock kernel."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import initramfs, kernels
+from tests.lab.guest import Console
+from tests.lab.system import ALICE, System
+
+pytestmark = [
+    pytest.mark.requires("kvm-hardware", "tap", "bridge"),
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]
+
+BRIDGE = f"vmpx{os.getpid()}"
+HOST = "10.97.0.1"
+RULE = """\
+polkit.addRule(function(action, subject) {
+    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
+});
+"""
+# Without end of line translation: iPXE reads it as it is.
+BOOT = f"""\
+#!ipxe
+echo the script has come over the wire
+kernel http://{HOST}:8080/vmlinuz console=ttyS0 quiet panic=-1 mitigations=off initrd=initrd
+initrd http://{HOST}:8080/initrd
+boot
+"""
+GUEST = """\
+echo "a kernel has booted: $(uname -r)"
+poweroff -f
+"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served() -> Iterator[None]:
+    """A bridge with an address, and what is given away there: addresses, the script, a kernel, an initrd."""
+    kernel = kernels.stock("6.12")
+    link = ["ip", "link"]
+    subprocess.run([*link, "add", BRIDGE, "type", "bridge"], check=True)
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "boot.ipxe").write_text(BOOT)
+        (Path(place) / "vmlinuz").symlink_to(kernel.image)
+        (Path(place) / "initrd").symlink_to(initramfs.guest(GUEST, kernel=kernel, modules=()))
+        try:
+            subprocess.run(["ip", "address", "add", f"{HOST}/24", "dev", BRIDGE], check=True)
+            subprocess.run([*link, "set", BRIDGE, "up"], check=True)
+            handler = functools.partial(Quiet, directory=place)
+            server = http.server.ThreadingHTTPServer((HOST, 8080), handler)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            dnsmasq = subprocess.Popen(
+                ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--user=root",
+                 f"--interface={BRIDGE}", "--bind-interfaces", "--dhcp-range=10.97.0.10,10.97.0.20",
+                 f"--dhcp-leasefile={place}/leases", "--enable-tftp", f"--tftp-root={place}",
+                 "--dhcp-boot=boot.ipxe"],
+            )  # fmt: skip
+            try:
+                yield
+            finally:
+                dnsmasq.kill()
+                dnsmasq.wait()
+                server.shutdown()
+                server.server_close()
+        finally:
+            subprocess.run([*link, "del", BRIDGE], check=True)
+
+
+@pytest.mark.usefixtures("served")
+def test_ipxe_loads_a_script_and_boots_a_kernel_with_it() -> None:
+    with System(policy=f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n') as system:
+        system.rule(RULE)
+
+        def ctl(*words: str) -> str:
+            done = system.run_as(ALICE, ["vmbusctl", *words])
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        machine = ["--name", "wire", "--memory", "512M", "--firmware", "bios", "--boot", "network"]
+        ctl("define", *machine, "--nic", BRIDGE)
+        ctl("start", "wire")
+        console = Console(system, ALICE, "wire")
+        try:
+            console.wait_for("iPXE", 120)
+            console.wait_for("the script has come over the wire", 120)
+            console.wait_for("a kernel has booted: 6.12", 240)
+        finally:
+            console.close()
+        assert "stopped" in ctl("list")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest can see follows from the definition alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmbus import abi
+from vmbus.wire import dbus_form
+from vmbus.wire.errors import VmbusError
+
+LEAST: dict[str, Any] = {
+    "name": "one",
+    "memory": 1 << 30,
+    "cpu-model": "x86-64-v2-intel-1",
+    "kernel": {"path": "/boot/vmlinuz"},
+}
+DISK = {"id": "root", "layers": [{"format": "raw", "path": "/images/root"}]}
+NIC = {"id": "lan", "mac": "52:54:00:00:00:01", "bridge": "br0"}
+
+
+def describe(**changes: Any) -> dict[str, Any]:
+    return abi.describe(dbus_form.parse({**LEAST, **changes}))
+
+
+def test_what_the_host_does_for_a_machine_shows_nowhere() -> None:
+    plain = describe(disks=[DISK], nics=[NIC])
+    elsewhere = {**DISK, "layers": [{"format": "qcow2", "path": "/other"}]}
+    other = describe(
+        disks=[elsewhere], nics=[{**NIC, "bridge": "br1"}], **{"memory-kind": "shareable", "name": "two"}
+    )
+    assert abi.canonical(plain) == abi.canonical(other)
+
+
+def test_what_the_guest_sees_does() -> None:
+    plain = abi.canonical(describe(disks=[DISK]))
+    assert plain != abi.canonical(describe(disks=[{**DISK, "serial": "s"}]))
+    assert plain != abi.canonical(describe(disks=[DISK], vcpus=2))
+    assert plain != abi.canonical(describe(disks=[DISK], **{"cpu-model": "x86-64-v1-amd-1"}))
+
+
+def test_a_model_that_is_none_is_refused() -> None:
+    with pytest.raises(VmbusError) as caught:
+        describe(**{"cpu-model": "486"})
+    assert (caught.value.kind, caught.value.argument) == ("InvalidArgument", "cpu_model")
+
+
+def test_vmbusctl_dumps_it_without_service_and_without_kvm() -> None:
+    program = Path(sys.executable).with_name("vmbusctl")
+    argv = [str(program), "abi", "dump", "--name", "x", "--memory", "64M", "--firmware", "bios"]
+    nobody = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else os.geteuid()
+    done = subprocess.run(
+        [*argv, "--cpu-model", "x86-64-v3-amd-1"],
+        env={"DBUS_SYSTEM_BUS_ADDRESS": "unix:path=/nonexistent", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        user=nobody,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["machine-type"] == "vmbus-0"
+    assert found["pci"][0]["place"] == "00.0"
+    assert done.stdout == abi.canonical(found)
