@@ -25,7 +25,7 @@ from bench.system import Measured
 from tests.lab.system import ALICE
 from tests.local.worker_guest import image
 
-PACKETS = 2000
+PACKETS = 5000
 ROUNDS = 5
 AT_ONCE = 8
 SIZE = 1000  # bytes of data
@@ -119,7 +119,19 @@ def ours(system: Measured) -> float:
 def theirs() -> float:
     ip("tuntap", "add", "vmbbtap", "mode", "tap", "vnet_hdr")
     ip("link", "set", "vmbbtap", "master", BRIDGE, "up")
-    words = [EMULATOR, "-M", "q35,accel=kvm", "-m", "64", "-nodefaults", "-display", "none", "-no-reboot"]
+    words = [
+        EMULATOR,
+        "-name",
+        "net,debug-threads=on",
+        "-M",
+        "q35,accel=kvm",
+        "-m",
+        "64",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]
     words += ["-kernel", str(image()), "-append", WORDS, "-serial", "null"]
     words += ["-netdev", "tap,id=n,ifname=vmbbtap,script=no,downscript=no,vhost=off"]
     words += ["-device", "virtio-net-pci,netdev=n,addr=3,disable-legacy=on,romfile="]

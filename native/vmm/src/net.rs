@@ -10,7 +10,7 @@
 //!
 //! | rung | done |
 //! |---|---|
-//! | a transmit queue | each chain is written to the pair's queue of the tap, and given back |
+//! | a transmit queue (edge-triggered) | each chain is written to the pair's queue of the tap, and given back |
 //! | a receive queue | there are buffers: what the tap has is read |
 //! | the control queue | its commands are carried out |
 //! | the tap (edge-triggered) | it is read until it is empty, or the driver has no more buffers |

@@ -148,14 +148,6 @@ impl Active {
         self.settings.pairs
     }
 
-    /// The doorbell of the queue at `place` has been heard.
-    pub(super) fn silence(&self, place: usize) {
-        if let Some(queue) = self.queues.get(place) {
-            // Empty when another event of this round has served it.
-            let _ = queue.inner.kick.read();
-        }
-    }
-
     /// Whether the queue at `place` is one for receiving.
     pub(super) fn receives(&self, place: usize) -> bool {
         let queue = self.queues.get(place);

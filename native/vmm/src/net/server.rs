@@ -236,12 +236,9 @@ impl Server {
         };
         for (place, queue) in activation.queues.iter().enumerate() {
             let job = Job::Queue(device, place);
-            watch(
-                &self.epoll,
-                queue.kick.as_raw_fd(),
-                EventSet::IN,
-                job.data(),
-            )?;
+            // Edges here too: each ring of the bell is one, and nobody has to read how often it rang.
+            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+            watch(&self.epoll, queue.kick.as_raw_fd(), events, job.data())?;
         }
         interface.link.leave_to_driver(activation.features);
         // Frames for the driver before may be such as this one cannot take.
@@ -269,22 +266,15 @@ impl Server {
 
     fn rung(&mut self, job: Job) {
         if let Some(interface) = self.devices.get_mut(job.device()) {
-            match job {
-                Job::Queue(_, place) => {
-                    if let Some(active) = &interface.active {
-                        active.silence(place);
-                    }
+            if let Job::Tap(device, place) = job {
+                if let Some(ready) = interface.ready.get_mut(place) {
+                    *ready = true;
                 }
-                Job::Tap(device, place) => {
-                    if let Some(ready) = interface.ready.get_mut(place) {
-                        *ready = true;
-                    }
-                    if interface.link.is_waiting() {
-                        interface.link.flush();
-                        let queues = interface.active.as_ref().map_or(0, Active::len);
-                        for place in 0..queues {
-                            soon(&mut self.again, Job::Queue(device, place));
-                        }
+                if interface.link.is_waiting() {
+                    interface.link.flush();
+                    let queues = interface.active.as_ref().map_or(0, Active::len);
+                    for place in 0..queues {
+                        soon(&mut self.again, Job::Queue(device, place));
                     }
                 }
             }
