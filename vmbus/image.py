@@ -462,9 +462,15 @@ class Image:
         target_is_zero: bool = True,
         above: int | None = None,
         threads: int | None = None,
+        salvage: bool = False,
+        rate: int = 0,
         report: Report | None = None,
-    ) -> None:
-        """Let ``target`` hold what this image holds, or with ``above`` what its first layers have."""
+    ) -> int:
+        """Let ``target`` hold what this image holds, or with ``above`` what its first layers have.
+
+        With ``salvage`` sectors that cannot be read become zeros; gives how many bytes did. ``rate`` is the
+        most bytes of the disk a second, 0 for no limit.
+        """
         request = {
             "op": "copy",
             "compress": compress,
@@ -472,8 +478,10 @@ class Image:
             "target_is_zero": target_is_zero,
             "above": above,
             "threads": threads,
+            "salvage": salvage,
+            "rate": rate,
         }
-        self._perform(request, other=target, report=report)
+        return cast(int, self._perform(request, other=target, report=report))
 
     def first_difference(self, other: Image, *, report: Report | None = None) -> int | None:
         """The first byte in which two disks differ, within the shorter one; None if none does."""

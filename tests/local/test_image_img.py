@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,32 @@ def test_convert_goes_both_ways(tmp_path: Path, raw: Path, flags: list[str]) -> 
     assert back.read_bytes() == raw.read_bytes()
     if "-c" in flags:
         assert mine.stat().st_size < theirs.stat().st_size * 1.1
+
+
+def test_what_cannot_be_read_is_salvaged_as_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, path = tmp_path / "words", tmp_path / "packed"
+    words.write_bytes(b"the same words again and again, " * 16384)
+    qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", words, path)
+    content = path.read_bytes()
+    l2 = int.from_bytes(_bytes(path, int.from_bytes(_bytes(path, 40, 8), "big"), 8), "big") & (1 << 56) - 512
+    packed = int.from_bytes(content[l2 + 16 : l2 + 24], "big") & (1 << 54) - 1
+    _patch(path, packed, b"\xff" * 16)  # the third cluster expands to nothing any more
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    ours("convert", "-f", "qcow2", "-O", "raw", path, mine, code=1)
+    ours("convert", "-f", "qcow2", "-O", "raw", "--salvage", path, mine)
+    assert "65536 bytes could not be read" in capsys.readouterr().err
+    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "--salvage", path, theirs)
+    assert mine.read_bytes() == theirs.read_bytes()
+    ours("convert", "-f", "qcow2", "-O", "raw", "--salvage", "-C", path, mine, code=1)
+
+
+def test_a_conversion_keeps_to_its_rate(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"\1" * (4 * MIB))
+    begun = time.monotonic()
+    ours("convert", "-f", "raw", "-O", "qcow2", "-r", "8M", source, tmp_path / "target")
+    assert time.monotonic() - begun > 0.45
+    ours("compare", "-q", "-f", "raw", "-F", "qcow2", source, tmp_path / "target")
 
 
 def test_compare_tells_where_and_how(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,6 +154,9 @@ def _arguments() -> argparse.ArgumentParser:
     one.add_argument("--bitmaps", action="store_true", help="copy the persistent bitmaps too")
     one.add_argument("--skip-broken-bitmaps", action="store_true", help="but for the inconsistent ones")
     one.add_argument("-m", dest="threads", type=int, help="threads")
+    one.add_argument("-r", dest="rate", type=size, default=0, help="bytes a second at most")
+    one.add_argument("--salvage", action="store_true", help="what cannot be read becomes zeros")
+    one.add_argument("-C", dest="offload", action="store_true", help="let the host copy (not done)")
     one.add_argument("-W", dest="unordered", action="store_true", help="as it comes (always done)")
     one.add_argument("-l", dest="snapshot", help="a snapshot of the source")
     one.add_argument("-B", "-b", dest="backing", help="the target's backing file")
@@ -432,6 +435,8 @@ def _convert(options: argparse.Namespace) -> int:
         raise VmbusError("InvalidArgument", "Compression not supported for file format 'raw'")
     if options.compress and "encrypt" in _settings(target_format, options.options, known):
         raise VmbusError("InvalidArgument", "Compression and encryption not supported at the same time")
+    if options.offload and options.salvage:
+        raise VmbusError("InvalidArgument", "Cannot use copy offloading in salvaging mode")
     if options.skip_broken_bitmaps and not options.bitmaps:
         raise VmbusError("InvalidArgument", "Use of --skip-broken-bitmaps requires --bitmaps")
     if options.bitmaps and "raw" in {format, target_format}:
@@ -457,14 +462,18 @@ def _convert(options: argparse.Namespace) -> int:
             made.path, made.format, secrets=made.secrets, direct=mode in {"none", "directsync"},
             sync=mode != "unsafe",
         ) as target:  # fmt: skip
-            source.copy_to(
+            lost = source.copy_to(
                 target,
                 compress=options.compress,
                 sparse=options.sparse // 512 * 512,
                 target_is_zero=zero,
                 threads=options.threads,
+                salvage=options.salvage,
+                rate=options.rate,
                 report=img_text.progress(shown=options.progress and not options.quiet),
             )
+            if lost:
+                print(f"vmbus-img: warning: {lost} bytes could not be read and are zeros", file=sys.stderr)
             img_bitmap.copy(source, target, carried)
     return 0
 

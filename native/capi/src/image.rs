@@ -392,6 +392,8 @@ fn perform(
                 compress: flag(request, "compress"),
                 target_is_zero: flag(request, "target_is_zero"),
                 above: request["above"].as_u64().map(|above| above as usize),
+                salvage: flag(request, "salvage"),
+                rate: request["rate"].as_u64().unwrap_or(0),
                 ..CopyOptions::default()
             };
             if let Some(sparse) = request["sparse"].as_u64() {
@@ -400,8 +402,8 @@ fn perform(
             if let Some(threads) = request["threads"].as_u64() {
                 options.threads = threads as usize;
             }
-            copy(&needed(&image)?, &needed(&other)?, &options, progress)?;
-            Ok(Value::Null)
+            let lost = copy(&needed(&image)?, &needed(&other)?, &options, progress)?;
+            Ok(json!(lost))
         }
         "bench" => {
             let image = needed(&image)?;

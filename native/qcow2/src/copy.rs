@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::blocking::run;
 use crate::compress::Packer;
@@ -43,6 +44,10 @@ pub struct CopyOptions {
     pub above: Option<usize>,
     /// Threads.
     pub threads: usize,
+    /// Sectors that cannot be read become zeros instead of an error.
+    pub salvage: bool,
+    /// Bytes of the disk a second at most; 0 for as fast as it goes.
+    pub rate: u64,
 }
 
 impl Default for CopyOptions {
@@ -56,17 +61,20 @@ impl Default for CopyOptions {
             target_is_zero: true,
             above: None,
             threads,
+            salvage: false,
+            rate: 0,
         }
     }
 }
 
-/// Make `target` hold what `source` holds. Both are active; the target is at least as large.
+/// Make `target` hold what `source` holds. Both are active; the target is at least as large. Gives the bytes that
+/// were salvaged as zeros.
 pub fn copy(
     source: &Arc<Image>,
     target: &Arc<Image>,
     options: &CopyOptions,
     progress: &Progress,
-) -> Result<()> {
+) -> Result<u64> {
     if target.size() < source.size() {
         return Err(Error::new(
             Kind::InvalidArgument,
@@ -86,7 +94,9 @@ pub fn copy(
     }
     let piece = PIECE.max(cluster.map_or(0, |(size, _)| size));
     let packing = cluster.filter(|_| options.compress);
-    on_threads(source.size(), piece, options.threads, progress, || {
+    let lost = AtomicU64::new(0);
+    let pace = (options.threads, options.rate);
+    on_threads(source.size(), piece, pace, progress, || {
         let mut worker = Worker {
             from: Disk::new(source.clone())?,
             to: Disk::new(target.clone())?,
@@ -95,10 +105,12 @@ pub fn copy(
                 .map(|(size, codec)| Ok((size, Packer::new(codec)?)))
                 .transpose()?,
             buffer: Vec::new(),
+            lost: &lost,
         };
         Ok(move |at, len| worker.piece(at, len).map(|()| true))
     })?;
-    crate::blocking::commit(target)
+    crate::blocking::commit(target)?;
+    Ok(lost.into_inner())
 }
 
 /// The first byte in which the disks differ, within the smaller one's size; None if none does.
@@ -112,7 +124,7 @@ pub fn compare(
     on_threads(
         left.size().min(right.size()),
         PIECE,
-        threads,
+        (threads, 0),
         progress,
         || {
             let (mut one, mut other) = (Disk::new(left.clone())?, Disk::new(right.clone())?);
@@ -173,7 +185,7 @@ fn difference(one: &mut Disk, other: &mut Disk, at: u64, len: u64) -> Result<Opt
 fn on_threads<W>(
     size: u64,
     piece: u64,
-    threads: usize,
+    (threads, rate): (usize, u64),
     progress: &Progress,
     worker: impl Fn() -> Result<W> + Sync,
 ) -> Result<()>
@@ -182,6 +194,7 @@ where
 {
     progress.total.store(size, Ordering::Relaxed);
     progress.done.store(0, Ordering::Relaxed);
+    let begun = Instant::now();
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
     let failed: Mutex<Option<Error>> = Mutex::new(None);
@@ -199,7 +212,14 @@ where
             if !work(at, len)? {
                 stop.store(true, Ordering::Relaxed);
             }
-            progress.done.fetch_add(len, Ordering::Relaxed);
+            let done = progress.done.fetch_add(len, Ordering::Relaxed) + len;
+            // Not before its time; a wish to end is heard in between.
+            while rate > 0 && begun.elapsed().as_secs_f64() < done as f64 / rate as f64 {
+                if stop.load(Ordering::Relaxed) || progress.cancel.load(Ordering::Relaxed) {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
         }
         Ok(())
     };
@@ -222,15 +242,16 @@ where
         .map_or(Ok(()), Err)
 }
 
-struct Worker {
+struct Worker<'a> {
     from: Disk,
     to: Disk,
     options: CopyOptions,
     packing: Option<(u64, Packer)>,
     buffer: Vec<u8>,
+    lost: &'a AtomicU64,
 }
 
-impl Worker {
+impl Worker<'_> {
     fn piece(&mut self, start: u64, len: u64) -> Result<()> {
         let end = start + len;
         let mut at = start;
@@ -278,7 +299,7 @@ impl Worker {
     fn data(&mut self, at: u64, len: u64) -> Result<()> {
         let mut buffer = std::mem::take(&mut self.buffer);
         buffer.resize(len as usize, 0);
-        self.from.read(at, &mut buffer)?;
+        self.fetch(at, &mut buffer)?;
         let written = if self.packing.is_some() {
             self.pack(at, &buffer)
         } else {
@@ -286,6 +307,21 @@ impl Worker {
         };
         self.buffer = buffer;
         written
+    }
+
+    /// Read, and where that fails and is to be salvaged, again sector by sector.
+    fn fetch(&mut self, at: u64, data: &mut [u8]) -> Result<()> {
+        match self.from.read(at, data) {
+            Err(_) if self.options.salvage => {}
+            result => return result,
+        }
+        for (number, sector) in data.chunks_mut(512).enumerate() {
+            if self.from.read(at + number as u64 * 512, sector).is_err() {
+                sector.fill(0);
+                self.lost.fetch_add(sector.len() as u64, Ordering::Relaxed);
+            }
+        }
+        Ok(())
     }
 
     /// Write runs that are not zeros.
