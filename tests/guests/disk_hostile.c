@@ -256,6 +256,6 @@ void mode_disk_hostile(void)
     report("used ring in registers", outcome());
     virtio_start(0, (u64)&rings.used + 2);
     report("used ring unaligned", outcome());
-    print("hostile: refused without VERSION_1: %s\n", virtio_start(1ul << 32, 0) ? "NO" : "yes");
+    print("hostile: without VERSION_1: %s\n", virtio_start(1ul << 32, 0) ? "STARTED" : "turned down");
     print("hostile: %s\n", works() ? "alive" : "DEAD");
 }

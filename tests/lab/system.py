@@ -193,6 +193,10 @@ class System:
             self.broker.start()
         if self._parts == "service":
             self.service.start()
+            # vmbusd asks the broker about the host at its start, and a child of the broker looks.
+            deadline = time.monotonic() + 10 * SLOW
+            while _children(self.broker.pid) and time.monotonic() < deadline:
+                time.sleep(0.02)
         # Ready is said before what was begun on the side is over; ``counts`` is to find nothing of that.
         deadline = time.monotonic() + 10 * SLOW
         while self.broker.running and _children(self.broker.pid) and time.monotonic() < deadline:

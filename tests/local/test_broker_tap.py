@@ -112,6 +112,6 @@ def test_a_bridge_that_is_not_granted_or_not_there_is_refused(bed: Bed) -> None:
     assert client.ask(wire.Tap, uuid=mine.uuid, slot="n", mac=MAC, bridge="vmbt0").error == "NotFound"
     ip("link", "add", "vmbt0", "type", "bridge")
     assert ports() == []
-    assert not [name for name in os.listdir(NET) if name.startswith("vt")]
+    wait_until(lambda: not [name for name in os.listdir(NET) if name.startswith("vt")])
     mine.close()
     theirs.close()

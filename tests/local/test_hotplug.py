@@ -50,7 +50,6 @@ def system() -> Iterator[System]:
 @pytest.fixture
 def machine(system: System) -> Iterator[str]:
     """The name of a machine of alice's that is stopped; whatever became of it, nothing is left."""
-    wait_until(lambda: system.counts()["broker children"] == 0)
     before = system.counts()
     kernel = system.files(ALICE) / "guest"
     shutil.copy(worker_guest.image(), kernel)

@@ -210,14 +210,15 @@ fn touching_is_given_up_when_it_is_cancelled_or_the_machine_ends() {
         let mut guest = build("idle", json!({ "memory": 1u64 << 30 })).unwrap();
         guest.machine.request(77, Request::Prefault);
         guest.machine.request(78, end);
-        let mut result = None;
-        while result.is_none() {
-            if let Event::Done {
-                id: 77,
-                result: touched,
-            } = guest.event()
-            {
-                result = Some(touched);
+        let (mut result, mut ended) = (None, false);
+        while result.is_none() || !ended {
+            match guest.event() {
+                Event::Done {
+                    id: 77,
+                    result: touched,
+                } => result = Some(touched),
+                Event::Done { id: 78, .. } => ended = true,
+                _ => {}
             }
         }
         assert_eq!(
