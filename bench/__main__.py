@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import peers
 
-NAMES = ("start", "memory", "merging", "list_machines", "port_exit", "prefault", "images", "net")
+NAMES = ("start", "memory", "merging", "list_machines", "port_exit", "prefault", "images", "encrypted", "net")
 
 
 def main() -> int:

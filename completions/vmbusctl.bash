@@ -35,7 +35,7 @@ _vmbusctl() {
             options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         run)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --detach --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --detach --secret --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         list)
@@ -46,7 +46,7 @@ _vmbusctl() {
             machines=yes
             ;;
         start)
-            options="-h --help --paused --file --console --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --paused --file --secret --console --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         stop)
@@ -86,7 +86,7 @@ _vmbusctl() {
             machines=yes
             ;;
         attach-disk)
-            options="-h --help --pass-files --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --pass-files --secret --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         detach-disk)
@@ -208,6 +208,11 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
+        "run --secret")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
         "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --boot" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --bus-address" | "run --bus-name")
             return
             ;;
@@ -218,6 +223,11 @@ _vmbusctl() {
             return
             ;;
         "start --file")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "start --secret")
             compopt -o filenames 2>/dev/null
             COMPREPLY=($(compgen -f -- "${current#*=}"))
             return
@@ -250,6 +260,11 @@ _vmbusctl() {
             return
             ;;
         "detach-nic --deadline" | "detach-nic --bus-address" | "detach-nic --bus-name")
+            return
+            ;;
+        "attach-disk --secret")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
             return
             ;;
         "attach-disk --bus-address" | "attach-disk --bus-name")

@@ -203,6 +203,7 @@ def _abi(to: argparse.ArgumentParser) -> None:
 def _run(to: argparse.ArgumentParser) -> None:
     _description(to)
     to.add_argument("--detach", action="store_true", help="leave it running, with no console here")
+    _secrets(to)
 
 
 def _list(to: argparse.ArgumentParser) -> None:
@@ -213,6 +214,18 @@ def _list(to: argparse.ArgumentParser) -> None:
 def _show(to: argparse.ArgumentParser) -> None:
     _machine(to)
     to.add_argument("--stats", action="store_true", help="with its counters and memory")
+
+
+def _secrets(to: argparse.ArgumentParser) -> None:
+    action = to.add_argument(
+        "--secret",
+        metavar="SLOT=PATH",
+        action="append",
+        default=[],
+        dest="secrets",
+        help="the passphrase of encrypted image disk/ID/N: a file's content, or - for standard input",
+    )
+    _completed(action, "file")
 
 
 def _start(to: argparse.ArgumentParser) -> None:
@@ -227,6 +240,7 @@ def _start(to: argparse.ArgumentParser) -> None:
         help='open PATH here and pass it for a slot with source = "fd" (one machine only)',
     )
     _completed(action, "file")
+    _secrets(to)
     to.add_argument("--console", action="store_true", help="attach to its console (one machine only)")
 
 
@@ -278,6 +292,7 @@ def _attach_disk(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--pass-files", action="store_true", help="open the images here, as you, and pass them (running only)"
     )
+    _secrets(to)
 
 
 def _detach(to: argparse.ArgumentParser) -> None:
@@ -402,6 +417,7 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl start web", "start it"),
             ("vmbusctl start web --console", "and see it boot"),
             ("vmbusctl start web --file disk/data/0=./data.qcow2", "with a file of yours for a slot"),
+            ("vmbusctl start web --secret disk/root/0=-", "with the passphrase of an encrypted image"),
         ),
         _start,
     ),

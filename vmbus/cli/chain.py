@@ -54,6 +54,7 @@ def resolve(path: str, image_format: str, *, backing_format: str | None = None, 
                 backing_name=header.backing_name if header else None,
                 data_name=header.data_name if header else None,
                 data_path=data_path,
+                encrypted=header.encrypted if header else False,
             )
         )
         if header is None or header.backing_name is None:
@@ -99,7 +100,7 @@ def describe(layers: list[Layer]) -> Iterator[str]:
     """The chain as lines for people, the active image first."""
     for depth, layer in enumerate(layers):
         arrow = "   " * (depth - 1) + "└─ " if depth else ""
-        yield f"{arrow}{layer.path} ({layer.format})"
+        yield f"{arrow}{layer.path} ({layer.format}{', encrypted' if layer.encrypted else ''})"
         if layer.data_path is not None:
             yield f"{'   ' * depth}   data in {layer.data_path}"
 

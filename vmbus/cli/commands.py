@@ -16,7 +16,7 @@ from typing import Any, Final
 from vmbus.cli import chain, console, description, devices, files, host_memory, memory, output
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
 from vmbus.wire import dbus_form
-from vmbus.wire.definition import Definition
+from vmbus.wire.definition import Definition, slots
 from vmbus.wire.errors import VmbusError
 
 CRASHED: Final = 8  # exit status: the machine ended otherwise than was asked
@@ -62,7 +62,8 @@ def abi_dump(arguments: argparse.Namespace) -> int:
 async def run(remote: Remote, arguments: argparse.Namespace) -> int:
     """A transient machine on files opened here, with its console."""
     definition = description.build(arguments.file, _flags(arguments))
-    with files.opened(files.all_of(definition)) as fds:
+    wanted = files.all_of(definition) | files.secrets(slots(definition), arguments.secrets)
+    with files.opened(wanted) as fds:
         path = await remote.create_transient(
             description.for_fds(definition), fds, paused=not arguments.detach
         )
@@ -121,16 +122,16 @@ async def show(remote: Remote, arguments: argparse.Namespace) -> int:
 
 async def start(remote: Remote, arguments: argparse.Namespace) -> int:
     """Start each, in order."""
-    if (arguments.files or arguments.console) and len(arguments.machines) > 1:
+    if (arguments.files or arguments.secrets or arguments.console) and len(arguments.machines) > 1:
         raise VmbusError(
-            "InvalidArgument", "name one machine only, for --file and --console", argument="MACHINE"
+            "InvalidArgument", "name one machine only, for --file, --secret and --console", argument="MACHINE"
         )
     for name in arguments.machines:
         path = await remote.find(name)
         wanted = {}
-        if arguments.files:
-            known = (await remote.machine(path)).properties.get("Definition", {})
-            wanted = files.given(dbus_form.parse(known), arguments.files)
+        if arguments.files or arguments.secrets:
+            known = dbus_form.parse((await remote.machine(path)).properties.get("Definition", {}))
+            wanted = files.given(known, arguments.files) | files.secrets(slots(known), arguments.secrets)
         with files.opened(wanted) as fds:
             await remote.start(path, fds, paused=arguments.paused or arguments.console)
         if arguments.console:

@@ -279,7 +279,7 @@ def _disk(table: dict[str, Any], index: int) -> dict[str, Any]:
     if path is None:
         if disk.get("source") != "fd":
             raise VmbusError("InvalidArgument", "is missing: where is the image?", argument=f"{where}.path")
-        disk["layers"] = [{"format": image_format}]
+        disk["layers"] = [{"format": image_format, "encrypted": disk.pop("encrypted", False)}]
         return disk
     layers = chain.resolve(
         str(path), str(image_format), backing_format=backing_format, argument=f"{where}.path"

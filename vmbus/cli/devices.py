@@ -28,6 +28,7 @@ async def attach_disk(remote: Remote, arguments: argparse.Namespace) -> int:
     path = await remote.find(arguments.machine)
     disk = description.one_disk(arguments.disk, await _taken(remote, path))
     wanted = files.of_slots(disk_slots(disk)) if arguments.pass_files else {}
+    wanted |= files.secrets(disk_slots(disk), arguments.secrets)
     with files.opened(wanted) as fds:
         sent = description.disk_for_fds(disk) if arguments.pass_files else disk
         slot = await remote.attach_disk(path, sent, fds)

@@ -3,18 +3,23 @@
 
 Each is opened as its slot will be used: for writing only where the guest may write. The lot is counted
 before anything is opened, since a bus drops the sender of more than 16.
+
+A passphrase goes the same way: from a file as it is, or from standard input (``-``, without the newline
+at its end) through a memfd. It is kept no longer than that, and only the machine's worker sees it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from vmbus.wire.definition import Definition, Slot, slots
 from vmbus.wire.errors import VmbusError
 
+MAX_SECRET: Final = 4096
 MAX_FDS: Final = 16  # a system bus drops the sender of more, without a reply
 
 
@@ -31,7 +36,8 @@ def opened(wanted: Mapping[str, tuple[str, bool]]) -> Iterator[dict[str, int]]:
     with contextlib.ExitStack() as stack:
         fds: dict[str, int] = {}
         for slot, (path, writable) in wanted.items():
-            fds[slot] = _open(slot, path, writable=writable)
+            typed = path == "-" and slot.endswith("/secret")
+            fds[slot] = _typed() if typed else _open(slot, path, writable=writable)
             stack.callback(os.close, fds[slot])
         yield fds
 
@@ -45,6 +51,8 @@ def of_slots(all_slots: Iterable[Slot]) -> dict[str, tuple[str, bool]]:
     """The same for some slots."""
     wanted: dict[str, tuple[str, bool]] = {}
     for slot in all_slots:
+        if slot.kind == "secret":
+            continue
         if slot.path is None:
             raise VmbusError("InvalidArgument", f"the path for {slot.name} is missing", argument=slot.name)
         wanted[slot.name] = (slot.path, slot.writable)
@@ -53,7 +61,7 @@ def of_slots(all_slots: Iterable[Slot]) -> dict[str, tuple[str, bool]]:
 
 def given(definition: Definition, assignments: list[str]) -> dict[str, tuple[str, bool]]:
     """What ``opened`` needs for SLOT=PATH words; they must be slots of ``definition`` that take an fd."""
-    by_fd = {slot.name: slot for slot in slots(definition) if slot.path is None}
+    by_fd = {slot.name: slot for slot in slots(definition) if slot.path is None and slot.kind != "secret"}
     wanted: dict[str, tuple[str, bool]] = {}
     for word in assignments:
         name, equals, path = word.partition("=")
@@ -66,6 +74,38 @@ def given(definition: Definition, assignments: list[str]) -> dict[str, tuple[str
             )
         wanted[name] = (path, by_fd[name].writable)
     return wanted
+
+
+def secrets(all_slots: Iterable[Slot], assignments: list[str]) -> dict[str, tuple[str, bool]]:
+    """What ``opened`` needs for SLOT=PATH words of ``--secret``; each slot is that of an encrypted image."""
+    known = {slot.name for slot in all_slots if slot.kind == "secret"}
+    wanted: dict[str, tuple[str, bool]] = {}
+    for word in assignments:
+        name, equals, path = word.partition("=")
+        if not equals or not path:
+            raise VmbusError("InvalidArgument", f"{word!r} is not SLOT=PATH or SLOT=-", argument="--secret")
+        name = name if name.endswith("/secret") else f"{name}/secret"
+        if name not in known:
+            there_are = ", ".join(sorted(known)) or "none: no image is encrypted"
+            raise VmbusError(
+                "InvalidArgument", f"{name!r} takes no passphrase; these do: {there_are}", argument="--secret"
+            )
+        wanted[name] = (path, False)
+    if missing := known - set(wanted):
+        raise VmbusError(
+            "InvalidArgument",
+            f"the passphrase for {min(missing)} is missing: --secret SLOT=PATH, or SLOT=- for standard input",
+            argument="--secret",
+        )
+    return wanted
+
+
+def _typed() -> int:
+    """Standard input to its end in a memfd."""
+    text = sys.stdin.buffer.read(MAX_SECRET + 2).removesuffix(b"\n")
+    fd = os.memfd_create("passphrase", os.MFD_CLOEXEC)
+    os.write(fd, text)
+    return fd
 
 
 def _open(slot: str, path: str, *, writable: bool) -> int:

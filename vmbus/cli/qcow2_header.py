@@ -38,6 +38,7 @@ class Header:
     backing_name: str | None
     backing_format: str | None
     data_name: str | None
+    encrypted: bool
 
 
 def read(file: BinaryIO) -> Header:
@@ -48,7 +49,7 @@ def read(file: BinaryIO) -> Header:
         raise HeaderError("it does not begin with a qcow2 header")
     if len(start) < _V2_HEADER.size:
         raise HeaderError("its qcow2 header is cut short")
-    _, version, backing_offset, backing_size, cluster_bits, size, *_ = _V2_HEADER.unpack(start)
+    _, version, backing_offset, backing_size, cluster_bits, size, crypt_method, *_ = _V2_HEADER.unpack(start)
     if version not in (2, 3):
         raise HeaderError(f"its qcow2 version is {version}; 2 and 3 are known")
     if not 9 <= cluster_bits <= 21:
@@ -86,6 +87,7 @@ def read(file: BinaryIO) -> Header:
         backing_name=backing_name,
         backing_format=_text(backing_format, "backing format") if backing_format else None,
         data_name=data_name,
+        encrypted=crypt_method != 0,
     )
 
 

@@ -31,17 +31,17 @@ class Handover:
     async def files(self, machine: Machine, slots: Iterable[Slot], passed: Mapping[str, PassedFile]) -> None:
         """Fill ``slots``; ``passed`` has those without a path, and stays the caller's."""
         for slot in slots:
-            regular = slot.name in ("kernel", "initrd")
             if slot.path is None:
                 file = passed[slot.name]
-                self._claims.add(machine.uuid, slot.name, file.identity(), writable=slot.writable)
+                if slot.kind != "secret":
+                    self._claims.add(machine.uuid, slot.name, file.identity(), writable=slot.writable)
                 await machine.connection().add_file(slot.name, file.fd)
                 continue
             try:
                 identity = await self._broker.open(machine.uuid, slot.name, slot.path, writable=slot.writable)
             except VmbusError as error:
                 raise _about(error, slot.name) from None
-            if regular and (identity.mode & 0o170000) != 0o100000:
+            if slot.regular and (identity.mode & 0o170000) != 0o100000:
                 raise VmbusError("InvalidArgument", f"{slot.path} is not a regular file", argument=slot.name)
             self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
 
@@ -81,10 +81,9 @@ def check_passed(slots: Iterable[Slot], files: Mapping[str, PassedFile]) -> None
             )
     for name, slot in wanted.items():
         if name not in files:
-            raise VmbusError(
-                "InvalidArgument", "the slot has source fd; pass an open file for it", argument=name
-            )
-        files[name].check(name, writable=slot.writable, regular=name in ("kernel", "initrd"))
+            what = "the image is encrypted" if slot.kind == "secret" else "the slot has source fd"
+            raise VmbusError("InvalidArgument", f"{what}; pass an open file for it", argument=name)
+        files[name].check(name, writable=slot.writable, regular=slot.regular)
 
 
 def close_all(files: Mapping[str, PassedFile]) -> None:

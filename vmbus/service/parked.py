@@ -26,7 +26,7 @@ class Parked:
                 f"{slot!r} is no slot with source fd; there are: {there_are}",
                 argument="slot",
             )
-        file.check(slot, writable=known[slot].writable, regular=slot in ("kernel", "initrd"))
+        file.check(slot, writable=known[slot].writable, regular=known[slot].regular)
         file.claimed = True
         mine = self._files.setdefault((machine.uuid, sender), {})
         before = mine.get(slot)

@@ -330,6 +330,8 @@ def _check_disk(disk: Disk, where: str) -> None:
                 raise _bad(f"{here}.data-path", "data-name and data-path come together")
         if layer.format == "raw" and (layer.backing_name is not None or layer.data_name is not None):
             raise _bad(f"{here}.format", "a raw image has no backing file and no data file")
+        if layer.format == "raw" and layer.encrypted:
+            raise _bad(f"{here}.encrypted", "a raw image is not encrypted; say qcow2")
         if layer.backing_name is None and index < last:
             raise _bad(
                 f"{here}.backing-name", "is missing, and there is a layer below; give the name in the header"

@@ -4,8 +4,9 @@
 The bounds here are those of the format; an owner's quota is broker.toml's. Unknown keys are
 refused (rule: a typo must not be a silent default). Files are named by *slots*:
 ``kernel``, ``initrd``, ``disk/<id>/<layer>`` (0 is the active layer) and
-``disk/<id>/<layer>/data`` for an external data file; the service itself fills those of firmware. Sizes are
-bytes.
+``disk/<id>/<layer>/data`` for an external data file; the service itself fills those of firmware. The
+passphrase of an encrypted image is a file, too, with the slot ``disk/<id>/<layer>/secret``: it is given at
+each start, and stands nowhere. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Layer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, froz
     backing_name: str | None = None
     data_name: str | None = None
     data_path: Path | None = None
+    encrypted: bool = False  # its passphrase comes with each start
 
 
 class Disk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
@@ -183,15 +185,21 @@ class Slot(msgspec.Struct, frozen=True):
     name: str
     path: str | None  # None: filled by an fd
     writable: bool
+    kind: Literal["image", "boot", "secret"] = "image"
+
+    @property
+    def regular(self) -> bool:
+        """Only a regular file will do."""
+        return self.kind != "image"
 
 
 def slots(definition: Definition) -> Iterator[Slot]:
     """All the files of the owner's that a start needs, in a stable order."""
     if (kernel := definition.kernel) is not None:
         by_fd = kernel.source == "fd"
-        yield Slot("kernel", None if by_fd else kernel.path, False)
+        yield Slot("kernel", None if by_fd else kernel.path, False, "boot")
         if kernel.initrd if by_fd else kernel.initrd_path is not None:
-            yield Slot("initrd", None if by_fd else kernel.initrd_path, False)
+            yield Slot("initrd", None if by_fd else kernel.initrd_path, False, "boot")
     for disk in definition.disks:
         yield from disk_slots(disk)
 
@@ -203,3 +211,5 @@ def disk_slots(disk: Disk) -> Iterator[Slot]:
         yield Slot(f"disk/{disk.id}/{index}", layer.path, writable)
         if layer.data_name is not None:
             yield Slot(f"disk/{disk.id}/{index}/data", layer.data_path, writable)
+        if layer.encrypted:
+            yield Slot(f"disk/{disk.id}/{index}/secret", None, False, "secret")

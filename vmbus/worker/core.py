@@ -177,6 +177,8 @@ def disk_configuration(disk: Disk, files: Files) -> dict[str, Any]:
             entry["backing_name"] = layer.backing_name
         if layer.data_name is not None:
             entry |= {"data_name": layer.data_name, "data_fd": files.one(f"{slot}/data")}
+        if layer.encrypted:
+            entry["secret_fd"] = files.one(f"{slot}/secret")
         layers.append(entry)
     return {
         "id": disk.id,

@@ -27,7 +27,7 @@ const SIZE: u64 = 1 << 20;
 const SECTOR: usize = 512;
 
 /// What happened, in order.
-enum Event {
+pub(crate) enum Event {
     Write {
         offset: u64,
         data: Vec<u8>,
@@ -104,13 +104,23 @@ pub(crate) fn note_op(fd: RawFd, op: &IoOp, moved: u64) {
     }
 }
 
+/// What `body` writes to a file, and its syncs.
+pub(crate) fn recorded(fd: RawFd, body: impl FnOnce()) -> Vec<Event> {
+    RECORDER.set(Some(Recorder {
+        fds: vec![fd],
+        events: Vec::new(),
+    }));
+    body();
+    RECORDER.take().unwrap().events
+}
+
 /// A request under way: offset, length, its memory, and for a flush what was completed before.
 type UnderWay = (u64, u64, Vec<u8>, Option<Vec<u64>>);
 
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -203,7 +213,14 @@ impl Bed {
             data_file: None,
             backing_name,
             data_name: None,
-            secret: None,
+            secret: (format == Format::Qcow2)
+                .then(|| {
+                    self.options
+                        .encryption
+                        .as_ref()
+                        .map(|how| how.secret.clone())
+                })
+                .flatten(),
         };
         let mut layers = vec![layer(
             name,
@@ -535,7 +552,7 @@ impl Bed {
     }
 }
 
-fn apply(file: &mut Vec<u8>, event: &Event, keep: &mut dyn FnMut(usize) -> bool) {
+pub(crate) fn apply(file: &mut Vec<u8>, event: &Event, keep: &mut dyn FnMut(usize) -> bool) {
     match event {
         Event::Len(len) if keep(0) => {
             // The length of a file changes in order; the one shortening is at the very end, when all
@@ -567,6 +584,10 @@ fn workload(name: &str, cluster_size: u64, refcount_bits: u32, backing: bool) {
 }
 
 fn cut(name: &str, bed: &Bed) {
+    cut_often(name, bed, 300);
+}
+
+fn cut_often(name: &str, bed: &Bed, usual: u64) {
     let clock = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
         .unwrap()
@@ -578,7 +599,7 @@ fn cut(name: &str, bed: &Bed) {
     let cuts = std::env::var("VMBUS_CUTS")
         .ok()
         .and_then(|cuts| cuts.parse().ok())
-        .unwrap_or(300);
+        .unwrap_or(usual);
     eprintln!("power cuts, {name}: VMBUS_SEED={seed} VMBUS_CUTS={cuts}");
     let mut random = Random(seed | 1);
     let (start, events) = bed.record(&mut random);
@@ -623,6 +644,18 @@ fn subclusters(name: &str, cluster_size: u64, backing: bool) {
     let mut bed = Bed::new(name, cluster_size, 16, backing);
     bed.options.extended_l2 = true;
     cut(name, &bed);
+}
+
+#[test]
+fn encrypted_images_survive_power_cuts() {
+    let mut bed = Bed::new("encrypted", 4096, 16, true);
+    let secret = crate::Secret::new(b"passphrase".to_vec()).unwrap();
+    bed.options.encryption = Some(crate::EncryptOptions {
+        iteration_time: std::time::Duration::from_millis(1),
+        ..crate::EncryptOptions::new(secret)
+    });
+    // Each is unlocked, which is meant to take its time.
+    cut_often("encrypted", &bed, 40);
 }
 
 #[test]

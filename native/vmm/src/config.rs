@@ -9,6 +9,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use serde::Deserialize;
 
+use crate::disks::LayerFds;
 use crate::error::{Error, Kind, Result};
 use crate::layout;
 use crate::memory::Plan;
@@ -182,6 +183,9 @@ pub struct Layer {
     /// The external data file.
     #[serde(default)]
     pub data_fd: Option<RawFd>,
+    /// A file that holds the passphrase of an encrypted image.
+    #[serde(default)]
+    pub secret_fd: Option<RawFd>,
 }
 
 /// What an interface's descriptors are.
@@ -262,7 +266,7 @@ pub struct Files {
     /// The initrd.
     pub initrd: Option<OwnedFd>,
     /// For each disk, for each layer: the image and its data file.
-    pub disks: Vec<Vec<(OwnedFd, Option<OwnedFd>)>>,
+    pub disks: Vec<Vec<LayerFds>>,
     /// For each NIC: the descriptors of its link.
     pub nics: Vec<Vec<OwnedFd>>,
 }
@@ -425,15 +429,19 @@ impl Disk {
     ///
     /// # Errors
     /// As there.
-    pub fn take_files(&self) -> Result<Vec<(OwnedFd, Option<OwnedFd>)>> {
+    pub fn take_files(&self) -> Result<Vec<LayerFds>> {
         each_stands_once(self.fds(""))?;
         Ok(self.own_files())
     }
 
-    fn own_files(&self) -> Vec<(OwnedFd, Option<OwnedFd>)> {
+    fn own_files(&self) -> Vec<LayerFds> {
         let layers = self.layers.iter();
         layers
-            .map(|layer| (own(layer.fd), layer.data_fd.map(own)))
+            .map(|layer| LayerFds {
+                image: own(layer.fd),
+                data: layer.data_fd.map(own),
+                secret: layer.secret_fd.map(own),
+            })
             .collect()
     }
 
@@ -443,6 +451,8 @@ impl Disk {
             fds.push((format!("{prefix}layers[{index}].fd"), layer.fd));
             let data = layer.data_fd;
             fds.extend(data.map(|fd| (format!("{prefix}layers[{index}].data_fd"), fd)));
+            let secret = layer.secret_fd;
+            fds.extend(secret.map(|fd| (format!("{prefix}layers[{index}].secret_fd"), fd)));
         }
         fds
     }

@@ -6,15 +6,22 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vmbus_qcow2::{DetectZeroes, Format, Image, LayerFiles, OpenOptions};
+use vmbus_qcow2::{DetectZeroes, Format, Image, LayerFiles, OpenOptions, Secret};
 
 use crate::block::image_error;
 use crate::config::Disk;
 use crate::devices::DiskSpec;
 use crate::error::{Error, Result};
 
-/// An image and its external data file.
-pub type LayerFds = (OwnedFd, Option<OwnedFd>);
+/// The descriptors of one layer.
+pub struct LayerFds {
+    /// The image.
+    pub image: OwnedFd,
+    /// Its external data file.
+    pub data: Option<OwnedFd>,
+    /// What holds its passphrase.
+    pub secret: Option<OwnedFd>,
+}
 
 /// Opens all of them. `files` has the descriptors of each disk's layers, in the same order.
 ///
@@ -77,14 +84,19 @@ fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
         .layers
         .iter()
         .zip(files)
-        .map(|(layer, (file, data_file))| {
+        .enumerate()
+        .map(|(index, (layer, fds))| {
+            let secret = fds.secret.map(|fd| Secret::read(File::from(fd)));
             Ok(LayerFiles {
                 format: layer.format.parse::<Format>().map_err(about)?,
-                file: File::from(file),
-                data_file: data_file.map(File::from),
+                file: File::from(fds.image),
+                data_file: fds.data.map(File::from),
                 backing_name: layer.backing_name.clone(),
                 data_name: layer.data_name.clone(),
-                secret: None,
+                secret: secret.transpose().map_err(|error| Error {
+                    argument: format!("disk/{}/{index}/secret", disk.id),
+                    ..image_error(error)
+                })?,
             })
         })
         .collect::<Result<Vec<_>>>()?;

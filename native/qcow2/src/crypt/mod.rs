@@ -28,6 +28,8 @@
 pub(crate) mod amend;
 pub(crate) mod cipher;
 pub(crate) mod create;
+#[cfg(test)]
+mod cuts;
 pub(crate) mod hash;
 pub(crate) mod info;
 pub(crate) mod keyslot;
@@ -35,7 +37,8 @@ pub(crate) mod luks;
 mod split;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use zeroize::Zeroizing;
@@ -66,13 +69,27 @@ impl Secret {
         Ok(Secret(Arc::new(bytes)))
     }
 
-    /// Read a passphrase to the end of a file or pipe.
-    pub fn read(file: File) -> Result<Secret> {
+    /// Read a passphrase: a regular file (a memfd) from its start, a pipe to its end.
+    pub fn read(mut file: File) -> Result<Secret> {
+        let failed = |e: io::Error| Error::io("read the passphrase", &e);
+        let regular = file.metadata().map_err(failed)?.is_file();
         // Room for all of it from the start: growing would leave copies behind.
-        let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_SECRET + 1));
-        file.take(MAX_SECRET as u64 + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|e| Error::io("read the passphrase", &e))?;
+        let mut bytes = Zeroizing::new(vec![0; MAX_SECRET + 1]);
+        let mut len = 0;
+        while let Some(rest) = bytes.get_mut(len..).filter(|rest| !rest.is_empty()) {
+            let read = match regular {
+                // Who wrote it may have left the offset at its end.
+                true => file.read_at(rest, len as u64),
+                false => file.read(rest),
+            };
+            match read {
+                Ok(0) => break,
+                Ok(count) => len += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(failed(e)),
+            }
+        }
+        bytes.truncate(len);
         Secret::new(std::mem::take(&mut *bytes))
     }
 
