@@ -210,7 +210,21 @@ async def test_options_are_checked_by_name(bed: Bed) -> None:
         assert await alice.state(machine) == "stopped"
 
 
-@pytest.mark.parametrize("step", ["own", "spawn", "open"])
+@scenario
+async def test_an_owner_s_record_that_was_lost_is_made_again_at_a_start(bed: Bed) -> None:
+    async with bed.caller() as alice:
+        machine = await alice.define()
+        bed.broker.refuse["spawn"] = ("NotFound", "no recorded owner", "uuid")
+        asked = len(bed.broker.asked)
+        await refused(alice(machine, "Machine.Start", {}, {}), "NotFound")
+        kinds = [type(request).__name__ for request in bed.broker.asked[asked:]]
+        assert kinds[:3] == ["Spawn", "Own", "Spawn"]
+        bed.broker.refuse = {}
+        await alice.until(machine, "stopped")
+        await alice(machine, "Machine.Start", {}, {})
+
+
+@pytest.mark.parametrize("step", ["spawn", "open"])
 @scenario
 async def test_a_start_that_the_broker_refuses_leaves_nothing(bed: Bed, step: str) -> None:
     async with bed.caller() as alice:

@@ -109,9 +109,14 @@ class BrokerClient:
         self, make: Callable[[int], msgspec.Struct], *, timeout: float = 20
     ) -> tuple[wire.Reply, list[int]]:
         if self._channel is None or not self._channel.open:
-            raise VmbusError("Unavailable", "the broker is not running; start vmbus-broker and try again")
+            raise _absent()
         number = self._channel.number()
         return await self._channel.request(make(number), number, timeout=timeout)
+
+    def check_there(self) -> None:
+        """Raise Unavailable if there is no broker to be asked just now."""
+        if not self._ready:
+            raise _absent()
 
     async def own(self, uuid: str, uid: int) -> None:
         """Record that the machine belongs to ``uid``."""
@@ -213,3 +218,7 @@ class BrokerClient:
         if self._channel:
             with contextlib.suppress(VmbusError):
                 self._channel.close()
+
+
+def _absent() -> VmbusError:
+    return VmbusError("Unavailable", "the broker is not running; start vmbus-broker and try again")

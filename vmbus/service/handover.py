@@ -7,7 +7,9 @@ a client passed goes there from here. Either way this sees its identity and clai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Awaitable, Iterable, Mapping
+from typing import Final
 
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
@@ -15,8 +17,12 @@ from vmbus.service.files import PassedFile
 from vmbus.service.firmware import Firmware
 from vmbus.service.machine import Machine
 from vmbus.service.networks import Networks
+from vmbus.wire import broker as wire
 from vmbus.wire.definition import Nic, Slot, queue_pairs
 from vmbus.wire.errors import VmbusError
+
+AT_ONCE: Final = 3
+"""Paths of one machine that are being opened at a time: the broker has four children for a user."""
 
 
 class Handover:
@@ -28,22 +34,51 @@ class Handover:
         self.networks = Networks()
         self._firmware = firmware
 
-    async def files(self, machine: Machine, slots: Iterable[Slot], passed: Mapping[str, PassedFile]) -> None:
-        """Fill ``slots``; ``passed`` has those without a path, and stays the caller's."""
-        for slot in slots:
-            if slot.path is None:
+    async def files(
+        self,
+        machine: Machine,
+        slots: Iterable[Slot],
+        passed: Mapping[str, PassedFile],
+        *,
+        greeted: Awaitable[object] | None = None,
+    ) -> None:
+        """Fill ``slots``; ``passed`` has those without a path, and stays the caller's.
+
+        Paths are opened beside each other, and before the worker is ``greeted``: what the broker sends waits
+        in its socket. They are claimed in their order, and of several that fail the first is named.
+        """
+        slots, turns = list(slots), asyncio.Semaphore(AT_ONCE)
+        opening = {
+            slot.name: asyncio.ensure_future(self._open(machine, slot, slot.path, turns))
+            for slot in slots
+            if slot.path is not None
+        }
+        try:
+            for slot in slots:
+                if slot.name in opening:
+                    identity = await opening[slot.name]
+                    self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
+                    continue
                 file = passed[slot.name]
                 if slot.kind != "secret":
                     self._claims.add(machine.uuid, slot.name, file.identity(), writable=slot.writable)
+                if greeted is not None:
+                    await greeted
                 await machine.connection().add_file(slot.name, file.fd)
-                continue
-            try:
-                identity = await self._broker.open(machine.uuid, slot.name, slot.path, writable=slot.writable)
-            except VmbusError as error:
-                raise _about(error, slot.name) from None
-            if slot.regular and (identity.mode & 0o170000) != 0o100000:
-                raise VmbusError("InvalidArgument", f"{slot.path} is not a regular file", argument=slot.name)
-            self._claims.add(machine.uuid, slot.name, identity, writable=slot.writable)
+        finally:
+            for task in opening.values():
+                task.cancel()
+            await asyncio.gather(*opening.values(), return_exceptions=True)
+
+    async def _open(self, machine: Machine, slot: Slot, path: str, turns: asyncio.Semaphore) -> wire.Identity:
+        try:
+            async with turns:
+                identity = await self._broker.open(machine.uuid, slot.name, path, writable=slot.writable)
+        except VmbusError as error:
+            raise _about(error, slot.name) from None
+        if slot.regular and (identity.mode & 0o170000) != 0o100000:
+            raise VmbusError("InvalidArgument", f"{path} is not a regular file", argument=slot.name)
+        return identity
 
     async def firmware(self, machine: Machine) -> None:
         """What the machine was defined with, which the service keeps itself."""

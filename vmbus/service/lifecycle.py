@@ -128,7 +128,7 @@ class Lifecycle:
         return [
             ("record", lambda: self._record(machine)),
             ("spawn", lambda: self._spawn(machine)),
-            ("files", lambda: self._handover.files(machine, slots(machine.definition), files)),
+            ("files", lambda: self._hand_over_files(machine, files)),
             ("firmware", lambda: self._handover.firmware(machine)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             ("build", lambda: self._build(machine)),
@@ -147,13 +147,13 @@ class Lifecycle:
             machine.order,
             firmware=dict(machine.firmware),
         )
+        self._broker.check_there()
         self._registry.write_run(machine, run)
-        await self._broker.own(machine.uuid, machine.owner)
 
     async def _spawn(self, machine: Machine) -> None:
         machine.gone.clear()
         machine.console_told = float("-inf")  # the first output of a run is told at once
-        spawning = asyncio.ensure_future(self._broker.spawn(machine.uuid, machine.definition))
+        spawning = asyncio.ensure_future(self._ask_for_worker(machine))
         try:
             fds = await asyncio.shield(spawning)
         except asyncio.CancelledError:
@@ -162,8 +162,29 @@ class Lifecycle:
                 descriptors.close(fd)
             raise
         self._connect(machine, fds)
-        await machine.connection().hello()
-        await self._note_pid(machine)
+
+    async def _ask_for_worker(self, machine: Machine) -> list[int]:
+        try:
+            return await self._broker.spawn(machine.uuid, machine.definition)
+        except VmbusError as error:
+            if error.kind != "NotFound":
+                raise
+        await self._broker.own(machine.uuid, machine.owner)  # its record was lost
+        return await self._broker.spawn(machine.uuid, machine.definition)
+
+    async def _hand_over_files(self, machine: Machine, files: dict[str, PassedFile]) -> None:
+        """While the worker imports what it needs, its files are opened already."""
+        meanwhile: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(machine.connection().hello()),
+            asyncio.ensure_future(self._note_pid(machine)),
+        ]
+        try:
+            await self._handover.files(machine, slots(machine.definition), files, greeted=meanwhile[0])
+            await asyncio.gather(*meanwhile)
+        finally:
+            for task in meanwhile:
+                task.cancel()
+            await asyncio.gather(*meanwhile, return_exceptions=True)
 
     async def _build(self, machine: Machine) -> None:
         self._registry.write_run(
