@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encrypted images: vmbus-img beside qemu-img on the same file, and ours on a plain one, runs in turn.
+"""Encrypted images: vmbus-img serve beside qemu-nbd, and ours on a plain one, runs in turn.
 
 Each line of JSON is one kind of work on 512 MiB that are all allocated: MiB or requests a second of ours
-and of QEMU's on a LUKS image (AES-256, XTS, plain64), and of ours on a plain image, the best and the median
-of a few runs, and the ratios of the best. Loads are made by the two programs' own ``bench``, with io_uring
-and O_DIRECT; unlocking is not in the time.
+and of QEMU's on a LUKS image each (AES-256, XTS, plain64), and of ours on a plain image, the best and the
+median of a few runs, and the ratios of the best. The loads come over NBD from ``qemu-img bench`` (which
+itself cannot open an encrypted image); the servers use io_uring and O_DIRECT.
 
     python -m bench.encrypted [DIRECTORY]      (default: beside this checkout's .cache; 2 GB of room)
 """
@@ -17,6 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench import report
@@ -33,25 +36,38 @@ WORKS = {
 }
 
 
-def load(program: str, image: str, shape: tuple[int, int, int, int], *, write: bool) -> float:
+def load(address: str, shape: tuple[int, int, int, int], *, write: bool) -> float:
     """Bytes a second of one run."""
     count, depth, size, step = shape
-    options = ["-t", "none", "-c", str(count), "-d", str(depth), "-s", str(size), "-S", str(step)]
-    words = [program, "bench", *SECRET, "--image-opts", *options, *(["-w"] if write else [])]
-    words += ["-i", "io_uring"] if program == QEMU else []
-    done = subprocess.run([*words, image], check=True, capture_output=True, text=True)
+    options = ["-f", "raw", "-c", str(count), "-d", str(depth), "-s", str(size), "-S", str(step)]
+    words = [QEMU, "bench", *options, *(["-w"] if write else []), address]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
     found = re.search(r"completed in ([0-9.]+) seconds", done.stdout)
     assert found, done.stdout
     return count * size / float(found[1])
 
 
-def compare(name: str, shape: tuple[int, int, int, int], images: dict[str, str], *, write: bool) -> None:
+@contextmanager
+def served(words: Sequence[str | Path], place: Path, name: str) -> Iterator[str]:
+    """A server on a socket of its own, while it is needed; gives the address."""
+    path = place / f"{name}.socket"
+    server = subprocess.Popen([*map(str, words), "-k", str(path)])
+    try:
+        while not path.exists():
+            assert server.poll() is None, f"{words[0]} ended"
+            time.sleep(0.02)
+        yield f"nbd+unix:///?socket={path}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def compare(name: str, shape: tuple[int, int, int, int], addresses: dict[str, str], *, write: bool) -> None:
     """Run the three in turn and print their line."""
-    programs = {"ours": OURS, "qemu": QEMU, "plain": OURS}
-    rates: dict[str, list[float]] = {who: [] for who in programs}
+    rates: dict[str, list[float]] = {who: [] for who in addresses}
     for _ in range(ROUNDS):
-        for who, program in programs.items():
-            rates[who].append(load(program, images[who], shape, write=write))
+        for who, address in addresses.items():
+            rates[who].append(load(address, shape, write=write))
     unit, divisor = ("MiB/s", MIB) if shape[2] >= MIB else ("requests/s", shape[2])
     best = {who: max(one) for who, one in rates.items()}
     figures: dict[str, object] = {
@@ -71,16 +87,25 @@ def main() -> int:
     parent = Path(sys.argv[1]) if len(sys.argv) > 1 else CHECKOUT / ".cache"
     parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-") as name:
-        sealed, plain = Path(name, "sealed"), Path(name, "plain")
-        run(QEMU, "create", "-q", *SECRET, "-f", "qcow2", "-o", LUKS, sealed, str(SIZE))
-        run(QEMU, "create", "-q", "-f", "qcow2", plain, str(SIZE))
-        locked = f"driver=qcow2,file.filename={sealed},encrypt.key-secret=s0"
-        images = {"ours": locked, "qemu": locked, "plain": f"driver=qcow2,file.filename={plain}"}
-        for image in (images["ours"], images["plain"]):
-            load(OURS, image, (SIZE // MIB, 4, MIB, MIB), write=True)
-        for work, shape in WORKS.items():
-            for write in (False, True):
-                compare(work, shape, images, write=write)
+        place = Path(name)
+        for image in ("ours", "qemu"):
+            run(QEMU, "create", "-q", *SECRET, "-f", "qcow2", "-o", LUKS, place / image, str(SIZE))
+        run(QEMU, "create", "-q", "-f", "qcow2", place / "plain", str(SIZE))
+        ours = [OURS, "serve", "-t", "--cache", "none", *SECRET, "--image-opts"]
+        qemu = ["qemu-nbd", "-t", "--cache=none", "--aio=io_uring", *SECRET, "--image-opts"]
+        opened = {who: f"driver=qcow2,file.filename={place / who}" for who in ("ours", "qemu", "plain")}
+        key = ",encrypt.key-secret=s0"
+        with ExitStack() as stack:
+            addresses = {
+                "ours": stack.enter_context(served([*ours, opened["ours"] + key], place, "ours")),
+                "qemu": stack.enter_context(served([*qemu, opened["qemu"] + key], place, "qemu")),
+                "plain": stack.enter_context(served([*ours, opened["plain"]], place, "plain")),
+            }
+            for address in addresses.values():
+                load(address, (SIZE // MIB, 4, MIB, MIB), write=True)
+            for work, shape in WORKS.items():
+                for write in (False, True):
+                    compare(work, shape, addresses, write=write)
     return 0
 
 
