@@ -323,3 +323,18 @@ def test_where_the_kernel_has_an_advisor_the_tuner_sets_it_up(found: dict[str, s
         ksm.until(lambda: ksm.read("run") == "0")
         system.service.stop()
         assert ksm.settings() == found
+
+
+@pytest.mark.skipif(not (ksm.KSM / "advisor_mode").exists(), reason="the kernel has no advisor")
+def test_a_tuner_without_the_advisor_takes_over_from_one_that_is_on_and_gives_back(
+    found: dict[str, str],
+) -> None:
+    (ksm.KSM / "advisor_mode").write_text("scan-time")
+    with System(policy=POLICY, config="[ksm.tuner]\non = true\nadvisor = false\n") as system:
+        content = Content(system, 64)
+        content.run("only", "advised")
+        ksm.until(lambda: ctl(system, "ksm")["tuner"] in ("fast", "slow"))
+        assert ksm.read("advisor_mode") == "none"
+        system.service.stop()
+        assert (ksm.read("advisor_mode"), ksm.read("run")) == ("scan-time", found["run"])
+    (ksm.KSM / "advisor_mode").write_text("none")

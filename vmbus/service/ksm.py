@@ -64,10 +64,9 @@ class Knob:
         return str(value)
 
 
-# Documentation/admin-guide/mm/ksm.rst; in the order in which they are put back: the advisor sets
-# pages_to_scan itself while it is on, and run comes last, when the rest is as it was.
+# Documentation/admin-guide/mm/ksm.rst; in the order in which they are put back: pages_to_scan while the
+# advisor is off, for it sets that itself, and run last, when the rest is as it was.
 KNOBS: Final[dict[str, Knob]] = {
-    "advisor-mode": Knob(words=("none", "scan-time")),
     "advisor-max-cpu": Knob(0, 100),
     "advisor-target-scan-time": Knob(1, _UINT),
     "advisor-min-pages-to-scan": Knob(1, _UINT),
@@ -79,6 +78,7 @@ KNOBS: Final[dict[str, Knob]] = {
     "use-zero-pages": Knob(),
     "max-page-sharing": Knob(2, 0x7FFFFFFF),
     "stable-node-chains-prune-millisecs": Knob(0, _UINT),
+    "advisor-mode": Knob(words=("none", "scan-time")),
     "run": Knob(0, 2),
 }
 _FIGURES: Final = {
@@ -159,6 +159,8 @@ class Ksm:
     async def restore(self) -> None:
         """Put back every setting that was changed. Raises the first error, after all were tried."""
         failed = None
+        if "advisor-mode" in self.found:
+            await self._tune("advisor-mode", "none")
         for name in [name for name in KNOBS if name in self.found]:
             try:
                 await self._tune(name, "")

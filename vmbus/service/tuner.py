@@ -147,7 +147,8 @@ class Tuner:
 
     async def _step(self) -> None:
         offered = len(list(self._ksm.offered()))
-        if self._wanted.advisor and "advisor-mode" in self._ksm.settings():
+        advisor = self._ksm.settings().get("advisor-mode")
+        if self._wanted.advisor and advisor is not None:
             await self._put(_advised(self._wanted) if offered else {"run": 0})
             self.state = "advisor" if offered else "stopped"
             return
@@ -155,6 +156,8 @@ class Tuner:
         figures = self._ksm.figures()
         now = asyncio.get_running_loop().time()
         sample = Sample(now, figures["sharing"], figures["full-scans"], seen.ksmd_seconds, offered)
+        if advisor not in (None, "none"):
+            await self._ksm.set({"advisor-mode": "none"})  # somebody has set it up; the rate is ours now
         await self._put(self._plan.decide(sample))
         self.state, self.share = self._plan.state, self._plan.share
 
