@@ -130,6 +130,33 @@ fn seabios_shows_its_menu_on_the_serial_port_and_starts_again_after_a_reset_what
     guest.must(Request::Stop);
 }
 
+/// iPXE itself is for the nested host: on a software KVM it dies, after it has begun.
+#[test]
+fn seabios_runs_the_option_rom_of_a_network_interface_that_comes_first() {
+    requires_seabios!();
+    const ROM: &str = "/usr/lib/ipxe/qemu/efi-virtio.rom";
+    if !Path::new(ROM).exists() {
+        eprintln!("absent: {ROM} (package ipxe-qemu)");
+        return;
+    }
+    let Some(tap) = crate::network::tap(1) else {
+        return;
+    };
+    let mut firmware = firmware(SEABIOS, &["nic/lan"]);
+    firmware["nic_rom_fd"] = fd(ROM).into();
+    let nics = json!([{ "id": "lan", "mac": "52:54:00:12:34:56", "tap_fds": tap }]);
+    let mut guest = run(
+        "",
+        json!({ "kernel": null, "nics": nics, "firmware": firmware }),
+    );
+    let printed = guest.until("Booting from ROM");
+    assert!(
+        printed.contains("iPXE (http://ipxe.org) 00:03.0"),
+        "{printed}"
+    );
+    guest.must(Request::Stop);
+}
+
 #[test]
 fn firmware_of_no_size_that_firmware_has_is_refused() {
     requires_kvm!();

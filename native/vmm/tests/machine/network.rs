@@ -23,7 +23,7 @@ fn ip(words: &str) {
 
 /// A tap with `queues` queues on a bridge with address 10.99.0.1, in a network of this thread's own; None where
 /// this host or this user does not allow that.
-fn tap(queues: usize) -> Option<Vec<RawFd>> {
+pub fn tap(queues: usize) -> Option<Vec<RawFd>> {
     // SAFETY: it changes this thread's network namespace, and nothing else.
     let alone = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
     if !alone || !std::path::Path::new("/dev/net/tun").exists() {
