@@ -75,6 +75,7 @@ def test_all_guest_memory_is_mapped_in_pages_of_2_mib(system: System, pool: Pool
     assert pool.until(before, 1) == before
 
 
+@pytest.mark.long
 def test_all_guest_memory_is_mapped_in_pages_of_1_gib(system: System) -> None:
     with enlarged(1, 1 << 30) as pool:
         before = pool.figures()
@@ -131,6 +132,7 @@ def test_more_than_the_pool_has_is_refused_at_start(system: System, pool: Pool) 
     assert system.settle(counts) == counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", list(itertools.permutations(["worker", "service", "broker"])))
 def test_whatever_is_killed_in_whatever_order_nothing_stays_reserved(
     system: System, pool: Pool, order: tuple[str, ...]

@@ -216,6 +216,7 @@ def test_two_machines_with_equal_content_share_what_the_content_predicts(
     expected_figures(system, 4096, 2)
 
 
+@pytest.mark.long
 def test_eight_machines_with_equal_content_share_what_the_content_predicts(
     system: System, found: dict[str, str]
 ) -> None:
@@ -245,6 +246,7 @@ def test_different_owners_do_not_merge_and_say_so(system: System, found: dict[st
     ctl(system, "ksm", "restore")
 
 
+@pytest.mark.long
 def test_owners_of_one_domain_merge(found: dict[str, str]) -> None:
     config = f'[[ksm.domain]]\nname = "friends"\nusers = ["{ALICE}", "{BOB}"]\n'
     with System(policy=POLICY, config=config) as system:
@@ -285,6 +287,7 @@ def ksmd_seconds() -> float:
     raise AssertionError("there is no ksmd")
 
 
+@pytest.mark.long
 def test_the_tuner_merges_below_its_bound_rests_and_stops_with_the_last_machine(
     found: dict[str, str],
 ) -> None:

@@ -164,6 +164,7 @@ async def test_two_jobs_on_one_pool_do_not_mix(system: System, pool: Pool) -> No
     ctl(system, "shrink", "8")
 
 
+@pytest.mark.long
 def test_persistent_pages_are_there_from_the_start_and_stay(pool: Pool) -> None:
     before = pool["nr"]
     config = f"[[hugepages.persistent]]\npages = {before + 6}\n"
