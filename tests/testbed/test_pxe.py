@@ -85,6 +85,7 @@ def served() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("served")
+@pytest.mark.soak
 def test_ipxe_loads_a_script_and_boots_a_kernel_with_it() -> None:
     with System(policy=f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n') as system:
         system.rule(RULE)
