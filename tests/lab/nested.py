@@ -302,7 +302,8 @@ class NestedHost:
             self._count += 1
             number = self._count
         lines = [f"cd {shlex.quote(str(cwd))} || exit 127"]
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in (env or {}).items()]
+        known = {"VMBUS_CACHE": str(CACHE), **(env or {})}
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in known.items()]
         lines.append(command if isinstance(command, str) else "exec " + shlex.join(command))
         (self.out / f"{number}.sh").write_text("\n".join(lines) + "\n")
         self._send(f"run {number}")
