@@ -142,11 +142,13 @@ def create(
         _perform(request)
 
 
-def info(path: str, format: Format, *, lock: bool = True) -> dict[str, Any]:
-    """What an image says of itself: ``virtual-size``, ``actual-size``, and for qcow2 ``qcow2``."""
+def info(path: str, format: Format, *, lock: bool = True, snapshots: bool = True) -> dict[str, Any]:
+    """What an image says of itself: ``virtual-size``, ``actual-size``, and for qcow2 ``qcow2``, with its
+    snapshots unless they are not asked for."""
     with contextlib.ExitStack() as stack:
         fd = _file(stack, path, os.O_RDONLY)
-        return cast(dict[str, Any], _perform({"op": "info", "fd": fd, "format": format, "lock": lock}))
+        request = {"op": "info", "fd": fd, "format": format, "lock": lock, "snapshots": snapshots}
+        return cast(dict[str, Any], _perform(request))
 
 
 def probe(path: str) -> Format:
@@ -254,7 +256,7 @@ def chain(
     while True:
         if len(layers) == MAX_LAYERS:
             raise VmbusError("ImageInvalid", f"the chain is deeper than {MAX_LAYERS}, or a loop")
-        header = info(path, format, lock=lock).get("qcow2") or {}
+        header = info(path, format, lock=lock, snapshots=False).get("qcow2") or {}
         data_name = header.get("data-name")
         data_path = None if data_name is None else beside(path, data_name)
         name = header.get("backing-name")

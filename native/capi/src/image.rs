@@ -268,11 +268,18 @@ fn perform(
             "raw"
         })),
         "create" => create(request),
-        "info" => Ok(describe(&info(
-            &file(request, "fd")?,
-            format(request)?,
-            flag(request, "lock"),
-        )?)),
+        "info" => {
+            let mut found = info(
+                &file(request, "fd")?,
+                format(request)?,
+                flag(request, "lock"),
+            )?;
+            if let Some(qcow2) = found.qcow2.as_mut().filter(|_| !flag(request, "snapshots")) {
+                // There may be 65,535 of them, for which not everybody asks.
+                qcow2.snapshots = Vec::new();
+            }
+            Ok(describe(&found))
+        }
         "check" => {
             let repair = match text(request, "repair")? {
                 "none" => Repair::None,

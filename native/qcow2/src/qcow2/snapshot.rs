@@ -35,6 +35,8 @@ use crate::types::{HostCluster, HostOffset};
 /// and the extra data of one entry that QEMU takes.
 const MAX_TABLE: u64 = 16 << 20;
 const MAX_EXTRA: u32 = 1024;
+/// Bytes of an L1 table that are read at once.
+const L1_PIECE: u64 = 1 << 20;
 
 /// An entry of the snapshot table.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -205,6 +207,12 @@ pub fn create(image: &Image, name: &str) -> Result<Snapshot> {
     let l1_len = l1.len() as u64 * 8;
     let own = l1.iter().filter(|entry| **entry & COPIED != 0).count() as u64;
     let table_len = serialize(&snapshots)?.len() as u64 * 8;
+    // Before room is made for all of them.
+    for entry in l1.iter().filter(|entry| **entry & COPIED != 0) {
+        if let Some(table) = decode_l1(&geometry, *entry)? {
+            image.lock().guard(&geometry, table.offset, Holds::L2)?;
+        }
+    }
     let mut switch = Switch::begin(image, &geometry, own, &[l1_len, l1_len, table_len])?;
     let done = without_flags(image, &geometry, &mut switch, l1).and_then(|l1| {
         count_tree(image, &geometry, &l1, true)?;
@@ -362,12 +370,16 @@ pub(crate) fn read_l1(
             "an L1 table lies beyond the end of the file",
         ));
     }
-    let mut bytes = vec![0u8; entries as usize * 8];
-    file.read_at(&mut bytes, offset)?;
-    let l1: Vec<u64> = bytes
-        .chunks_exact(8)
-        .map(|entry| be64(entry, 0).unwrap_or(0))
-        .collect();
+    let len = u64::from(entries) * 8;
+    let mut l1 = Vec::with_capacity(entries as usize);
+    let mut piece = vec![0u8; len.min(L1_PIECE) as usize];
+    for at in (0..len).step_by(L1_PIECE as usize) {
+        let now = piece.get_mut(..(len - at).min(L1_PIECE) as usize);
+        let now = now.unwrap_or(&mut []);
+        file.read_at(now, offset + at)?;
+        let words = now.chunks_exact(8);
+        l1.extend(words.map(|entry| be64(entry, 0).unwrap_or(0)));
+    }
     for entry in &l1 {
         decode_l1(geometry, *entry)?;
     }
@@ -466,7 +478,6 @@ fn without_flags(
         let Some(table) = decode_l1(geometry, *entry)?.filter(|table| table.copied) else {
             continue;
         };
-        image.lock().guard(geometry, table.offset, Holds::L2)?;
         file.read_at(&mut bytes, table.offset.0)?;
         for at in (0..bytes.len()).step_by(size) {
             let word = be64(&bytes, at).unwrap_or(0);

@@ -30,6 +30,9 @@ use crate::qcow2::Geometry;
 use crate::state::Layer;
 use crate::types::HostOffset;
 
+/// Bytes of a table that are written at once, at least.
+const PIECE: usize = 1 << 20;
+
 /// A change under way. No request may be.
 pub(crate) struct Switch<'a> {
     image: &'a Image,
@@ -165,13 +168,29 @@ impl<'a> Switch<'a> {
             .areas
             .get(area)
             .ok_or_else(|| Error::invalid("no such area"))?;
-        let cluster = self.geometry.cluster();
-        let len = (content.len() as u64 * 8)
-            .next_multiple_of(cluster)
-            .max(cluster);
-        let mut state = self.image.lock();
-        state.put_table(&self.geometry, place, len, content);
+        // It may be 32 MiB long: it does not go through the cache.
+        let file = file_of(self.image, &self.geometry)?;
+        let unit = (PIECE as u64).max(self.geometry.cluster()) as usize;
+        let mut bytes = Vec::with_capacity(unit);
+        let mut at = place;
+        for piece in content.chunks(unit / 8) {
+            bytes.clear();
+            piece
+                .iter()
+                .for_each(|word| bytes.extend(word.to_be_bytes()));
+            let cluster = self.geometry.cluster() as usize;
+            bytes.resize(bytes.len().next_multiple_of(cluster), 0);
+            file.write_at(&bytes, at.0)?;
+            self.forget(at, bytes.len() as u64);
+            at = at.plus(bytes.len() as u64);
+        }
         Ok(place)
+    }
+
+    fn forget(&self, place: HostOffset, len: u64) {
+        let mut state = self.image.lock();
+        let (layer, block) = (self.geometry.layer, self.geometry.block());
+        state.cache.forget(layer, place, len, block);
     }
 
     /// What nothing will point to.
