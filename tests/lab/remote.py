@@ -109,6 +109,8 @@ class RemoteSession:
             data: dict[str, Any] = json.loads(line)
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
             report.nested = True
+            if report.skipped and isinstance(report.longrepr, list):
+                report.longrepr = tuple(report.longrepr)  # JSON has no tuples, and pytest's summary wants one
             self._reports.setdefault(report.nodeid, []).append(report)
         return bool(new)
 
