@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -93,7 +94,14 @@ def raw(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suite", [*SUITES, *(pytest.param(one, marks=pytest.mark.soak) for one in LONG)])
+@pytest.mark.parametrize(
+    "suite",
+    [
+        SUITES[0],
+        *(pytest.param(one, marks=pytest.mark.long) for one in SUITES[1:]),
+        *(pytest.param(one, marks=pytest.mark.soak) for one in LONG),
+    ],
+)
 def test_what_is_encrypted_by_one_is_read_and_written_by_the_other(
     tmp_path: Path, raw: Path, suite: str
 ) -> None:
@@ -126,6 +134,7 @@ def test_what_is_encrypted_by_one_is_read_and_written_by_the_other(
         same_for_both(wanted, path)
 
 
+@pytest.mark.long
 def test_info_says_what_qemu_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "image"
     suite = "encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256"
@@ -148,6 +157,7 @@ def test_info_says_what_qemu_says(tmp_path: Path, capfd: pytest.CaptureFixture[s
         )
 
 
+@pytest.mark.long
 def test_key_slots_of_one_open_with_the_other(tmp_path: Path, raw: Path) -> None:
     for name, make, change in (
         ("ours", lambda *words: qemu("qemu-img", *words), ours),
@@ -334,3 +344,47 @@ def test_nothing_shows_a_passphrase() -> None:
     secret = image.Secret("correct horse")
     layer = image.Layer("a", "qcow2", secret=secret)
     assert "correct" not in f"{secret} {secret!r} {layer} {image.Encryption(secret)}"
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "extended_l2=on"])
+def test_ours_and_qemus_tools_work_on_one_encrypted_image_in_turns(tmp_path: Path, options: str) -> None:
+    seed = random.randrange(1 << 32) if "VMBUS_SEED" not in os.environ else int(os.environ["VMBUS_SEED"])
+    print(f"VMBUS_SEED={seed}")
+    numbers = random.Random(seed)
+    path, wanted = tmp_path / "image", tmp_path / "wanted.raw"
+    size = 2 * MIB
+    ours("create", "-q", "-f", "qcow2", "--object", SECRET, "-o", f"{LUKS},{options}", path, str(size))
+    expected = bytearray(size)
+    kept: dict[str, bytes] = {}
+    secrets = [image.Secret("correct horse")]
+    for step in range(10):
+        commands: list[str] = []
+        with image.open(str(path), "qcow2", secrets=secrets) as disk:
+            for _ in range(6):
+                start = numbers.randrange(size // 512) * 512
+                length = min(numbers.randrange(1, 200) * 512, size - start)
+                value = numbers.randrange(1, 256)
+                if numbers.randrange(4) == 0:
+                    disk.write_zeroes(start, length)
+                    value = 0
+                else:
+                    disk.write(start, bytes([value]) * length)
+                expected[start : start + length] = bytes([value]) * length
+            if step in {2, 5}:
+                disk.snapshot(f"s{step}")
+                kept[f"s{step}"] = bytes(expected)
+            elif step == 7:
+                disk.apply_snapshot("s2")
+                expected[:] = kept["s2"]
+            elif step == 8:
+                disk.delete_snapshot("s5")
+        for _ in range(6):
+            start = numbers.randrange(size // 512) * 512
+            length = min(numbers.randrange(1, 200) * 512, size - start)
+            value = numbers.choice([0, numbers.randrange(1, 256)])
+            commands += ["-c", f"write {'-z' if value == 0 else f'-P {value}'} {start} {length}"]
+            expected[start : start + length] = bytes([value]) * length
+        qemu("qemu-io", "--object", SECRET, *commands, "--image-opts", opts(path))
+        wanted.write_bytes(expected)
+        clean(path)
+        same_for_both(wanted, path)
