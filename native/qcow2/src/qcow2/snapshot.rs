@@ -504,10 +504,7 @@ fn with_flags(
             continue;
         };
         let cluster = table.offset.0 >> geometry.cluster_bits;
-        if run(image, |state, waiter| {
-            counts.get(state, geometry, cluster, waiter)
-        })? != 1
-        {
+        if counts.get(image, geometry, cluster)? != 1 {
             *entry &= !COPIED;
             continue;
         }
@@ -518,10 +515,7 @@ fn with_flags(
                 continue;
             };
             let cluster = host.0 >> geometry.cluster_bits;
-            let count = run(image, |state, waiter| {
-                counts.get(state, geometry, cluster, waiter)
-            })?;
-            if count == 1 {
+            if counts.get(image, geometry, cluster)? == 1 {
                 put64(&mut after, n * size, l2.word | COPIED);
             }
         }
@@ -556,32 +550,30 @@ fn move_l2(
 #[derive(Default)]
 struct Counts {
     clusters: Range<u64>,
-    first: u64,
     block: Option<Block>,
 }
 
 impl Counts {
-    fn get(
-        &mut self,
-        state: &mut State,
-        geometry: &Geometry,
-        cluster: u64,
-        waiter: &Waiter,
-    ) -> Planned<u64> {
+    fn get(&mut self, image: &Image, geometry: &Geometry, cluster: u64) -> Result<u64> {
         if !self.clusters.contains(&cluster) {
-            let Some(place) = state.count_place(geometry, HostCluster(cluster)) else {
+            let found = run(image, |state, waiter| {
+                let Some(place) = state.count_place(geometry, HostCluster(cluster)) else {
+                    return Ok(None);
+                };
+                let block = state.cache.fetch(place.need, waiter)?.clone();
+                Ok(Some((block, cluster - place.index)))
+            })?;
+            let Some((block, start)) = found else {
                 return Ok(0);
             };
-            self.block = Some(state.cache.fetch(place.need, waiter)?.clone());
-            let start = cluster - place.index;
+            self.block = Some(block);
             self.clusters = start..start + ((geometry.block() * 8) >> geometry.refcount_order);
-            self.first = start;
         }
         let bytes = self.block.as_ref().map_or(&[][..], |block| block.bytes());
         Ok(refcount::get(
             bytes,
             geometry.refcount_order,
-            cluster - self.first,
+            cluster - self.clusters.start,
         ))
     }
 }
