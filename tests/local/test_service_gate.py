@@ -204,6 +204,7 @@ async def one_of_each(alice: Caller) -> dict[str, str]:
         "Machine": machine,
         "Job": job,
         "HugePages": pools[0],
+        "Ksm": f"{ROOT}/ksm",
     }
 
 

@@ -22,7 +22,7 @@ descriptor, and the loop goes on.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -31,6 +31,7 @@ from typing import Final
 import msgspec
 
 from vmbus.service import descriptors
+from vmbus.service.aside import aside
 
 PAGE: Final = os.sysconf("SC_PAGESIZE")
 _CHUNK: Final = 1 << 16
@@ -112,11 +113,12 @@ class Figures:
             return None
         copy = os.dup(self._files["smaps"])
         try:
-            text = await asyncio.to_thread(_whole, copy)
+            text = await aside(_whole, copy)
         except OSError:
             return None
         finally:
-            os.close(copy)
+            with contextlib.suppress(OSError):  # gone if a client's file was expelled meanwhile
+                os.close(copy)
         if not text:
             return None
         usage = usage_of(text.splitlines())

@@ -15,7 +15,6 @@ Both directories are the service's. Workers get descriptors, code and ROMs for r
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import logging
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from vmbus.service import durable
+from vmbus.service.aside import aside
 from vmbus.wire.definition import FIRMWARE_CODE, FIRMWARE_NIC_ROM, FIRMWARE_VARIABLES, Definition
 from vmbus.wire.errors import VmbusError
 
@@ -71,9 +71,9 @@ class Firmware:
         """
         self._being_defined += 1
         try:
-            hashes = await asyncio.to_thread(self._take, definition)
+            hashes = await aside(self._take, definition)
             if template := hashes.get(FIRMWARE_VARIABLES):
-                await asyncio.to_thread(self._make_variables, uuid, template)
+                await aside(self._make_variables, uuid, template)
             yield hashes
         except BaseException:
             durable.remove(self._variables / uuid)
