@@ -48,7 +48,7 @@ def built() -> Path:
 def fuzz(program: Path, corpus: Path, seconds: int) -> None:
     target = program.name
     FOUND.mkdir(parents=True, exist_ok=True)
-    kept = [FUZZ / kind / target for kind in ("corpus", "regressions")]
+    kept = [place for kind in ("corpus", "regressions") if (place := FUZZ / kind / target).is_dir()]
     seed = os.environ.get("FUZZ_SEED", "0")
     limits = [f"-max_total_time={seconds}", "-timeout=25", "-rss_limit_mb=1500", "-max_len=1500"]
     done = subprocess.run(
