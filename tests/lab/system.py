@@ -193,14 +193,17 @@ class System:
             self.broker.start()
         if self._parts == "service":
             self.service.start()
-            # vmbusd asks the broker about the host at its start, and a child of the broker looks.
-            deadline = time.monotonic() + 10 * SLOW
-            while _children(self.broker.pid) and time.monotonic() < deadline:
-                time.sleep(0.02)
-        # Ready is said before what was begun on the side is over; ``counts`` is to find nothing of that.
+            self._wait_until_quiet()
+
+    def _wait_until_quiet(self) -> None:
+        """vmbusd asks the broker about the host at its start, and children of the broker look: until none has
+        been there for half a second."""
         deadline = time.monotonic() + 10 * SLOW
-        while self.broker.running and _children(self.broker.pid) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        quiet_since = time.monotonic()
+        while time.monotonic() < min(deadline, quiet_since + 0.5):
+            if _children(self.broker.pid):
+                quiet_since = time.monotonic()
+            time.sleep(0.02)
 
     def close(self) -> None:
         """End everything, whatever state it is in, and remove what it had. The logs are gone after it."""
