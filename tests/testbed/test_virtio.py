@@ -96,6 +96,7 @@ def test_linux_finds_the_devices_and_their_limits(system: System) -> None:
         ("00.0", "0x8086", "0x29c0"),
         ("01.0", "0x1af4", "0x1042"),
         ("05.0", "0x1af4", "0x1044"),
+        ("06.0", "0x1af4", "0x1045"),
         *((f"10.{port}", "0x1b36", "0x000c") for port in range(8)),
         ("1f.0", "0x8086", "0x2918"),
     ]
