@@ -6,13 +6,14 @@
 //! One visit to a queue takes at most as many requests as the queue has entries; each is bounded.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::error::{Error, Result};
 use crate::io::{Command, IoThread, Mailbox, Newcomer, Port, Serve, Trouble};
+use crate::poll::{self, unwatch, watch};
 use crate::thread::{Role, ThreadHook};
 use crate::virtio::balloon::{Balloon, DEFLATE, INFLATE, REPORTING, STATISTICS};
 use crate::virtio::interrupt::Interrupt;
@@ -61,8 +62,8 @@ struct Active {
 impl Server {
     fn new(balloon: Arc<Balloon>, mailbox: Arc<Mailbox>) -> Result<Server> {
         let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
-        watch(&epoll, mailbox.wake.as_raw_fd(), WAKE)?;
-        watch(&epoll, balloon.nudge.as_raw_fd(), NUDGE)?;
+        watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
+        watch(&epoll, balloon.nudge.as_raw_fd(), EventSet::IN, NUDGE)?;
         Ok(Server {
             mailbox,
             epoll,
@@ -79,11 +80,7 @@ impl Server {
             Command::Start(_, activation) => self.activate(activation)?,
             Command::Stop(_, sender) => {
                 for queue in self.active.take().iter().flat_map(|active| &active.queues) {
-                    // It fails only for an fd that is not watched.
-                    let kick = queue.kick.as_raw_fd();
-                    let _ = self
-                        .epoll
-                        .ctl(ControlOperation::Delete, kick, EpollEvent::default());
+                    unwatch(&self.epoll, queue.kick.as_raw_fd());
                 }
                 self.balloon.forget();
                 // Whoever asked may have gone.
@@ -114,7 +111,12 @@ impl Server {
 
     fn activate(&mut self, activation: Activation) -> Result<()> {
         for (place, queue) in activation.queues.iter().enumerate() {
-            watch(&self.epoll, queue.kick.as_raw_fd(), place as u64)?;
+            watch(
+                &self.epoll,
+                queue.kick.as_raw_fd(),
+                EventSet::IN,
+                place as u64,
+            )?;
         }
         self.active = Some(Active {
             queues: activation.queues,
@@ -167,11 +169,7 @@ impl Serve for Server {
         let mut events = [EpollEvent::default(); 8];
         while !self.exiting {
             let timeout = if self.again.is_empty() { -1 } else { 0 };
-            let count = match self.epoll.wait(timeout, &mut events) {
-                Ok(count) => count,
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => 0,
-                Err(e) => return Err(Error::kernel("epoll_wait", e)),
-            };
+            let count = poll::wait(&self.epoll, timeout, &mut events)?;
             for event in events.iter().take(count) {
                 match event.data() {
                     WAKE => {
@@ -269,14 +267,4 @@ fn soon(again: &mut VecDeque<usize>, place: usize) {
     if !again.contains(&place) {
         again.push_back(place);
     }
-}
-
-fn watch(epoll: &Epoll, fd: RawFd, data: u64) -> Result<()> {
-    epoll
-        .ctl(
-            ControlOperation::Add,
-            fd,
-            EpollEvent::new(EventSet::IN, data),
-        )
-        .map_err(|e| Error::kernel("epoll_ctl", e))
 }

@@ -12,14 +12,13 @@
 //! last. A cause that was raised before a
 //! reset is stale and forgotten. Besides, this thread moves the console's bytes.
 
-use std::os::fd::RawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use serde_json::json;
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::config::OnReset;
 use crate::cpu::gate::{Cause, Gate};
@@ -29,6 +28,7 @@ use crate::error::{Error, Kind, Result};
 use crate::hotplug::Hotplug;
 use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request, Slot};
 use crate::platform::Platform;
+use crate::poll::{self, watch};
 use crate::prefault::Prefault;
 use crate::thread::{self, panic_message, Role, ThreadHook};
 use crate::virtio::balloon::Balloon;
@@ -150,11 +150,7 @@ impl Control {
         watch(&epoll, self.platform.serial.socket(), both, CONSOLE)?;
         let mut ready = [EpollEvent::default(); 2];
         loop {
-            let count = match epoll.wait(-1, &mut ready) {
-                Ok(count) => count,
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
-                Err(e) => return Err(Error::kernel("epoll_wait", e)),
-            };
+            let count = poll::wait(&epoll, -1, &mut ready)?;
             for event in ready.iter().take(count) {
                 if event.data() == CONSOLE {
                     self.platform.serial.socket_ready();
@@ -422,10 +418,4 @@ impl Control {
         })
         .to_string()
     }
-}
-
-fn watch(epoll: &Epoll, fd: RawFd, events: EventSet, data: u64) -> Result<()> {
-    epoll
-        .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
-        .map_err(|e| Error::kernel("epoll_ctl", e))
 }

@@ -40,6 +40,7 @@ pub mod net;
 pub mod nics;
 pub mod pci;
 pub mod platform;
+mod poll;
 pub mod prefault;
 pub mod slots;
 pub mod thread;

@@ -5,17 +5,18 @@
 //! Nothing in a round waits, and each part of it is bounded by the queues' sizes.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::mpsc::Sender;
 use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::{Completion, Engine, Image, Op, Request, Ring, Slot};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use super::{image_error, Counters, Served};
 use crate::error::{Error, Result};
 use crate::io::{Command, Mailbox, Newcomer, Serve};
+use crate::poll::{self, unwatch, watch};
 use crate::virtio::blk::{self, BlkRequest, Work, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::Fault;
@@ -99,11 +100,7 @@ impl Serve for Server {
         let mut done = Vec::new();
         while !(self.exiting && self.pending.is_empty()) {
             let timeout = if self.again.is_empty() { -1 } else { 0 };
-            let count = match self.epoll.wait(timeout, &mut events) {
-                Ok(count) => count,
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => 0,
-                Err(e) => return Err(Error::kernel("epoll_wait", e)),
-            };
+            let count = poll::wait(&self.epoll, timeout, &mut events)?;
             for event in events.iter().take(count) {
                 match event.data() {
                     WAKE => {
@@ -139,8 +136,8 @@ impl Server {
             None => Engine::blocking().map_err(|e| Error::kernel("eventfd", e))?,
         };
         let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
-        watch(&epoll, mailbox.wake.as_raw_fd(), WAKE)?;
-        watch(&epoll, engine.event_fd(), ENGINE)?;
+        watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
+        watch(&epoll, engine.event_fd(), EventSet::IN, ENGINE)?;
         let mut server = Server {
             mailbox,
             epoll,
@@ -228,7 +225,12 @@ impl Server {
         };
         let mut queues = Vec::with_capacity(activation.queues.len());
         for (place, inner) in activation.queues.into_iter().enumerate() {
-            watch(&self.epoll, inner.kick.as_raw_fd(), bell(device, place))?;
+            watch(
+                &self.epoll,
+                inner.kick.as_raw_fd(),
+                EventSet::IN,
+                bell(device, place),
+            )?;
             queues.push(ServedQueue {
                 size: inner.queue.size(),
                 inner,
@@ -505,21 +507,6 @@ fn status_of(error: &vmbus_qcow2::Error) -> u8 {
         vmbus_qcow2::Kind::NotSupported => STATUS_UNSUPPORTED,
         _ => STATUS_IOERR,
     }
-}
-
-fn watch(epoll: &Epoll, fd: RawFd, data: u64) -> Result<()> {
-    epoll
-        .ctl(
-            ControlOperation::Add,
-            fd,
-            EpollEvent::new(EventSet::IN, data),
-        )
-        .map_err(|e| Error::kernel("epoll_ctl", e))
-}
-
-fn unwatch(epoll: &Epoll, fd: RawFd) {
-    // It fails only for an fd that is not watched.
-    let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
 
 /// Requests by id, with ids that are used again.

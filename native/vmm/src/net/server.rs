@@ -5,15 +5,16 @@
 //! rounds but buffers that were taken off a receive queue and not yet filled; a pause gives them back.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use super::interface::{Active, Scratch};
 use super::{Counters, Link, Served};
 use crate::error::{Error, Kind, Result};
 use crate::io::{Command, Mailbox, Newcomer, Serve};
+use crate::poll::{self, unwatch, watch};
 use crate::virtio::net::MAC;
 use crate::virtio::Activation;
 
@@ -132,11 +133,7 @@ impl Serve for Server {
         let mut events = [EpollEvent::default(); 64];
         while !self.exiting {
             let timeout = if self.again.is_empty() { -1 } else { 0 };
-            let count = match self.epoll.wait(timeout, &mut events) {
-                Ok(count) => count,
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => 0,
-                Err(e) => return Err(Error::kernel("epoll_wait", e)),
-            };
+            let count = poll::wait(&self.epoll, timeout, &mut events)?;
             for event in events.iter().take(count) {
                 if event.data() == WAKE {
                     for command in self.mailbox.take() {
@@ -332,15 +329,4 @@ fn soon(again: &mut VecDeque<Job>, job: Job) {
     if !again.contains(&job) {
         again.push_back(job);
     }
-}
-
-fn watch(epoll: &Epoll, fd: RawFd, events: EventSet, data: u64) -> Result<()> {
-    epoll
-        .ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
-        .map_err(|e| Error::kernel("epoll_ctl", e))
-}
-
-fn unwatch(epoll: &Epoll, fd: RawFd) {
-    // It fails only for an fd that is not watched.
-    let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
 }
