@@ -381,7 +381,7 @@ fn offer_frame(random: &mut Random, index: u16, driver: &mut Driver) {
     let count = 1 + random.below(u64::from(driver.rings.size).min(4)) as u16;
     for place in 0..count {
         let mut flags = u16::from(place + 1 < count);
-        let mut address = 0x4_0000 + random.below(64) * 2048;
+        let address = 0x4_0000 + random.below(64) * 2048;
         let mut len = random.pick(&[1u32, 6, 12, 14, 26, 1500, 2048, 0x1_1000]);
         match index {
             0 | 2 => flags |= 2,
@@ -395,27 +395,9 @@ fn offer_frame(random: &mut Random, index: u16, driver: &mut Driver) {
             }
             _ => {}
         }
-        if random.one_in(25) {
-            address = random.number();
-        }
-        if random.one_in(25) {
-            len = random.number() as u32;
-        }
-        if random.one_in(40) {
-            flags = random.below(8) as u16;
-        }
-        let next = if random.one_in(40) {
-            random.number() as u16
-        } else {
-            place + 1
-        };
-        driver.descriptor(place, address, len, flags, next);
+        describe(random, driver, place, (address, len, flags), (25, 40));
     }
-    driver.offer(if random.one_in(40) {
-        random.number() as u16
-    } else {
-        0
-    });
+    offer_head(random, driver, 40);
 }
 
 #[test]
@@ -467,12 +449,48 @@ fn random_balloons() {
 }
 
 /// Page numbers, figures or free pages, but for a few things. The disk's rings and requests may be among the pages.
+/// Writes a descriptor as it is meant, or with something wrong: address and length once in `odds.0` times, flags and
+/// link once in `odds.1`.
+fn describe(
+    random: &mut Random,
+    driver: &mut Driver,
+    place: u16,
+    meant: (u64, u32, u16),
+    odds: (u64, u64),
+) {
+    let (mut address, mut len, mut flags) = meant;
+    if random.one_in(odds.0) {
+        address = random.number();
+    }
+    if random.one_in(odds.0) {
+        len = random.number() as u32;
+    }
+    if random.one_in(odds.1) {
+        flags = random.below(8) as u16;
+    }
+    let next = if random.one_in(odds.1) {
+        random.number() as u16
+    } else {
+        place + 1
+    };
+    driver.descriptor(place, address, len, flags, next);
+}
+
+/// Offers the chain at 0, or once in `odds` times whatever.
+fn offer_head(random: &mut Random, driver: &mut Driver, odds: u64) {
+    driver.offer(if random.one_in(odds) {
+        random.number() as u16
+    } else {
+        0
+    });
+}
+
 fn offer_pages(random: &mut Random, index: u16, driver: &mut Driver) {
     let count = 1 + random.below(u64::from(driver.rings.size).min(3)) as u16;
     for place in 0..count {
-        let mut flags = u16::from(place + 1 < count) | if index == 3 { 2 } else { 0 };
-        let mut address = 0x4_0000 + random.below(64) * 0x1000;
-        let mut len = random.pick(&[4u32, 10, 64, 1000, 1024, 0x1000, 0x2000]);
+        let flags = u16::from(place + 1 < count) | if index == 3 { 2 } else { 0 };
+        let address = 0x4_0000 + random.below(64) * 0x1000;
+        let len = random.pick(&[4u32, 10, 64, 1000, 1024, 0x1000, 0x2000]);
         for word in 0..8 {
             let page = random.number() as u32;
             driver
@@ -480,27 +498,9 @@ fn offer_pages(random: &mut Random, index: u16, driver: &mut Driver) {
                 .write_obj(page, GuestAddress(address + 4 * word))
                 .unwrap();
         }
-        if random.one_in(12) {
-            address = random.number();
-        }
-        if random.one_in(12) {
-            len = random.number() as u32;
-        }
-        if random.one_in(20) {
-            flags = random.below(8) as u16;
-        }
-        let next = if random.one_in(20) {
-            random.number() as u16
-        } else {
-            place + 1
-        };
-        driver.descriptor(place, address, len, flags, next);
+        describe(random, driver, place, (address, len, flags), (12, 20));
     }
-    driver.offer(if random.one_in(20) {
-        random.number() as u16
-    } else {
-        0
-    });
+    offer_head(random, driver, 20);
 }
 
 #[test]
