@@ -11,27 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.local.image_bed import MIB, clean, ours, qemu
 from vmbus import image
-from vmbus.cli import img
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
-MIB = 1 << 20
-
-
-def qemu(*words: str | Path, code: int = 0) -> str:
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
-    assert done.returncode == code, f"{words}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def ours(*words: str | Path, code: int = 0) -> None:
-    assert img.main([str(word) for word in words]) == code
-
-
-def clean(path: Path) -> None:
-    found = json.loads(qemu("qemu-img", "check", "-f", "qcow2", "--output=json", path))
-    assert found["check-errors"] == 0 and "corruptions" not in found and "leaks" not in found, found
-    ours("check", "-q", path)
 
 
 def described(path: Path) -> dict[str, Any]:

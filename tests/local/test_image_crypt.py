@@ -10,14 +10,13 @@ import json
 import os
 import random
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.local.image_bed import ours, qemu
 from vmbus import image
-from vmbus.cli import img
 from vmbus.wire.errors import VmbusError
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
@@ -51,16 +50,6 @@ LONG = [
     "encrypt.hash-alg=sha384",
     "cluster_size=2M",
 ]
-
-
-def qemu(*words: str | Path, code: int = 0) -> str:
-    done = subprocess.run([*map(str, words)], check=False, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stdout
-
-
-def ours(*words: str | Path, code: int = 0) -> None:
-    assert img.main([str(word) for word in words]) == code
 
 
 def opts(path: Path, secret: str = "s0", *more: str) -> str:

@@ -13,25 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.local.image_bed import MIB, clean, ours, qemu
 from vmbus import image
-from vmbus.cli import img
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
-MIB = 1 << 20
-
-
-def qemu(*words: str | Path) -> str:
-    return subprocess.run([*map(str, words)], check=True, capture_output=True, text=True).stdout
-
-
-def ours(*words: str | Path, code: int = 0) -> None:
-    assert img.main([str(word) for word in words]) == code
-
-
-def clean(path: Path) -> None:
-    found = json.loads(qemu("qemu-img", "check", "-f", "qcow2", "--output=json", path))
-    assert found["check-errors"] == 0 and "corruptions" not in found and "leaks" not in found
-    ours("check", "-q", path)
 
 
 @pytest.fixture

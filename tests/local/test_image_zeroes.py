@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.local.image_bed import qemu
 from vmbus import image
 from vmbus.cli import img
 from vmbus.image import DETECT_ZEROES, DetectZeroes
@@ -18,10 +18,6 @@ from vmbus.wire.errors import VmbusError
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
 MIB = 1 << 20
 KIB = 1 << 10
-
-
-def qemu(*words: str | Path) -> str:
-    return subprocess.run([*map(str, words)], check=True, capture_output=True, text=True).stdout
 
 
 def data_clusters(path: Path) -> set[int]:
