@@ -9,19 +9,18 @@ QEMU is run with its own tap back end (vhost=off), and as it is by default other
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from bench import report
 from bench.peers import EMULATOR
 from bench.system import Measured
+from tests.lab.bridge import RULE, bridge, grant
 from tests.lab.system import ALICE
 from tests.local.worker_guest import image
 
@@ -32,28 +31,11 @@ SIZE = 1000  # bytes of data
 GUEST = "10.97.0.2"
 BRIDGE = f"vmbb{os.getpid()}"
 TICK = os.sysconf("SC_CLK_TCK")
-RULE = """\
-polkit.addRule(function(action, subject) {
-    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
-});
-"""
 WORDS = f"net-echo count={1 << 30} address={0x0A610002}"
 
 
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
-
-
-@contextlib.contextmanager
-def bridge() -> Iterator[None]:
-    """A bridge with an address in the guest's network."""
-    ip("link", "add", BRIDGE, "type", "bridge")
-    try:
-        ip("address", "add", "10.97.0.1/24", "dev", BRIDGE)
-        ip("link", "set", BRIDGE, "up")
-        yield
-    finally:
-        ip("link", "del", BRIDGE)
 
 
 def device_seconds(pid: int) -> float:
@@ -150,8 +132,7 @@ def main() -> None:
     """Run and report."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
     vmbus, qemu = [], []
-    policy = f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n'
-    with bridge(), Measured(policy=policy) as system:
+    with bridge(BRIDGE, "10.97.0.1/24"), Measured(policy=grant(BRIDGE)) as system:
         system.rule(RULE)
         words = ["define", "--name", "net", "--memory", "16M", "--kernel", str(system.kernel)]
         done = system.vmbusctl(ALICE, *words, "--cmdline", WORDS, "--nic", BRIDGE)

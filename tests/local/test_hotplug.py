@@ -10,13 +10,13 @@ import json
 import os
 import pwd
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.lab.bridge import RULE, granted
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, System
 from tests.local import worker_guest
@@ -25,12 +25,6 @@ from tests.local.broker_bed import wait_until
 pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
 
 BRIDGE = f"vmbp{os.getpid()}"
-POLICY = f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n'
-RULE = """\
-polkit.addRule(function(action, subject) {
-    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
-});
-"""
 MARK = b"vmbus"
 """What the guest writes at the start of a disk."""
 
@@ -38,13 +32,8 @@ MARK = b"vmbus"
 @pytest.fixture(scope="module")
 def system() -> Iterator[System]:
     """A whole system, and a bridge that broker.toml grants to alice."""
-    subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
-    try:
-        with System(policy=POLICY) as whole:
-            whole.rule(RULE)
-            yield whole
-    finally:
-        subprocess.run(["ip", "link", "del", BRIDGE], check=True)
+    with granted(BRIDGE) as whole:
+        yield whole
 
 
 @pytest.fixture

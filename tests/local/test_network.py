@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab.bridge import RULE, granted
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, SLOW, System
 from tests.local import worker_guest
@@ -24,12 +25,6 @@ from tests.local.broker_bed import wait_until
 pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
 
 BRIDGE = f"vmbn{os.getpid()}"
-POLICY = f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n'
-RULE = """\
-polkit.addRule(function(action, subject) {
-    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
-});
-"""
 NET = Path("/sys/class/net")
 
 
@@ -40,14 +35,8 @@ def ip(*words: str) -> str:
 @pytest.fixture
 def system() -> Iterator[System]:
     """A whole system, and a bridge that broker.toml grants to alice, with address 10.99.0.1."""
-    ip("link", "add", BRIDGE, "type", "bridge")
-    try:
-        ip("address", "add", "10.99.0.1/30", "dev", BRIDGE)
-        ip("link", "set", BRIDGE, "up")
-        with System(policy=POLICY) as whole:
-            yield whole
-    finally:
-        ip("link", "del", BRIDGE)
+    with granted(BRIDGE, "10.99.0.1/30", rule="") as whole:
+        yield whole
 
 
 def ports() -> list[str]:

@@ -4,23 +4,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.bridge import granted
 from tests.lab.guest import StockGuest
-from tests.lab.system import ALICE, SLOW, System
+from tests.lab.system import SLOW, System
 
 pytestmark = [pytest.mark.requires("kvm-hardware", "tap", "bridge"), pytest.mark.timeout(3600)]
 
 BRIDGE = f"vmbh{os.getpid()}"
 HOST = "10.97.0.1"
-RULE = """\
-polkit.addRule(function(action, subject) {
-    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
-});
-"""
 
 NICS = f"""\
 echo "ready"
@@ -52,16 +47,8 @@ poweroff -f
 @pytest.fixture(scope="module")
 def system() -> Iterator[System]:
     """A whole system, and a bridge with an address that broker.toml grants."""
-    ip = ["ip", "link"]
-    subprocess.run([*ip, "add", BRIDGE, "type", "bridge"], check=True)
-    try:
-        subprocess.run(["ip", "address", "add", f"{HOST}/24", "dev", BRIDGE], check=True)
-        subprocess.run([*ip, "set", BRIDGE, "up"], check=True)
-        with System(policy=f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n') as whole:
-            whole.rule(RULE)
-            yield whole
-    finally:
-        subprocess.run([*ip, "del", BRIDGE], check=True)
+    with granted(BRIDGE, f"{HOST}/24") as whole:
+        yield whole
 
 
 @pytest.mark.parametrize(

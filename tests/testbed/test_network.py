@@ -9,26 +9,21 @@ import os
 import random
 import re
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.lab.bridge import granted
 from tests.lab.guest import StockGuest
-from tests.lab.system import ALICE, SLOW, System
+from tests.lab.system import SLOW, System
 
 pytestmark = [pytest.mark.requires("kvm-hardware", "tap", "bridge"), pytest.mark.timeout(900)]
 
 BRIDGE = f"vmbl{os.getpid()}"
 HOST = "10.98.0.1"
 BYTES = 16 << 20
-RULE = """\
-polkit.addRule(function(action, subject) {
-    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
-});
-"""
 DOWN, UP, PARK = 7000, 7001, 7002
 
 SCRIPT = f"""\
@@ -51,16 +46,8 @@ poweroff -f
 @pytest.fixture(scope="module")
 def system() -> Iterator[System]:
     """A whole system, and a bridge with an address that broker.toml grants."""
-    ip = ["ip", "link"]
-    subprocess.run([*ip, "add", BRIDGE, "type", "bridge"], check=True)
-    try:
-        subprocess.run(["ip", "address", "add", f"{HOST}/24", "dev", BRIDGE], check=True)
-        subprocess.run([*ip, "set", BRIDGE, "up"], check=True)
-        with System(policy=f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n') as whole:
-            whole.rule(RULE)
-            yield whole
-    finally:
-        subprocess.run([*ip, "del", BRIDGE], check=True)
+    with granted(BRIDGE, f"{HOST}/24") as whole:
+        yield whole
 
 
 class Server(threading.Thread):

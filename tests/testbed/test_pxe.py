@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import initramfs, kernels
+from tests.lab.bridge import RULE
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, System
 
@@ -27,11 +28,6 @@ pytestmark = [
 
 BRIDGE = f"vmpx{os.getpid()}"
 HOST = "10.97.0.1"
-RULE = """\
-polkit.addRule(function(action, subject) {
-    if (action.id == "org.vmbus1.bridge.use") return polkit.Result.YES;
-});
-"""
 # Without end of line translation: iPXE reads it as it is.
 BOOT = f"""\
 #!ipxe
