@@ -69,6 +69,9 @@ class Firmware:
         Raises Unavailable when a package is missing. Left by an exception, nothing of the machine's own is
         left.
         """
+        if definition.firmware == "none":
+            yield {}
+            return
         self._being_defined += 1
         try:
             hashes = await aside(self._take, definition)
@@ -132,8 +135,11 @@ class Firmware:
         """Remove what no machine names."""
         if self._being_defined:
             return
+        files = list(self._store.iterdir())
+        if not files:
+            return
         wanted = {digest for _, hashes in self.named() for digest in hashes.values()}
-        for file in self._store.iterdir():
+        for file in files:
             if file.name not in wanted and not file.name.startswith("."):
                 durable.remove(file)
 
