@@ -343,13 +343,7 @@ fn tables(machine: &Machine, root: &Root) -> Result<Value> {
 }
 
 fn smbios_tables(facts: &Facts) -> Value {
-    let (entry, structures) = smbios::tables(
-        &facts.machine_type,
-        facts.uuid,
-        facts.vcpus,
-        facts.memory,
-        smbios::STRUCTURES,
-    );
+    let (entry, structures) = smbios::tables(facts, smbios::STRUCTURES);
     json!({"entry": hex(&entry), "structures": hex(&structures)})
 }
 

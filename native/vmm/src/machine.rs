@@ -388,13 +388,7 @@ fn tables(facts: &Facts, root: &Root) -> Result<Vec<(u64, Vec<u8>)>> {
     let mut tables = acpi::tables(&view).placed()?;
     let page = firmware::generation_page(facts.generation);
     tables.push((acpi::GENERATION_PAGE, page));
-    let (entry, structures) = smbios::tables(
-        &facts.machine_type,
-        facts.uuid,
-        facts.vcpus,
-        facts.memory,
-        smbios::STRUCTURES,
-    );
+    let (entry, structures) = smbios::tables(facts, smbios::STRUCTURES);
     tables.push((smbios::ENTRY, entry));
     tables.push((smbios::STRUCTURES, structures));
     Ok(tables)

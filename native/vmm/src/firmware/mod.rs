@@ -91,13 +91,7 @@ pub fn files(facts: &Facts, root: Arc<Root>) -> Files {
     );
     files.add(loader::GENERATION, generation_page(facts.generation));
     files.add_writable(loader::GENERATION_ADDRESS, 8);
-    let (anchor, structures) = smbios::tables(
-        &facts.machine_type,
-        facts.uuid,
-        facts.vcpus,
-        facts.memory,
-        0,
-    );
+    let (anchor, structures) = smbios::tables(facts, 0);
     files.add("etc/smbios/smbios-anchor", anchor);
     files.add("etc/smbios/smbios-tables", structures);
     files.add("etc/sercon-port", layout::COM1.to_le_bytes().to_vec());

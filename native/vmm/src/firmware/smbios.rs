@@ -4,6 +4,7 @@
 //! Firmware adds a structure of type 0 about itself and places all of it; for a kernel that is booted directly the entry
 //! point lies at [`ENTRY`], where kernels look for it, and the structures behind it.
 
+use super::Facts;
 use crate::layout;
 use crate::memory;
 
@@ -15,18 +16,13 @@ const ENTRY_LEN: usize = 24;
 
 const MANUFACTURER: &str = "vmbus";
 
-/// Both parts: the entry point, whose address field is `structures`, and the structures.
-pub fn tables(
-    machine_type: &str,
-    uuid: [u8; 16],
-    vcpus: u8,
-    memory: u64,
-    structures: u64,
-) -> (Vec<u8>, Vec<u8>) {
+/// Both parts for such a machine: the entry point, whose address field is `structures`, and the structures.
+pub fn tables(facts: &Facts, structures: u64) -> (Vec<u8>, Vec<u8>) {
+    let (machine_type, memory) = (facts.machine_type.as_str(), facts.memory);
     let mut all = Vec::new();
-    system(&mut all, machine_type, uuid);
+    system(&mut all, machine_type, facts.uuid);
     chassis(&mut all, machine_type);
-    for index in 0..u16::from(vcpus) {
+    for index in 0..u16::from(facts.vcpus) {
         processor(&mut all, index, machine_type);
     }
     memory_array(&mut all, memory);
@@ -167,9 +163,21 @@ mod tests {
         0xef,
     ];
 
+    fn facts() -> Facts {
+        Facts {
+            machine_type: "vmbus-0".to_owned(),
+            uuid: UUID,
+            vcpus: 2,
+            memory: 3 << 30,
+            boot: Vec::new(),
+            menu: false,
+            generation: [0; 16],
+        }
+    }
+
     #[test]
     fn the_entry_point_says_where_and_how_much() {
-        let (entry, structures) = tables("vmbus-0", UUID, 2, 3 << 30, STRUCTURES);
+        let (entry, structures) = tables(&facts(), STRUCTURES);
         assert_eq!((entry.len(), &entry[..5]), (ENTRY_LEN, &b"_SM3_"[..]));
         assert_eq!(
             entry.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)),
@@ -183,7 +191,7 @@ mod tests {
     /// `dmidecode` reads a dump whose structures follow the entry point.
     #[test]
     fn dmidecode_understands_the_tables() {
-        let (entry, structures) = tables("vmbus-0", UUID, 2, 3 << 30, 32);
+        let (entry, structures) = tables(&facts(), 32);
         let path = std::env::temp_dir().join(format!("vmbus-smbios-{}", std::process::id()));
         let mut dump = entry;
         dump.resize(32, 0);
