@@ -190,7 +190,19 @@ struct Change<'a> {
     dropped: Vec<Range<u64>>,
 }
 
-impl Change<'_> {
+impl<'a> Change<'a> {
+    /// None yet, of a directory as it is on the disk.
+    fn begin(image: &'a Image, geometry: Geometry, size: u64, directory: Directory) -> Change<'a> {
+        Change {
+            image,
+            geometry,
+            size,
+            directory,
+            made: Vec::new(),
+            dropped: Vec::new(),
+        }
+    }
+
     fn table(&self, entry: &Entry) -> Result<Table> {
         Table::read(file_of(self.image, &self.geometry)?, &self.geometry, entry)
     }
@@ -303,14 +315,7 @@ fn edit(image: &Image, change: impl FnOnce(&mut Change) -> Result<()>) -> Result
 fn edit_stored(image: &Image, change: impl FnOnce(&mut Change) -> Result<()>) -> Result<()> {
     let (header, geometry) = qcow2_of(image)?;
     let old = Directory::read(file_of(image, &geometry)?, &header, &geometry)?;
-    let mut begun = Change {
-        image,
-        geometry,
-        size: header.size,
-        directory: old.clone(),
-        made: Vec::new(),
-        dropped: Vec::new(),
-    };
+    let mut begun = Change::begin(image, geometry, header.size, old.clone());
     match change(&mut begun) {
         Ok(()) => begun.switch(&old),
         Err(error) => {
@@ -331,14 +336,7 @@ pub(crate) fn store(image: &Image) -> Result<()> {
     let (header, geometry) = qcow2_of(image)?;
     let file = file_of(image, &geometry)?;
     let old = Directory::read(file, &header, &geometry)?;
-    let mut change = Change {
-        image,
-        geometry,
-        size: header.size,
-        directory: old.clone(),
-        made: Vec::new(),
-        dropped: Vec::new(),
-    };
+    let mut change = Change::begin(image, geometry, header.size, old.clone());
     let mut rewritten = false;
     for (place, entry) in old.entries.iter().enumerate() {
         let known = tracking.bitmaps.iter();
