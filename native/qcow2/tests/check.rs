@@ -98,6 +98,23 @@ fn leaks_in_every_pass_are_given_back() {
 }
 
 #[test]
+fn leaks_in_a_refcount_block_that_the_file_s_end_cuts_are_given_back() {
+    let scratch = Scratch::new("cut");
+    let path = image(&scratch, 1 << 20, 4096);
+    let block = word(&path, word(&path, 48));
+    let file = open_file(&path, true);
+    file.set_len(block + 100).expect("truncate");
+    for repair in [Repair::Leaks, Repair::All] {
+        let found = check(&file, Repair::None, true).expect("check");
+        let repaired = check(&file, repair, true).expect("check");
+        assert!(found.leaks > 0 || repair == Repair::All, "{found:?}");
+        assert_eq!(repaired.leaks, 0, "{repaired:?}");
+        let len = file.metadata().expect("fstat").len();
+        assert!(len <= block + 4096, "the file has grown to {len} bytes");
+    }
+}
+
+#[test]
 fn one_table_named_a_million_times_is_read_once() {
     let scratch = Scratch::new("named-often");
     let path = image(&scratch, 1 << 30, 65536);

@@ -76,8 +76,8 @@ fn lower(file: &BlockFile, checker: &mut Checker) -> Result<()> {
         let window = checker.window(first, len, &mut CheckReport::default())?;
         for index in first / per_block..(first + len).div_ceil(per_block) {
             let offset = checker.reftable.get(index as usize).copied().unwrap_or(0);
-            // A block out of the file counts nothing that is in use; writing it would make the file that large.
-            let outside = offset.saturating_add(geometry.cluster()) > checker.file_len;
+            // A block behind the file's end counts nothing; one that the end cuts may, and is written whole.
+            let outside = offset >= checker.file_len;
             if offset == 0 || offset % geometry.cluster() != 0 || outside {
                 continue;
             }
@@ -186,11 +186,9 @@ fn fix_copied(file: &BlockFile, memory: usize) -> Result<()> {
     let mut checker = Checker::new(file, memory)?;
     let geometry = checker.geometry;
     let flag = |entry: u64, on: bool| if on { entry | COPIED } else { entry & !COPIED };
-    let entries = u64::from(checker.header.l1_entries);
-    if checker.header.l1_offset.saturating_add(entries * 8) > checker.file_len {
-        // A table that is not in the file has no flags to set; writing it would make the file that large.
-        return Ok(());
-    }
+    // What is not in the file has no flags to set, and writing it would make the file that large.
+    let in_file = checker.file_len.saturating_sub(checker.header.l1_offset);
+    let entries = u64::from(checker.header.l1_entries).min(in_file.div_ceil(8));
     const PIECE: u64 = 8192;
     for at in (0..entries).step_by(PIECE as usize) {
         let place = checker.header.l1_offset + at * 8;
@@ -202,7 +200,7 @@ fn fix_copied(file: &BlockFile, memory: usize) -> Result<()> {
             let Ok(Some(table)) = decode_l1(&geometry, entry) else {
                 continue;
             };
-            if table.offset.0.saturating_add(geometry.cluster()) > checker.file_len {
+            if table.offset.0 >= checker.file_len {
                 continue;
             }
             let once = checker.refcount(table.offset.0 >> geometry.cluster_bits)? == 1;
