@@ -8,12 +8,12 @@
 //! | `entry`    | L2 entries, with and without subclusters             |
 //! | `refcount` | how often each host cluster is used                  |
 //! | `overlap`  | what each cluster of metadata holds: nothing else is written there |
-//! | `alloc`    | finding clusters, freeing them, growing the tables   |
+//! | `alloc`    | finding clusters; `freed`: giving them back; `reftable`: room for more counts |
 //! | `create`   | making images                                        |
 //! | `amend`    | changing an image's options                          |
 //! | `resize`   | growing and shrinking                                |
 //! | `bitmaps`  | persistent bitmaps                                   |
-//! | `snapshot` | internal snapshots                                   |
+//! | `snapshot` | internal snapshots; `table`: the list of them, `tree`: what lies below one |
 //! | `switch`   | changing counts, flags and tables all at once, for snapshots |
 //! | `check`    | counting every pointer (`walk` finds them, `counts` keeps them); `repair` sets right |
 //! | `write`    | planning writes; `packed`: compressed ones           |
