@@ -112,6 +112,9 @@ impl Backend for Nowhere {
     fn stop(&self) -> Receiver<()> {
         channel().1
     }
+    fn saved(&self) -> Receiver<Option<crate::virtio::Served>> {
+        channel().1
+    }
 }
 
 /// A function with what virtio says of it.

@@ -9,16 +9,18 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::error::{Error, Result};
 use crate::io::{Command, IoThread, Mailbox, Newcomer, Port, Serve, Trouble};
 use crate::poll::{self, unwatch, watch};
+use crate::state;
 use crate::thread::{Role, ThreadHook};
 use crate::virtio::balloon::{Balloon, DEFLATE, INFLATE, REPORTING, STATISTICS};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::Fault;
-use crate::virtio::{Activation, ActiveQueue, LiveConfig};
+use crate::virtio::{Activation, ActiveQueue, LiveConfig, Served};
 
 /// Epoll's data for the mailbox and for the host's wishes; doorbells have the place of their queue.
 const WAKE: u64 = u64::MAX;
@@ -47,6 +49,14 @@ struct Server {
     /// Queues to look at again although nobody rings.
     again: VecDeque<usize>,
     exiting: bool,
+}
+
+/// What the thread remembers besides its queues.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Own {
+    told: u8,
+    figures: Option<u16>,
 }
 
 struct Active {
@@ -86,6 +96,9 @@ impl Server {
                 // Whoever asked may have gone.
                 let _ = sender.send(());
             }
+            Command::Save(_, sender) => {
+                let _ = sender.send(self.active.as_ref().map(Active::saved));
+            }
             Command::Pause(_, sender) => {
                 self.paused = true;
                 let _ = sender.send(());
@@ -118,13 +131,20 @@ impl Server {
                 place as u64,
             )?;
         }
-        self.active = Some(Active {
-            queues: activation.queues,
-            interrupt: activation.interrupt,
-            // Told once it is ready: what it read before may have changed since.
+        // Told once it is ready: what it read before may have changed since.
+        let fresh = Own {
             told: self.balloon.generation().wrapping_sub(1),
             figures: None,
-            broken: false,
+        };
+        let restored = activation.restored.as_ref();
+        let own = restored.and_then(|own| state::read(own).ok());
+        let Own { told, figures } = own.unwrap_or(fresh);
+        self.active = Some(Active {
+            queues: activation.queues,
+            broken: activation.interrupt.is_broken(),
+            interrupt: activation.interrupt,
+            told,
+            figures,
         });
         self.look_at_all();
         Ok(())
@@ -201,6 +221,20 @@ impl Serve for Server {
 }
 
 impl Active {
+    fn saved(&self) -> Served {
+        let queues = self.queues.iter();
+        let own = Own {
+            told: self.told,
+            figures: self.figures,
+        };
+        Served {
+            queues: queues
+                .map(|queue| (queue.index, queue.queue.position()))
+                .collect(),
+            own: state::write(&own).unwrap_or_default(),
+        }
+    }
+
     /// Takes requests off a queue, up to its size; true if there may be more.
     fn serve(&mut self, place: usize, balloon: &Balloon) -> std::result::Result<bool, Fault> {
         let Some(ActiveQueue { index, queue, .. }) = self.queues.get_mut(place) else {

@@ -11,6 +11,7 @@
 //! | start | queues are served |
 //! | stop (the driver resets) | nothing new is begun; answered when nothing is in flight, the queues are gone |
 //! | pause (the machine stands) | the same, but the queues stay |
+//! | save | answered with what is known of the queues; comes after a pause |
 //! | resume | the queues are looked at and served again |
 //! | close | what lies behind the device is let go, an image made durable before |
 //! | add | a further device is served; it takes the number of one that was closed, if there is any |
@@ -29,7 +30,7 @@ use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 use crate::net;
 use crate::thread::{spawn, Role, ThreadHook};
-use crate::virtio::{Activation, Backend};
+use crate::virtio::{Activation, Backend, Served};
 
 /// The work of a thread.
 pub(crate) trait Serve {
@@ -47,6 +48,7 @@ pub trait Count: Send + Sync {
 pub(crate) enum Command {
     Start(usize, Activation),
     Stop(usize, Sender<()>),
+    Save(usize, Sender<Option<Served>>),
     Pause(usize, Sender<()>),
     Resume(usize),
     Close(usize, Sender<Result<()>>),
@@ -238,7 +240,7 @@ pub struct Port {
 }
 
 impl Port {
-    fn ask(&self, command: impl FnOnce(usize, Sender<()>) -> Command) -> Receiver<()> {
+    fn ask<T>(&self, command: impl FnOnce(usize, Sender<T>) -> Command) -> Receiver<T> {
         let (sender, receiver) = channel();
         self.mailbox.post(command(self.device, sender));
         receiver
@@ -252,6 +254,10 @@ impl Backend for Port {
 
     fn stop(&self) -> Receiver<()> {
         self.ask(Command::Stop)
+    }
+
+    fn saved(&self) -> Receiver<Option<Served>> {
+        self.ask(Command::Save)
     }
 }
 

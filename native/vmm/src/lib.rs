@@ -43,6 +43,7 @@ pub mod platform;
 mod poll;
 pub mod prefault;
 pub mod slots;
+pub mod state;
 pub mod thread;
 pub mod virtio;
 pub mod vm;

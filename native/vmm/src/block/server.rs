@@ -20,7 +20,7 @@ use crate::poll::{self, unwatch, watch};
 use crate::virtio::blk::{self, BlkRequest, Work, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::Fault;
-use crate::virtio::{rng, Activation, ActiveQueue};
+use crate::virtio::{self, rng, Activation, ActiveQueue};
 
 /// Epoll's data for the mailbox and for the engine; doorbells have device and queue.
 const WAKE: u64 = u64::MAX;
@@ -194,6 +194,9 @@ impl Server {
             Command::Start(device, activation) => self.activate(device, activation)?,
             Command::Stop(device, sender) => self.drain(device, sender, true),
             Command::Pause(device, sender) => self.drain(device, sender, false),
+            Command::Save(device, sender) => {
+                let _ = sender.send(self.saved(device));
+            }
             Command::Resume(device) => {
                 if let Some(served) = self.devices.get_mut(device) {
                     served.paused = false;
@@ -237,18 +240,31 @@ impl Server {
                 in_flight: 0,
             });
         }
+        // A driver that had broken the rules before the machine was saved is served no more.
+        let broken = activation.interrupt.is_broken();
         served.active = Some(Active {
             queues,
             activation: Shared {
                 features: activation.features,
                 interrupt: activation.interrupt,
             },
-            halted: false,
-            broken: false,
+            halted: broken,
+            broken,
         });
         // The driver may have made requests available before it was ready.
         self.look_at_all(device);
         Ok(())
+    }
+
+    fn saved(&self, device: usize) -> Option<virtio::Served> {
+        let active = self.devices.get(device)?.active.as_ref()?;
+        let queues = active.queues.iter();
+        Some(virtio::Served {
+            queues: queues
+                .map(|queue| (queue.inner.index, queue.inner.queue.position()))
+                .collect(),
+            own: virtio::State::Null,
+        })
     }
 
     fn look_at_all(&mut self, device: usize) {

@@ -24,6 +24,11 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::state::{self, Bytes};
+
 const DIRECTORY: u16 = 0x19;
 const FILES: u16 = 0x20;
 const NAME: usize = 56;
@@ -52,7 +57,48 @@ pub struct Files {
     groups: Vec<Group>,
 }
 
+/// What the items remember: which groups were made, with what came of it, and what was written.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    made: Vec<bool>,
+    content: BTreeMap<u16, Bytes>,
+}
+
 impl Files {
+    /// What they remember.
+    pub fn saved(&self) -> Saved {
+        let made = self.groups.iter().filter(|group| group.made);
+        let keys = made.flat_map(|group| group.first..group.first.saturating_add(group.count));
+        let keys = keys.chain(self.writable.iter().copied());
+        Saved {
+            made: self.groups.iter().map(|group| group.made).collect(),
+            content: keys
+                .filter_map(|key| Some((key, Bytes(self.items.get(&key)?.0.clone()))))
+                .collect(),
+        }
+    }
+
+    /// Takes over what others like these remembered.
+    ///
+    /// # Errors
+    /// `ImageInvalid` for other items, or of other sizes.
+    pub fn take(&mut self, saved: Saved) -> Result<()> {
+        if saved.made.len() != self.groups.len() {
+            return Err(state::invalid("other files of firmware"));
+        }
+        for (key, bytes) in saved.content {
+            let item = self.items.get_mut(&key);
+            let item = item.filter(|item| item.0.len() == bytes.0.len() && key >= FILES);
+            let item = item.ok_or_else(|| state::invalid(format!("item {key:#x} is another")))?;
+            item.0 = bytes.0;
+        }
+        for (group, made) in self.groups.iter_mut().zip(saved.made) {
+            group.made = made;
+        }
+        Ok(())
+    }
+
     /// The items by which firmware knows the device.
     pub fn new() -> Files {
         let mut files = Files {

@@ -24,6 +24,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, FileOffset, VolatileMemory};
 
@@ -32,6 +33,7 @@ use crate::bus::BusDevice;
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 use crate::slots::{self, Slots, Source, View};
+use crate::state::{self, Stateful};
 
 /// What an erase erases.
 const BLOCK: u64 = 4096;
@@ -40,7 +42,8 @@ const STATUS_READY: u8 = 0x80;
 /// Program and erase failed both: a sequence of commands that is none.
 const STATUS_SEQUENCE: u8 = 0x30;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 enum Mode {
     Array,
     Status,
@@ -52,6 +55,8 @@ enum Mode {
     Lock,
 }
 
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct State {
     mode: Mode,
     status: u8,
@@ -103,6 +108,11 @@ impl Flash {
         })
     }
 
+    /// What it holds.
+    pub fn content(&self) -> Arc<MmapRegion> {
+        self.memory.clone()
+    }
+
     /// Where it begins, and its bytes.
     pub fn place(&self) -> (u64, u64) {
         (self.base, self.memory.size() as u64)
@@ -139,6 +149,20 @@ impl Flash {
     fn program(&self, offset: u64, data: &[u8]) -> bool {
         let whole = self.memory.as_volatile_slice();
         whole.write_slice(data, offset as usize).is_ok()
+    }
+}
+
+/// The contents are a section of their own in the file ([`Flash::content`]).
+impl Stateful for Flash {
+    fn save(&self) -> Result<state::State> {
+        state::write(&*self.lock())
+    }
+
+    fn restore(&self, state: &state::State) -> Result<()> {
+        let saved: State = state::read(state)?;
+        let mut state = self.lock();
+        *state = saved;
+        self.show_array(state.mode == Mode::Array)
     }
 }
 

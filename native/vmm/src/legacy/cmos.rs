@@ -8,8 +8,12 @@
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
+use crate::error::Result;
 use crate::layout;
+use crate::state::{self, Bytes, Stateful};
 
 const SECONDS: u8 = 0x00;
 const MINUTES: u8 = 0x02;
@@ -140,6 +144,46 @@ impl Cmos {
             }
             index => put(&mut state.memory, index, value),
         }
+    }
+}
+
+/// The time is not part of it: the clock goes on with the host's.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    index: u8,
+    memory: Bytes,
+    status_a: u8,
+    status_b: u8,
+    offset: i64,
+    setting: Bytes,
+}
+
+impl Stateful for Cmos {
+    fn save(&self) -> Result<state::State> {
+        let state = self.lock();
+        state::write(&Saved {
+            index: state.index,
+            memory: Bytes(state.memory.to_vec()),
+            status_a: state.status_a,
+            status_b: state.status_b,
+            offset: state.offset,
+            setting: Bytes(state.setting.to_vec()),
+        })
+    }
+
+    fn restore(&self, state: &state::State) -> Result<()> {
+        let saved: Saved = state::read(state)?;
+        *self.lock() = State {
+            index: saved.index & 0x7f,
+            memory: saved.memory.array()?,
+            status_a: saved.status_a & !UPDATE_IN_PROGRESS,
+            status_b: saved.status_b & SET | STATUS_B_DEFAULT,
+            // As far as a guest can set it: to the year 9999 and back.
+            offset: saved.offset.clamp(-(1 << 39), 1 << 39),
+            setting: saved.setting.array()?,
+        };
+        Ok(())
     }
 }
 

@@ -17,10 +17,13 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::bus::BusDevice;
-use crate::firmware::files::{Content, Files};
+use crate::error::Result;
+use crate::firmware::files::{self, Content, Files};
+use crate::state::{self, Stateful};
 
 const SELECTOR: u64 = 0;
 const DATA: u64 = 1;
@@ -159,6 +162,37 @@ impl State {
             }
         }
         self.offset = self.offset.saturating_add(data.len());
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    key: u16,
+    offset: u64,
+    transfer: [u8; 8],
+    files: files::Saved,
+}
+
+impl Stateful for FwCfg {
+    fn save(&self) -> Result<state::State> {
+        let state = self.lock();
+        state::write(&Saved {
+            key: state.key,
+            offset: state.offset as u64,
+            transfer: state.transfer,
+            files: state.files.saved(),
+        })
+    }
+
+    fn restore(&self, state: &state::State) -> Result<()> {
+        let saved: Saved = state::read(state)?;
+        let mut state = self.lock();
+        state.files.take(saved.files)?;
+        state.key = saved.key;
+        state.offset = usize::try_from(saved.offset).unwrap_or(usize::MAX);
+        state.transfer = saved.transfer;
+        Ok(())
     }
 }
 

@@ -7,9 +7,13 @@
 
 use std::sync::{Arc, Mutex};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 use crate::cpu::gate::{Cause, Gate};
+use crate::error::Result;
 use crate::layout::{I8042_COMMAND, I8042_DATA};
+use crate::state::{self, Stateful};
 
 const STATUS_OUTPUT_FULL: u8 = 1;
 /// The self-test has passed.
@@ -22,7 +26,8 @@ const STATUS_UNLOCKED: u8 = 1 << 4;
 /// Translation on, system flag, both clocks disabled.
 const CONFIGURATION: u8 = 0x74;
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 enum Expects {
     Nothing,
     Configuration,
@@ -31,6 +36,8 @@ enum Expects {
     Ignored,
 }
 
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct State {
     configuration: u8,
     output: Option<u8>,
@@ -107,6 +114,17 @@ impl I8042 {
             }
             _ => {}
         }
+    }
+}
+
+impl Stateful for I8042 {
+    fn save(&self) -> Result<state::State> {
+        state::write(&*self.lock())
+    }
+
+    fn restore(&self, state: &state::State) -> Result<()> {
+        *self.lock() = state::read(state)?;
+        Ok(())
     }
 }
 

@@ -14,12 +14,17 @@
 //! The system is always in ACPI mode. There is no SMM: SMI_EN reads as if firmware had set it up long ago,
 //! which makes SeaBIOS and OVMF leave it alone. The PM timer never interrupts; no kernel asks it to.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 use crate::cpu::gate::{Cause, Gate};
+use crate::error::Result;
 use crate::irq::Line;
+use crate::state::{self, Stateful};
 
 /// The power button was pressed.
 const PWRBTN: u16 = 1 << 8;
@@ -53,6 +58,8 @@ pub struct PowerManagement {
     sci: Line,
     gate: Arc<Gate>,
     begin: Instant,
+    /// Nanoseconds that the timer had run before `begin`.
+    before: AtomicU64,
 }
 
 impl PowerManagement {
@@ -63,6 +70,7 @@ impl PowerManagement {
             sci,
             gate,
             begin: Instant::now(),
+            before: AtomicU64::new(0),
         }
     }
 
@@ -94,8 +102,19 @@ impl PowerManagement {
     }
 
     fn timer(&self) -> u32 {
-        let ticks = self.begin.elapsed().as_nanos().wrapping_mul(TIMER_HZ) / 1_000_000_000;
+        let ticks = u128::from(self.run()).wrapping_mul(TIMER_HZ) / 1_000_000_000;
         ticks as u32
+    }
+
+    /// Nanoseconds that the timer has run.
+    fn run(&self) -> u64 {
+        let now = u64::try_from(self.begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        now.wrapping_add(self.before.load(Ordering::Acquire))
+    }
+
+    /// So many nanoseconds passed while the machine was a file.
+    pub fn pass(&self, nanoseconds: u64) {
+        self.before.fetch_add(nanoseconds, Ordering::AcqRel);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -126,6 +145,49 @@ impl PowerManagement {
         if value & SLP_EN != 0 && sleep_type == u32::from(SLP_TYP_S5) {
             self.gate.raise(Cause::PowerOff);
         }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    status: u16,
+    enable: u16,
+    control: u32,
+    gpe_status: u64,
+    gpe_enable: u64,
+    /// Nanoseconds that the timer had run.
+    run: u64,
+}
+
+impl Stateful for PowerManagement {
+    fn save(&self) -> Result<state::State> {
+        let run = self.run();
+        let state = self.lock();
+        state::write(&Saved {
+            status: state.status,
+            enable: state.enable,
+            control: state.control,
+            gpe_status: state.gpe_status,
+            gpe_enable: state.gpe_enable,
+            run,
+        })
+    }
+
+    fn restore(&self, state: &state::State) -> Result<()> {
+        let saved: Saved = state::read(state)?;
+        let now = self.run();
+        self.pass(saved.run.wrapping_sub(now));
+        let mut state = self.lock();
+        *state = State {
+            status: saved.status & STATUS_MASK,
+            enable: saved.enable & ENABLE_MASK,
+            control: saved.control & SLP_TYP_MASK,
+            gpe_status: saved.gpe_status,
+            gpe_enable: saved.gpe_enable,
+        };
+        self.update(&state);
+        Ok(())
     }
 }
 

@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use crate::bus::BusDevice;
 use crate::cpu::gate::{Cause, Gate};
+use crate::error::Result;
 use crate::layout::{PCI_CONFIG, RESET_CONTROL};
+use crate::state::{self, State, Stateful};
 
 /// Resets when it goes from 0 to 1.
 const RST_CPU: u8 = 1 << 2;
@@ -39,6 +41,18 @@ impl ResetControl {
     }
 
     const OFFSET: u64 = RESET_CONTROL - PCI_CONFIG;
+}
+
+impl Stateful for ResetControl {
+    fn save(&self) -> Result<State> {
+        state::write(&self.value.load(Ordering::Relaxed))
+    }
+
+    fn restore(&self, state: &State) -> Result<()> {
+        let value: u8 = state::read(state)?;
+        self.value.store(value & MASK, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 impl BusDevice for ResetControl {

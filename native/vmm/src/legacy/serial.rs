@@ -17,8 +17,11 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
+
 use crate::bus::BusDevice;
 use crate::irq::Line;
+use crate::state::{self, Bytes, Stateful};
 
 const FIFO: usize = 16;
 
@@ -293,6 +296,70 @@ impl Serial {
     }
 }
 
+/// What waits in the socket is the host's; what is in the FIFOs the guest's.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    ier: u8,
+    fcr: u8,
+    lcr: u8,
+    mcr: u8,
+    scratch: u8,
+    divisor: u16,
+    overrun: bool,
+    tx_pending: bool,
+    rx: Bytes,
+    tx: Bytes,
+}
+
+impl Stateful for Serial {
+    fn save(&self) -> crate::error::Result<state::State> {
+        let state = self.lock();
+        state::write(&Saved {
+            ier: state.ier,
+            fcr: state.fcr,
+            lcr: state.lcr,
+            mcr: state.mcr,
+            scratch: state.scratch,
+            divisor: state.divisor,
+            overrun: state.overrun,
+            tx_pending: state.tx_pending,
+            rx: Bytes(state.rx.iter().copied().collect()),
+            tx: Bytes(state.tx.iter().copied().collect()),
+        })
+    }
+
+    fn restore(&self, state: &state::State) -> crate::error::Result<()> {
+        let saved: Saved = state::read(state)?;
+        if saved.rx.0.len() > FIFO || saved.tx.0.len() > FIFO {
+            return Err(state::invalid("more bytes than a FIFO holds"));
+        }
+        let mut state = self.lock();
+        *state = State {
+            ier: saved.ier & 0x0f,
+            fcr: saved.fcr & !(FCR_CLEAR_RX | FCR_CLEAR_TX),
+            lcr: saved.lcr,
+            mcr: saved.mcr & 0x1f,
+            scratch: saved.scratch,
+            divisor: saved.divisor,
+            overrun: saved.overrun,
+            tx_pending: saved.tx_pending,
+            rx: saved.rx.0.into(),
+            tx: saved.tx.0.into(),
+            closed: state.closed,
+            input_waits: true,
+            written: state.written,
+            read: state.read,
+        };
+        self.transmit(&mut state);
+        if state.ier & IER_RX != 0 {
+            self.receive(&mut state);
+        }
+        self.update(&state);
+        Ok(())
+    }
+}
+
 impl BusDevice for Serial {
     fn read(&self, _base: u64, offset: u64, data: &mut [u8]) {
         for (offset, byte) in (offset..).zip(data) {
@@ -488,5 +555,23 @@ mod tests {
         assert_eq!(serial.read_register(6) & 0xf0, MSR_DCD | MSR_CTS);
         serial.write_register(0, 0x5a);
         assert_eq!(serial.read_register(0), 0x5a);
+    }
+
+    #[test]
+    fn what_waits_in_the_fifos_goes_on_in_another_port() {
+        let (serial, mut theirs, _) = port();
+        theirs.write_all(b"keys").unwrap();
+        serial.write_register(4, MCR_OUT2);
+        serial.write_register(1, IER_RX);
+        serial.socket_ready();
+        serial.read_register(0);
+        let (other, _theirs, level) = port();
+        other.restore(&serial.save().unwrap()).unwrap();
+        assert!(level.load(Ordering::SeqCst), "the line is as it was");
+        let keys = [other.read_register(0), other.read_register(0)];
+        assert_eq!(keys, *b"ey");
+        let mut state = serial.save().unwrap();
+        state["rx"] = "00".repeat(FIFO + 1).into();
+        assert!(other.restore(&state).is_err());
     }
 }

@@ -19,7 +19,7 @@ use crate::virtio::net::{
     MAC, MTU,
 };
 use crate::virtio::queue::{Fault, Queue};
-use crate::virtio::{Activation, ActiveQueue};
+use crate::virtio::{Activation, ActiveQueue, Served};
 
 /// Bytes of an Ethernet header.
 pub(super) const ETHERNET: usize = 14;
@@ -122,7 +122,11 @@ impl Active {
                     held: None,
                 })
                 .collect(),
-            settings: Settings::new(mac, pairs, features),
+            settings: activation
+                .restored
+                .and_then(|own| Settings::restored(mac, pairs, features, &own))
+                .unwrap_or_else(|| Settings::new(mac, pairs, features)),
+            halted: activation.interrupt.is_broken(),
             interrupt: activation.interrupt,
             mergeable,
             expected: match (mergeable, segments) {
@@ -130,7 +134,6 @@ impl Active {
                 (true, false) => FRAME,
                 (true, true) => LONGEST,
             },
-            halted: false,
         }
     }
 
@@ -152,6 +155,17 @@ impl Active {
     pub(super) fn receives(&self, place: usize) -> bool {
         let queue = self.queues.get(place);
         queue.is_some_and(|queue| matches!(queue.purpose, Purpose::Receive(_)))
+    }
+
+    /// What is known of the queues, and what the driver has set by commands.
+    pub(super) fn saved(&self) -> Served {
+        let queues = self.queues.iter().map(|queue| &queue.inner);
+        Served {
+            queues: queues
+                .map(|queue| (queue.index, queue.queue.position()))
+                .collect(),
+            own: self.settings.saved(),
+        }
     }
 
     /// The driver broke the rules.

@@ -165,6 +165,10 @@ impl Server {
                 // Whoever asked may have gone.
                 let _ = sender.send(());
             }
+            Command::Save(device, sender) => {
+                let active = self.devices.get(device).and_then(|d| d.active.as_ref());
+                let _ = sender.send(active.map(Active::saved));
+            }
             Command::Pause(device, sender) => {
                 if let Some(interface) = self.devices.get_mut(device) {
                     interface.paused = true;

@@ -8,6 +8,7 @@
 //! writable (PCI 3.0, 6.2.5.1).
 
 use crate::error::{Error, Result};
+use crate::state::{self, Bytes};
 
 /// Bytes of the conventional configuration space.
 pub const SPACE: usize = 256;
@@ -136,6 +137,32 @@ impl ConfigSpace {
     /// Back to the sealed state.
     pub fn reset(&mut self) {
         self.bytes = self.initial;
+    }
+
+    /// All of it, for a state.
+    pub fn saved(&self) -> Bytes {
+        Bytes(self.bytes.to_vec())
+    }
+
+    /// Takes over what a guest wrote to another one like it.
+    ///
+    /// # Errors
+    /// `ImageInvalid` for the space of another function: what no guest can write is not the same.
+    pub fn take(&mut self, saved: &Bytes) -> Result<()> {
+        let saved = saved.array::<SPACE>()?;
+        let guests = self.writable.iter().zip(&self.clearable);
+        let guests = guests.map(|(writable, clearable)| writable | clearable);
+        let mut bytes = self.bytes;
+        for (place, ((byte, new), guests)) in (0u16..).zip(bytes.iter_mut().zip(saved).zip(guests))
+        {
+            if (*byte ^ new) & !guests != 0 {
+                let message = format!("another function: register {place:#x} has {new:#04x}");
+                return Err(state::invalid(message));
+            }
+            *byte = new;
+        }
+        self.bytes = bytes;
+        Ok(())
     }
 
     /// What the guest reads; zeroes in the extended space.

@@ -8,7 +8,9 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::config::{touches, ConfigSpace, Identity};
 use super::{Function, Window};
+use crate::error::Result;
 use crate::firmware::shadow::REGISTERS;
+use crate::state::{self, State, Stateful};
 
 /// Where the ECAM is (64 bits).
 const PCIEXBAR: u16 = 0x60;
@@ -79,6 +81,19 @@ impl HostBridge {
     /// Whether a write there may have moved the ECAM.
     pub fn places_ecam(register: u16, len: usize) -> bool {
         touches(register, len, PCIEXBAR, 8)
+    }
+}
+
+impl Stateful for HostBridge {
+    fn save(&self) -> Result<State> {
+        state::write(&self.lock().saved())
+    }
+
+    fn restore(&self, state: &State) -> Result<()> {
+        let mut space = self.lock();
+        space.take(&state::read(state)?)?;
+        self.tell_pam(&space);
+        Ok(())
     }
 }
 

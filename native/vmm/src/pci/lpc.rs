@@ -9,7 +9,9 @@ use std::sync::Mutex;
 
 use super::config::{ConfigSpace, Identity, MULTIFUNCTION};
 use super::{Function, Window};
+use crate::error::Result;
 use crate::layout::PM_BASE;
+use crate::state::{self, State, Stateful};
 
 /// 00:1f.0.
 pub struct LpcBridge(Mutex<ConfigSpace>);
@@ -73,6 +75,17 @@ impl LpcBridge {
 impl Default for LpcBridge {
     fn default() -> Self {
         LpcBridge::new()
+    }
+}
+
+impl Stateful for LpcBridge {
+    fn save(&self) -> Result<State> {
+        state::write(&self.0.lock().unwrap_or_else(|e| e.into_inner()).saved())
+    }
+
+    fn restore(&self, state: &State) -> Result<()> {
+        let mut space = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        space.take(&state::read(state)?)
     }
 }
 

@@ -46,6 +46,7 @@ use crate::error::{Error, Result};
 use crate::irq::{MsiMessage, Routing};
 use crate::layout::{MMIO32_START, MMIO64_START};
 use crate::slots::{self, Slots, Source, View};
+use crate::state::Stateful;
 use crate::vm::Vm;
 
 /// Where a function sits on bus 0.
@@ -131,7 +132,7 @@ pub struct Window {
 }
 
 /// A PCI function. Calls come from several vCPU threads at once.
-pub trait Function: Send + Sync {
+pub trait Function: Stateful + Send + Sync {
     /// The guest reads 1, 2 or 4 bytes of configuration space; `register` and the end are below 4096.
     fn config_read(&self, register: u16, data: &mut [u8]);
 

@@ -12,12 +12,14 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config::{ConfigSpace, CAPABILITY_MSIX, COMMAND, COMMAND_MASTER};
 use super::Wiring;
 use crate::error::{Error, Result};
 use crate::irq::MsiMessage;
+use crate::state;
 
 /// Bytes of a table entry.
 const ENTRY: u64 = 16;
@@ -88,7 +90,8 @@ impl Vectors {
 }
 
 /// A table entry, as the guest wrote it.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Entry {
     address: u64,
     data: u32,
@@ -116,6 +119,15 @@ impl Entry {
             masked: (value >> 96) & 1 != 0,
         }
     }
+}
+
+/// What a table and its pending bits remember.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    table: Vec<Entry>,
+    /// The vectors that are pending.
+    pending: Vec<u16>,
 }
 
 impl Drop for Msix {
@@ -244,6 +256,38 @@ impl Msix {
         for vector in &self.vectors.0 {
             lock(&vector.gate).pending = false;
         }
+    }
+
+    /// What it remembers; whether it is enabled, the configuration space knows.
+    pub fn saved(&self) -> Saved {
+        let pending = (0..self.table.len()).filter(|index| self.vectors.pending(*index));
+        Saved {
+            table: self.table.clone(),
+            pending: pending.map(|index| index as u16).collect(),
+        }
+    }
+
+    /// Takes over what another one remembered; `space` has been restored already. What is pending and not masked is
+    /// delivered.
+    ///
+    /// # Errors
+    /// `ImageInvalid` for another number of vectors.
+    pub fn take(&mut self, saved: &Saved, space: &ConfigSpace) -> Result<()> {
+        if saved.table.len() != self.table.len() {
+            return Err(state::invalid(format!(
+                "{} vectors where there are {}",
+                saved.table.len(),
+                self.table.len()
+            )));
+        }
+        self.table.clone_from(&saved.table);
+        for index in &saved.pending {
+            let vector = self.vectors.0.get(usize::from(*index));
+            let vector = vector.ok_or_else(|| state::invalid("a vector that there is not"))?;
+            lock(&vector.gate).pending = true;
+        }
+        self.configuration_changed(space);
+        Ok(())
     }
 
     /// Routes a vector as its entry says and opens or closes its gate.

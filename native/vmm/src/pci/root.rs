@@ -12,8 +12,11 @@
 //!
 //! Functions are called without a lock of this file held. The bus holds the root, which holds no bus.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, RwLock};
+
+use serde::{Deserialize, Serialize};
 
 use super::host::HostBridge;
 use super::root_port::RootPort;
@@ -21,6 +24,7 @@ use super::{Function, Place, Window};
 use crate::bus::{Bus, BusDevice};
 use crate::error::{Error, Kind, Result};
 use crate::layout::PCI32_START;
+use crate::state::{self, State, Stateful};
 
 /// A function's registers in the ECAM: 4 KiB.
 const ECAM_FUNCTION: u64 = 0x1000;
@@ -245,6 +249,60 @@ impl Root {
     fn in_ecam(&self, address: u64) -> Option<u64> {
         let (base, size) = (*self.ecam.read().unwrap_or_else(|e| e.into_inner()))?;
         address.checked_sub(base).filter(|offset| *offset < size)
+    }
+}
+
+/// What the whole bus remembers: each function by its place, those in slots by the slot's number.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    address: u32,
+    functions: BTreeMap<String, State>,
+}
+
+impl Root {
+    /// All functions, by a name that their place gives them.
+    fn named(&self) -> Vec<(String, Arc<dyn Function>)> {
+        let fixed = self.functions.iter().map(|(place, function)| {
+            let name = format!("{:02x}.{}", place.device, place.function);
+            (name, Arc::clone(function))
+        });
+        let slots = (1..).zip(&self.slots);
+        let plugged = slots.filter_map(|(number, slot): (u8, _)| {
+            Some((format!("slot-{number}"), slot.function()?))
+        });
+        fixed.chain(plugged).collect()
+    }
+}
+
+impl Stateful for Root {
+    fn save(&self) -> Result<State> {
+        let functions = self.named().into_iter().map(|(name, function)| {
+            let state = function.save().map_err(state::about(&name))?;
+            Ok((name, state))
+        });
+        state::write(&Saved {
+            address: self.address.load(Ordering::Relaxed),
+            functions: functions.collect::<Result<_>>()?,
+        })
+    }
+
+    /// The functions must be the same; where they are is restored with them.
+    fn restore(&self, state: &State) -> Result<()> {
+        let mut saved: Saved = state::read(state)?;
+        self.address
+            .store(saved.address & 0x80ff_fffc, Ordering::Relaxed);
+        for (name, function) in self.named() {
+            let state = saved.functions.remove(&name);
+            let state = state.ok_or_else(|| state::invalid(format!("PCI {name} is missing")))?;
+            function.restore(&state).map_err(state::about(&name))?;
+        }
+        if let Some((name, _)) = saved.functions.first_key_value() {
+            return Err(state::invalid(format!("PCI {name} is not in this machine")));
+        }
+        self.place_ecam();
+        self.decode();
+        Ok(())
     }
 }
 

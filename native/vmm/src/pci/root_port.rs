@@ -17,16 +17,19 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
+
 use super::config::{
     express_capability, touches, Bar64, ConfigSpace, Identity, KIND_ROOT_PORT, LINK_STATUS,
     MULTIFUNCTION, SLOT_CONTROL, SLOT_STATUS,
 };
-use super::msix::Msix;
+use super::msix::{self, Msix};
 use super::{
     Function, Place, Window, Wiring, PORT_MEMORY, PORT_MEMORY_SIZE, PORT_PREFETCHABLE,
     PORT_PREFETCHABLE_SIZE,
 };
 use crate::error::Result;
+use crate::state::{self, Bytes, Stateful};
 
 const BAR: Bar64 = Bar64 {
     index: 0,
@@ -83,7 +86,8 @@ struct State {
 }
 
 /// Whether the host wants the device back.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 enum Question {
     None,
     Asked,
@@ -269,6 +273,39 @@ fn window_half(address: u64) -> u16 {
     (address >> 16) as u16 & 0xfff0
 }
 
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    space: Bytes,
+    msix: msix::Saved,
+    question: Question,
+    due: bool,
+}
+
+/// Whether the slot has a device is the definition's, and the space of another one is refused.
+impl Stateful for RootPort {
+    fn save(&self) -> Result<state::State> {
+        let state = self.lock();
+        state::write(&Saved {
+            space: state.space.saved(),
+            msix: state.msix.saved(),
+            question: state.question,
+            due: state.due,
+        })
+    }
+
+    fn restore(&self, state: &state::State) -> Result<()> {
+        let saved: Saved = state::read(state)?;
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        state.space.take(&saved.space)?;
+        state.msix.take(&saved.msix, &state.space)?;
+        state.question = saved.question;
+        state.due = saved.due;
+        Ok(())
+    }
+}
+
 impl Function for RootPort {
     fn config_read(&self, register: u16, data: &mut [u8]) {
         self.lock().space.read(register, data);
@@ -392,5 +429,25 @@ mod tests {
         assert_eq!(port.windows().len(), 1);
         assert!(port.config_write(4, &[0, 0]));
         assert_eq!(port.windows(), []);
+    }
+
+    #[test]
+    fn a_port_takes_over_what_a_guest_did_to_another_and_nothing_else() {
+        let port = at(3);
+        // Bus numbers, the power indicator, the vector.
+        port.config_write(0x18, &[0, 9, 9]);
+        port.write(0, 0, &0xfee0_1000u64.to_le_bytes());
+        port.plug();
+        port.ask_back();
+        let state = port.save().unwrap();
+        let other = at(3);
+        other.plug();
+        other.restore(&state).unwrap();
+        assert_eq!(other.save().unwrap(), state);
+        assert_eq!(other.secondary(), 9);
+        // One whose slot is empty, and one in another place.
+        for other in [at(3), at(4)] {
+            assert!(other.restore(&state).is_err());
+        }
     }
 }

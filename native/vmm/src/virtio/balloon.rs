@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -31,6 +32,7 @@ use super::{LiveConfig, Model, F_RING};
 use crate::error::{Error, Kind, Result};
 use crate::io::Count;
 use crate::memory::{self, PAGE};
+use crate::state::{self, State, Stateful};
 
 /// VIRTIO_BALLOON_F_STATS_VQ.
 pub const F_STATS_VQ: u64 = 1 << 1;
@@ -281,6 +283,38 @@ fn page_numbers(list: &Segments, memory: &GuestMemoryMmap) -> std::result::Resul
     Ok(numbers
         .filter_map(|number| number.try_into().ok().map(u32::from_le_bytes))
         .collect())
+}
+
+/// The guest's figures are not part of it: it is asked for newer ones.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    target: u32,
+    actual: u32,
+    generation: u8,
+}
+
+impl Stateful for Balloon {
+    fn save(&self) -> Result<State> {
+        state::write(&Saved {
+            target: self.target.load(Ordering::Acquire),
+            actual: self.actual.load(Ordering::Acquire),
+            generation: self.generation.load(Ordering::Acquire),
+        })
+    }
+
+    fn restore(&self, state: &State) -> Result<()> {
+        let saved: Saved = state::read(state)?;
+        if PAGE.saturating_mul(u64::from(saved.target)) >= self.memory {
+            return Err(state::invalid(
+                "a balloon as large as the guest's memory is asked for",
+            ));
+        }
+        self.target.store(saved.target, Ordering::Release);
+        self.actual.store(saved.actual, Ordering::Release);
+        self.generation.store(saved.generation, Ordering::Release);
+        Ok(())
+    }
 }
 
 impl LiveConfig for Balloon {

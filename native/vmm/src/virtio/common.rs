@@ -13,9 +13,13 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::interrupt::Interrupt;
 use super::queue::Rings;
 use super::{LiveConfig, Model, F_VERSION_1};
+use crate::error::Result;
+use crate::state;
 
 /// Bytes of the structure, up to and with `queue_device`.
 pub const SIZE: u32 = 56;
@@ -40,10 +44,23 @@ pub enum Action {
     Activate,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct QueueRegisters {
     rings: Rings,
     enabled: bool,
+}
+
+/// What the registers remember; the vectors are the interrupts'.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    offer_select: u32,
+    driver_select: u32,
+    driver_features: u64,
+    status: u8,
+    queue_select: u16,
+    queues: Vec<QueueRegisters>,
 }
 
 /// The registers of one device.
@@ -99,6 +116,58 @@ impl Common {
                 ..Rings::default()
             };
         }
+    }
+
+    /// What the registers remember.
+    pub fn saved(&self) -> Saved {
+        Saved {
+            offer_select: self.offer_select,
+            driver_select: self.driver_select,
+            driver_features: self.driver_features,
+            status: self.status,
+            queue_select: self.queue_select,
+            queues: self.queues.clone(),
+        }
+    }
+
+    /// Takes over what those of another device like this remembered.
+    ///
+    /// # Errors
+    /// `ImageInvalid` for what no driver could have set.
+    pub fn take(&mut self, saved: Saved) -> Result<()> {
+        let accepted = saved.status & STATUS_FEATURES_OK != 0;
+        let ready = saved.status & STATUS_DRIVER_OK != 0;
+        if saved.status & !STATUS_DRIVERS != 0
+            || ready && !accepted
+            || accepted && !self.acceptable(saved.driver_features)
+        {
+            return Err(state::invalid(format!(
+                "status {:#x} with features {:#x}, of {:#x} offered",
+                saved.status, saved.driver_features, self.offered
+            )));
+        }
+        let sizes = |queue: &QueueRegisters| {
+            queue.rings.size.is_power_of_two() && queue.rings.size <= self.queue_size
+        };
+        if saved.queues.len() != self.queues.len() || !saved.queues.iter().all(sizes) {
+            return Err(state::invalid("other queues than the device has"));
+        }
+        self.offer_select = saved.offer_select;
+        self.driver_select = saved.driver_select;
+        self.driver_features = saved.driver_features;
+        self.status = saved.status;
+        self.queue_select = saved.queue_select;
+        self.queues = saved.queues;
+        Ok(())
+    }
+
+    /// Whether the driver is ready.
+    pub fn is_ready(&self) -> bool {
+        self.status & STATUS_DRIVER_OK != 0
+    }
+
+    fn acceptable(&self, features: u64) -> bool {
+        features & !self.offered == 0 && features & F_VERSION_1 != 0
     }
 
     /// The features that the driver accepted.
@@ -232,9 +301,7 @@ impl Common {
             return Action::Reset;
         }
         let mut new = (value & STATUS_DRIVERS) & !self.status;
-        let acceptable =
-            self.driver_features & !self.offered == 0 && self.driver_features & F_VERSION_1 != 0;
-        if !acceptable {
+        if !self.acceptable(self.driver_features) {
             new &= !STATUS_FEATURES_OK;
         }
         if (self.status | new) & STATUS_FEATURES_OK == 0 {

@@ -5,13 +5,54 @@
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU8, Ordering};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
 use crate::pci::msix::Vectors;
+use crate::state::{self, State, Stateful};
 
 /// VIRTIO_MSI_NO_VECTOR.
 pub const NO_VECTOR: u16 = 0xffff;
 
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    isr: u8,
+    config: u16,
+    queues: Vec<u16>,
+    broken: bool,
+}
+
+impl Stateful for Interrupt {
+    fn save(&self) -> Result<State> {
+        state::write(&Saved {
+            isr: self.isr.load(Ordering::Acquire),
+            config: self.config_vector(),
+            queues: (0..self.queues.len())
+                .map(|index| self.queue_vector(index as u16))
+                .collect(),
+            broken: self.is_broken(),
+        })
+    }
+
+    fn restore(&self, state: &State) -> Result<()> {
+        let saved: Saved = state::read(state)?;
+        if saved.queues.len() != self.queues.len() {
+            return Err(state::invalid("another number of queues"));
+        }
+        self.isr
+            .store(saved.isr & (ISR_QUEUE | ISR_CONFIG), Ordering::Release);
+        self.set_config_vector(saved.config);
+        for (index, vector) in (0u16..).zip(&saved.queues) {
+            self.set_queue_vector(index, *vector);
+        }
+        self.broken.store(saved.broken, Ordering::Release);
+        Ok(())
+    }
+}
 
 /// One device's interrupts, shared by its registers and the thread that serves it.
 pub struct Interrupt {

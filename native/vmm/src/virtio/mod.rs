@@ -28,10 +28,14 @@ use std::fmt::Debug;
 use std::sync::mpsc::Receiver;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use interrupt::Interrupt;
-use queue::Queue;
+use queue::{Position, Queue};
+
+pub use crate::state::State;
+use crate::state::Stateful;
 
 /// Descriptors may name tables of descriptors (virtio 1.2, 6).
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -62,7 +66,7 @@ pub struct Model {
 }
 
 /// A device-specific configuration that the device changes, or the driver.
-pub trait LiveConfig: Debug + Send + Sync {
+pub trait LiveConfig: Stateful + Debug + Send + Sync {
     /// Another one after each change that is not the driver's (virtio 1.2, 2.5.1).
     fn generation(&self) -> u8;
 
@@ -91,6 +95,19 @@ pub struct Activation {
     pub features: u64,
     /// How to tell the driver.
     pub interrupt: Arc<Interrupt>,
+    /// The driver was ready before, in a machine that was saved: what [`Served::own`] was then. The thread is paused,
+    /// and begins with that; None for a driver that has just become ready.
+    pub restored: Option<State>,
+}
+
+/// What the thread that serves a device's queues knows of them.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Served {
+    /// Each queue that the driver has enabled, by its number, and how far it has come.
+    pub queues: Vec<(u16, Position)>,
+    /// What the kind of device knows besides: null if nothing.
+    pub own: State,
 }
 
 /// Whoever carries out a device's requests.
@@ -101,6 +118,10 @@ pub trait Backend: Send + Sync {
     /// The device is being reset: begin nothing more. The receiver hears (or is hung up on) when no
     /// request is in flight and guest memory is no longer touched.
     fn stop(&self) -> Receiver<()>;
+
+    /// The device stands still: what is known of its queues. None for one whose driver is not ready. Hung up on when the
+    /// thread is gone.
+    fn saved(&self) -> Receiver<Option<Served>>;
 }
 
 #[cfg(test)]

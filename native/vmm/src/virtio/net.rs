@@ -19,11 +19,13 @@
 //! Left out: UFO and USO, the extended receive modes, VLAN filtering, gratuitous announcement, hashes and
 //! steering, offloads that change while it runs, and speed and duplex.
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::Chain;
 use super::queue::{self, Fault};
 use super::{Model, F_RING};
+use crate::state::{self, State};
 
 /// The device type.
 pub const DEVICE_TYPE: u16 = 1;
@@ -137,7 +139,8 @@ const ACK_OK: u8 = 0;
 const ACK_ERROR: u8 = 1;
 
 /// Addresses of one sort.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Table {
     addresses: Vec<[u8; MAC]>,
     /// There were too many.
@@ -167,6 +170,18 @@ impl Table {
     }
 }
 
+/// What of the settings is the driver's; the rest follows from the device and the features.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    pairs: u16,
+    promiscuous: bool,
+    all_multicast: bool,
+    mac: [u8; MAC],
+    unicast: Table,
+    multicast: Table,
+}
+
 /// What a driver has set by commands: which frames it wants, and on how many pairs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -194,6 +209,38 @@ impl Settings {
             unicast: Table::default(),
             multicast: Table::default(),
         }
+    }
+
+    /// What the driver has set, for a state.
+    pub fn saved(&self) -> State {
+        let saved = Saved {
+            pairs: self.pairs,
+            promiscuous: self.promiscuous,
+            all_multicast: self.all_multicast,
+            mac: self.mac,
+            unicast: self.unicast.clone(),
+            multicast: self.multicast.clone(),
+        };
+        state::write(&saved).unwrap_or_default()
+    }
+
+    /// Those of a driver that had set this before; None when none can have.
+    pub fn restored(mac: [u8; MAC], pairs: u16, features: u64, state: &State) -> Option<Settings> {
+        let saved: Saved = state::read(state).ok()?;
+        let begin = Settings::new(mac, pairs, features);
+        let fits = |table: &Table| table.addresses.len() <= TABLE_MAX;
+        let possible = (1..=begin.pairs_max).contains(&saved.pairs)
+            && fits(&saved.unicast)
+            && fits(&saved.multicast);
+        possible.then_some(Settings {
+            pairs: saved.pairs,
+            promiscuous: saved.promiscuous,
+            all_multicast: saved.all_multicast,
+            mac: saved.mac,
+            unicast: saved.unicast,
+            multicast: saved.multicast,
+            ..begin
+        })
     }
 
     /// Whether a frame to this address is for the driver.
@@ -401,5 +448,17 @@ mod tests {
     #[test]
     fn a_command_without_its_two_bytes_is_a_fault() {
         assert!(command(&mut settings(ALL), &[0]).is_err());
+    }
+
+    #[test]
+    fn settings_go_on_unless_no_driver_can_have_made_them() {
+        let mac = [2, 0, 0, 0, 0, 1];
+        let mut settings = Settings::new(mac, 4, u64::MAX);
+        settings.obey(&[4, 0, 3, 0]).unwrap();
+        settings.obey(&[0, 0, 0]).unwrap();
+        let state = settings.saved();
+        let again = Settings::restored(mac, 4, u64::MAX, &state);
+        assert_eq!(again, Some(settings));
+        assert_eq!(Settings::restored(mac, 2, u64::MAX, &state), None);
     }
 }

@@ -25,6 +25,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,16 +33,17 @@ use vmm_sys_util::eventfd::EventFd;
 use super::common::{self, Action, Common};
 use super::interrupt::Interrupt;
 use super::queue::{Queue, RingFeatures};
-use super::{Activation, ActiveQueue, Backend, Model, F_EVENT_IDX, F_INDIRECT_DESC};
+use super::{Activation, ActiveQueue, Backend, Model, Served, F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::error::{Error, Result};
 use crate::pci::config::{
     express_capability, touches, Bar64, ConfigSpace, Identity, CAPABILITY_VENDOR, KIND_ENDPOINT,
     KIND_INTEGRATED, MULTIFUNCTION,
 };
-use crate::pci::msix::Msix;
+use crate::pci::msix::{self, Msix};
 use crate::pci::option_rom::{self, OptionRom};
 use crate::pci::root::in_window;
 use crate::pci::{Function, Seat, Window, Wiring, BAR_STRIDE};
+use crate::state::{self, Bytes, Stateful};
 
 const BAR: Bar64 = Bar64 {
     index: 0,
@@ -200,6 +202,69 @@ fn add_structure(
     body.extend_from_slice(&length.to_le_bytes());
     body.extend_from_slice(tail);
     space.add_capability(CAPABILITY_VENDOR, &body)
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved {
+    space: Bytes,
+    msix: msix::Saved,
+    interrupt: state::State,
+    common: common::Saved,
+    /// None while no queue is served.
+    served: Option<Served>,
+    /// Of a configuration that changes.
+    #[serde(default)]
+    config: state::State,
+}
+
+impl Stateful for VirtioPci {
+    fn save(&self) -> Result<state::State> {
+        let mut state = self.lock();
+        // Nothing is in flight, so a reset that waited for that is over.
+        state.settle();
+        let served = match state.running {
+            true => {
+                let saved = state.backend.saved().recv();
+                saved.map_err(|_| Error::internal("the I/O thread is gone"))?
+            }
+            false => None,
+        };
+        let live = state.model.live.as_ref();
+        state::write(&Saved {
+            space: state.space.saved(),
+            msix: state.msix.saved(),
+            interrupt: state.interrupt.save()?,
+            common: state.common.saved(),
+            served,
+            config: live
+                .map(|live| live.save())
+                .transpose()?
+                .unwrap_or_default(),
+        })
+    }
+
+    fn restore(&self, state: &state::State) -> Result<()> {
+        let saved: Saved = state::read(state)?;
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        state.space.take(&saved.space)?;
+        state.interrupt.restore(&saved.interrupt)?;
+        state.common.take(saved.common)?;
+        if let Some(live) = &state.model.live {
+            live.restore(&saved.config)?;
+        }
+        state.msix.take(&saved.msix, &state.space)?;
+        if let Some(rom) = &state.rom {
+            rom.show(&state.space, state.wiring.as_ref());
+        }
+        match saved.served {
+            Some(served) if state.common.is_ready() => state.go_on(served),
+            Some(_) => Err(state::invalid("queues without a driver")),
+            // One that broke its rules before its queues were served stays as it is.
+            None => Ok(()),
+        }
+    }
 }
 
 impl Function for VirtioPci {
@@ -372,28 +437,52 @@ impl State {
 
     /// DRIVER_OK: hands the enabled queues over. One that is not where a ring may be breaks the device.
     fn activate(&mut self) {
+        match self.queues() {
+            Some(queues) => self.start(queues, None),
+            None => self.interrupt.fail(),
+        }
+    }
+
+    /// As they were served in a machine that was saved.
+    fn go_on(&mut self, served: Served) -> Result<()> {
+        let mut queues = self
+            .queues()
+            .ok_or_else(|| state::invalid("a ring that is not where one may be"))?;
+        let numbers = served.queues.iter().map(|(index, _)| *index);
+        if !numbers.eq(queues.iter().map(|queue| queue.index)) {
+            return Err(state::invalid("other queues than the driver has enabled"));
+        }
+        for (queue, (_, position)) in queues.iter_mut().zip(served.queues) {
+            queue.queue.go_on_from(position);
+        }
+        self.start(queues, Some(served.own));
+        Ok(())
+    }
+
+    /// What the driver has enabled; None when a ring is not where one may be.
+    fn queues(&self) -> Option<Vec<ActiveQueue>> {
         let features = self.common.features();
         let ring_features = RingFeatures {
             indirect: features & F_INDIRECT_DESC != 0,
             event_index: features & F_EVENT_IDX != 0,
         };
-        let mut queues = Vec::new();
-        for (index, rings) in self.common.enabled() {
-            let queue = Queue::new(self.memory.clone(), rings, ring_features);
-            let (Ok(queue), Some(kick)) = (queue, self.kicks.get(usize::from(index))) else {
-                self.interrupt.fail();
-                return;
-            };
-            queues.push(ActiveQueue {
+        let enabled = self.common.enabled();
+        let queues = enabled.map(|(index, rings)| {
+            Some(ActiveQueue {
                 index,
-                queue,
-                kick: kick.clone(),
-            });
-        }
+                queue: Queue::new(self.memory.clone(), rings, ring_features).ok()?,
+                kick: self.kicks.get(usize::from(index))?.clone(),
+            })
+        });
+        queues.collect()
+    }
+
+    fn start(&mut self, queues: Vec<ActiveQueue>, restored: Option<state::State>) {
         self.backend.start(Activation {
             queues,
-            features,
+            features: self.common.features(),
             interrupt: self.interrupt.clone(),
+            restored,
         });
         self.running = true;
         self.place_doorbells();

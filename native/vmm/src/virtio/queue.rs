@@ -9,6 +9,7 @@
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
 
 use super::chain::{Chain, Segment};
@@ -60,7 +61,8 @@ pub enum Fault {
 }
 
 /// Where a driver has put its rings.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rings {
     /// Entries.
     pub size: u16,
@@ -79,6 +81,15 @@ pub struct RingFeatures {
     pub indirect: bool,
     /// VIRTIO_F_EVENT_IDX.
     pub event_index: bool,
+}
+
+/// How far a queue has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    next_available: u16,
+    next_used: u16,
+    told: u16,
 }
 
 /// A queue in use.
@@ -127,6 +138,22 @@ impl Queue {
             next_used: 0,
             told: 0,
         })
+    }
+
+    /// How far it has come. Chains that were popped and not pushed are forgotten: there are none while it stands still.
+    pub fn position(&self) -> Position {
+        Position {
+            next_available: self.next_available,
+            next_used: self.next_used,
+            told: self.told,
+        }
+    }
+
+    /// Goes on from there.
+    pub fn go_on_from(&mut self, position: Position) {
+        self.next_available = position.next_available;
+        self.next_used = position.next_used;
+        self.told = position.told;
     }
 
     /// Entries.
