@@ -37,17 +37,20 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// Sets the table up: the pins, no MSI.
-    ///
-    /// # Errors
-    /// `Unavailable` when KVM refuses the table: there is no irqchip yet.
-    pub fn new(vm: Arc<VmFd>) -> Result<Routing> {
-        let routing = Routing {
+    /// The table of a VM whose irqchip may yet have to be made: the pins, no MSI.
+    pub fn new(vm: Arc<VmFd>) -> Routing {
+        Routing {
             vm,
             messages: Mutex::new(BTreeMap::new()),
-        };
-        routing.commit(&BTreeMap::new())?;
-        Ok(routing)
+        }
+    }
+
+    /// Tells KVM the pins' routes, once the irqchip is there.
+    ///
+    /// # Errors
+    /// `Unavailable` when KVM refuses the table.
+    pub fn begin(&self) -> Result<()> {
+        self.commit(&BTreeMap::new())
     }
 
     /// A GSI for an MSI vector, without a route yet.
@@ -214,7 +217,8 @@ mod tests {
         };
         cap.args[0] = u64::from(KVM_X2APIC_API_USE_32BIT_IDS);
         vm.enable_cap(&cap).unwrap();
-        let routing = Routing::new(Arc::new(vm)).unwrap();
+        let routing = Routing::new(Arc::new(vm));
+        routing.begin().unwrap();
         let (refused, other) = (routing.allocate().unwrap(), routing.allocate().unwrap());
         routing.set(refused, message(0xfee0_0000)).unwrap();
 

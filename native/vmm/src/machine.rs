@@ -110,8 +110,7 @@ impl Machine {
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         let fd = create_vm(&kvm)?;
         let ram = memory::create(&config.memory_plan(), memory_file)?;
-        platform::create_irqchip(&fd)?;
-        let vm = Vm::new(fd, ram)?;
+        let vm = Vm::new(fd, ram);
         memory::register(&vm.slots, &vm.memory, config.memory)?;
         let flash = match &code {
             Some(code) => show_firmware(&vm, code, variables)?,
@@ -124,6 +123,12 @@ impl Machine {
             usize::from(config.vcpus),
             Arc::new(move |cause, epoch| sink.inbox.push(Mail::Cause(cause, epoch))),
         ));
+        let host = Arc::new(host_bridge(&vm, code, &gate));
+        // Firmware begins with PAM as after power-on, a kernel as firmware leaves it.
+        host.reset();
+        // Behind all memory slots: KVM changes one in 10 ms rather than 10 us while the grace period that making
+        // the irqchip begins is not over.
+        platform::create_irqchip(&vm)?;
         let entry = Arc::new(Mutex::new(None));
         let vcpus = create_vcpus(&kvm, &vm, &config, &gate, &entry)?;
         // Nothing more is asked of /dev/kvm.
@@ -134,7 +139,7 @@ impl Machine {
             memory: Arc::clone(&vm.memory),
             mmio: Arc::clone(&vm.mmio),
             nic_rom,
-            host: Arc::new(host_bridge(&vm, code, &gate)),
+            host,
             vcpus: config.vcpus,
             trouble: {
                 let gate = Arc::clone(&gate);
@@ -154,11 +159,8 @@ impl Machine {
             balloon: balloon.clone(),
         };
         let prefault = Prefault::new(Arc::clone(&board.memory), &hook)?;
-        let host = Arc::clone(&board.host);
         let mut devices = devices::assemble(board, parts, rings, &hook)?;
         devices.list.extend(flash.map(|flash| flash as _));
-        // Firmware begins with PAM as after power-on, a kernel as firmware leaves it.
-        host.reset();
         let facts = facts(&config, &devices)?;
         let files = firmware::files(&facts, Arc::clone(&devices.root));
         let legacy = Legacy {

@@ -30,23 +30,25 @@ use crate::vm::Vm;
 /// The general purpose event that says that the generation ID is new; the DSDT's `_E05`.
 const GENERATION_EVENT: u8 = 5;
 
-/// Makes KVM's irqchip and PIT. Before any vCPU, so that each gets its local APIC.
+/// Makes KVM's irqchip and PIT, with the pins' routes. Before any vCPU, so that each gets its local APIC.
 ///
 /// # Errors
 /// `Unavailable` when KVM refuses.
-pub fn create_irqchip(vm: &VmFd) -> Result<()> {
-    vm.set_identity_map_address(layout::IDENTITY_MAP)
+pub fn create_irqchip(vm: &Vm) -> Result<()> {
+    let fd = &vm.fd;
+    fd.set_identity_map_address(layout::IDENTITY_MAP)
         .map_err(|e| Error::kernel("KVM_SET_IDENTITY_MAP_ADDR", e))?;
-    vm.set_tss_address(layout::TSS as usize)
+    fd.set_tss_address(layout::TSS as usize)
         .map_err(|e| Error::kernel("KVM_SET_TSS_ADDR", e))?;
-    vm.create_irq_chip()
+    fd.create_irq_chip()
         .map_err(|e| Error::kernel("KVM_CREATE_IRQCHIP", e))?;
     // Port 0x61, which old timer code reads, is part of it.
-    vm.create_pit2(kvm_pit_config {
+    fd.create_pit2(kvm_pit_config {
         flags: KVM_PIT_SPEAKER_DUMMY,
         ..Default::default()
     })
-    .map_err(|e| Error::kernel("KVM_CREATE_PIT2", e))
+    .map_err(|e| Error::kernel("KVM_CREATE_PIT2", e))?;
+    vm.irq.begin()
 }
 
 /// The interrupt controllers and the PIT as KVM made them.

@@ -10,7 +10,6 @@ use kvm_ioctls::VmFd;
 use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Bus;
-use crate::error::Result;
 use crate::irq::Routing;
 use crate::slots::Slots;
 
@@ -32,19 +31,16 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Wraps a VM whose irqchip exists. The guest has no memory yet.
-    ///
-    /// # Errors
-    /// `Unavailable` when KVM refuses the interrupt routes.
-    pub fn new(fd: VmFd, memory: GuestMemoryMmap) -> Result<Vm> {
+    /// Wraps a VM that has nothing yet: no memory, no irqchip.
+    pub fn new(fd: VmFd, memory: GuestMemoryMmap) -> Vm {
         let fd = Arc::new(fd);
-        Ok(Vm {
+        Vm {
             memory: Arc::new(memory),
             pio: Arc::new(Bus::new()),
             mmio: Arc::new(Bus::new()),
-            irq: Arc::new(Routing::new(Arc::clone(&fd))?),
+            irq: Arc::new(Routing::new(Arc::clone(&fd))),
             slots: Arc::new(Slots::new(Arc::clone(&fd))),
             fd,
-        })
+        }
     }
 }
