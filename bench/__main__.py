@@ -10,7 +10,18 @@ from pathlib import Path
 
 from bench import peers
 
-NAMES = ("start", "memory", "merging", "list_machines", "port_exit", "prefault", "images", "encrypted", "net")
+NAMES = (
+    "start",
+    "memory",
+    "merging",
+    "list_machines",
+    "port_exit",
+    "prefault",
+    "images",
+    "encrypted",
+    "nbd",
+    "net",
+)
 
 
 def main() -> int:

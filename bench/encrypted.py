@@ -48,15 +48,17 @@ def load(address: str, shape: tuple[int, int, int, int], *, write: bool) -> floa
 
 
 @contextmanager
-def served(words: Sequence[str | Path], place: Path, name: str) -> Iterator[str]:
-    """A server on a socket of its own, while it is needed; gives the address."""
+def serving(
+    words: Sequence[str | Path], place: Path, name: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server on a socket of its own, while it is needed; gives it and the address."""
     path = place / f"{name}.socket"
     server = subprocess.Popen([*map(str, words), "-k", str(path)])
     try:
         while not path.exists():
             assert server.poll() is None, f"{words[0]} ended"
             time.sleep(0.02)
-        yield f"nbd+unix:///?socket={path}"
+        yield server, f"nbd+unix:///?socket={path}"
     finally:
         server.terminate()
         server.wait()
@@ -97,9 +99,9 @@ def main() -> int:
         key = ",encrypt.key-secret=s0"
         with ExitStack() as stack:
             addresses = {
-                "ours": stack.enter_context(served([*ours, opened["ours"] + key], place, "ours")),
-                "qemu": stack.enter_context(served([*qemu, opened["qemu"] + key], place, "qemu")),
-                "plain": stack.enter_context(served([*ours, opened["plain"]], place, "plain")),
+                "ours": stack.enter_context(serving([*ours, opened["ours"] + key], place, "ours"))[1],
+                "qemu": stack.enter_context(serving([*qemu, opened["qemu"] + key], place, "qemu"))[1],
+                "plain": stack.enter_context(serving([*ours, opened["plain"]], place, "plain"))[1],
             }
             for address in addresses.values():
                 load(address, (SIZE // MIB, 4, MIB, MIB), write=True)

@@ -29,6 +29,7 @@ PACKAGES: Final = {
     "libvirt-dbus": "libvirt-dbus",
     "qemu-system-x86_64": "qemu-system-x86",
     "gcc": "gcc",
+    "fio": "fio",
 }
 FRESH: Final = ("/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt")
 EMULATOR: Final = "/usr/bin/qemu-system-x86_64"

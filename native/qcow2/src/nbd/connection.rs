@@ -6,12 +6,15 @@
 //! (those that it has not read yet among them) and `MAX_ANSWERS`; beyond them its socket is not read. A client that breaks the protocol loses its
 //! connection; what it had begun still ends.
 //!
+//! System calls are shared by requests: headers (and what came with them) are read into an inbox many at once, and
+//! answers are sent many at once from where they lie. Only the data of a large write is read straight to its place.
+//!
 //! Block status is looked up on this thread, by plain system calls. It would wait for ever for a block
 //! that this connection's own engine is reading, so it is answered when nothing else is under way, and
 //! nothing behind it is read from the socket before.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,6 +38,12 @@ const MAX_PENDING: usize = 256;
 const MAX_HELD: usize = 64 << 20;
 /// Answers that wait for the client to read them.
 const MAX_ANSWERS: usize = 1024;
+/// Bytes read from the socket at once while headers come.
+const INBOX: usize = 64 << 10;
+/// Pieces sent at once.
+const BUNCH: usize = 128;
+/// Bytes of memory kept for the requests to come.
+const MAX_SPARE: usize = 16 << 20;
 /// How long a client is waited for once the server is to stop.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// The most ranges in one answer about block status.
@@ -71,6 +80,23 @@ struct Arriving {
     got: usize,
 }
 
+impl Arriving {
+    fn missing(&self) -> usize {
+        self.memory.len() - self.got
+    }
+
+    /// Copy what is still missing from the front of `came`; gives how much that was.
+    fn take(&mut self, came: &[u8]) -> usize {
+        let count = self.missing().min(came.len());
+        let room = self.memory.bytes_mut().get_mut(self.got..self.got + count);
+        if let (Some(room), Some(came)) = (room, came.get(..count)) {
+            room.copy_from_slice(came);
+        }
+        self.got += count;
+        count
+    }
+}
+
 /// A connection behind its handshake. (The engine is dropped first: it waits for what is under way.)
 pub(crate) struct Connection {
     engine: Engine,
@@ -81,14 +107,19 @@ pub(crate) struct Connection {
     views: HashMap<u32, BitmapView>,
     pending: HashMap<u64, Pending>,
     next_id: u64,
-    head: [u8; RequestHeader::LEN],
-    head_got: usize,
+    /// What came from the socket; from `inbox_taken` to `inbox_got` it is not looked at yet.
+    inbox: Box<[u8]>,
+    inbox_taken: usize,
+    inbox_got: usize,
     arriving: Option<Arriving>,
     /// Block status that waits for all before it.
     asked: Option<RequestHeader>,
     out: VecDeque<Answer>,
     out_sent: usize,
     held: usize,
+    /// Memory of requests that have ended.
+    spare: Vec<Buffer>,
+    spare_bytes: usize,
     leaving: bool,
 }
 
@@ -117,13 +148,16 @@ impl Connection {
             views,
             pending: HashMap::new(),
             next_id: 0,
-            head: [0; RequestHeader::LEN],
-            head_got: 0,
+            inbox: vec![0; INBOX].into_boxed_slice(),
+            inbox_taken: 0,
+            inbox_got: 0,
             arriving: None,
             asked: None,
             out: VecDeque::new(),
             out_sent: 0,
             held: 0,
+            spare: Vec::new(),
+            spare_bytes: 0,
             leaving: false,
         })
     }
@@ -144,6 +178,8 @@ impl Connection {
                 return Ok(());
             }
             let full = self.full();
+            // What waits in the inbox is nothing that poll tells of.
+            let ready = !self.leaving && !full && self.has_come();
             let mut wanted = if self.leaving || full {
                 0
             } else {
@@ -165,7 +201,7 @@ impl Connection {
                 },
             ];
             // SAFETY: two valid pollfds.
-            let count = unsafe { libc::poll(polls.as_mut_ptr(), 2, TICK) };
+            let count = unsafe { libc::poll(polls.as_mut_ptr(), 2, if ready { 0 } else { TICK }) };
             if count < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
                 return Err(io::Error::last_os_error());
             }
@@ -173,7 +209,8 @@ impl Connection {
             if on_socket.revents & (libc::POLLERR | libc::POLLNVAL) != 0 {
                 return Err(io::ErrorKind::ConnectionReset.into());
             }
-            if on_socket.revents & (libc::POLLIN | libc::POLLHUP) != 0 && !self.leaving && !full {
+            let told = on_socket.revents & (libc::POLLIN | libc::POLLHUP) != 0;
+            if (told || ready) && !self.leaving && !full {
                 self.receive(socket)?;
             }
             self.reap()?;
@@ -197,13 +234,35 @@ impl Connection {
         }
     }
 
+    /// Whether the inbox has enough to go on with.
+    fn has_come(&self) -> bool {
+        let least = match self.arriving {
+            Some(_) => 1,
+            None => RequestHeader::LEN,
+        };
+        self.inbox_got - self.inbox_taken >= least
+    }
+
+    /// Take what the socket has, as far as there is room for it.
     fn receive(&mut self, socket: &mut UnixStream) -> io::Result<()> {
-        while !self.full() {
-            let room = match &mut self.arriving {
-                Some(arriving) => arriving.memory.bytes_mut().get_mut(arriving.got..),
-                None => self.head.get_mut(self.head_got..),
+        loop {
+            self.take_in()?;
+            if self.full() || self.leaving {
+                return Ok(());
+            }
+            let large = self.arriving.as_mut().filter(|one| one.missing() >= INBOX);
+            let (room, direct) = match large {
+                Some(one) => (one.memory.bytes_mut().get_mut(one.got..), true),
+                None => {
+                    self.inbox.copy_within(self.inbox_taken..self.inbox_got, 0);
+                    self.inbox_got -= self.inbox_taken;
+                    self.inbox_taken = 0;
+                    (self.inbox.get_mut(self.inbox_got..), false)
+                }
             };
-            let count = match socket.read(room.unwrap_or(&mut [])) {
+            let room = room.unwrap_or(&mut []);
+            let wanted = room.len();
+            let count = match socket.read(room) {
                 Ok(0) => {
                     self.leaving = true;
                     return Ok(());
@@ -213,32 +272,42 @@ impl Connection {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
-            if let Some(arriving) = &mut self.arriving {
-                arriving.got += count;
-                if arriving.got < arriving.memory.len() {
-                    continue;
-                }
-                if let Some(Arriving { header, memory, .. }) = self.arriving.take() {
-                    self.begin(
-                        header,
-                        Op::Write {
-                            fua: header.flags & flag::FUA != 0,
-                        },
-                        Some(memory),
-                    );
-                }
-                continue;
+            match &mut self.arriving {
+                Some(arriving) if direct => arriving.got += count,
+                _ => self.inbox_got += count,
             }
-            self.head_got += count;
-            if self.head_got == RequestHeader::LEN {
-                self.head_got = 0;
-                let header = RequestHeader::parse(&self.head)
-                    .ok_or_else(|| broken("a request without its magic"))?;
-                self.dispatch(header)?;
-                if self.leaving {
+            if count < wanted {
+                // The socket is empty, or poll says otherwise.
+                return self.take_in();
+            }
+        }
+    }
+
+    /// Begin the requests that have come whole, until there are enough.
+    fn take_in(&mut self) -> io::Result<()> {
+        while !self.full() && !self.leaving {
+            let came = self
+                .inbox
+                .get(self.inbox_taken..self.inbox_got)
+                .unwrap_or(&[]);
+            if let Some(mut arriving) = self.arriving.take() {
+                self.inbox_taken += arriving.take(came);
+                if arriving.missing() > 0 {
+                    self.arriving = Some(arriving);
                     return Ok(());
                 }
+                let Arriving { header, memory, .. } = arriving;
+                let fua = header.flags & flag::FUA != 0;
+                self.begin(header, Op::Write { fua }, Some(memory));
+                continue;
             }
+            let Some(head) = came.get(..RequestHeader::LEN) else {
+                return Ok(());
+            };
+            let header =
+                RequestHeader::parse(head).ok_or_else(|| broken("a request without its magic"))?;
+            self.inbox_taken += RequestHeader::LEN;
+            self.dispatch(header)?;
         }
         Ok(())
     }
@@ -279,9 +348,31 @@ impl Connection {
         Ok(())
     }
 
+    /// Memory for a request. It may hold what an earlier one left: a write fills all of it before it begins, and
+    /// of a read only that is sent which succeeded, and so filled all of it.
     fn hold(&mut self, len: usize) -> Buffer {
         self.held += len;
-        Buffer::zeroed(len)
+        match self.spare.iter().rposition(|spare| spare.len() == len) {
+            Some(place) => {
+                self.spare_bytes -= len;
+                self.spare.swap_remove(place)
+            }
+            None => Buffer::zeroed(len),
+        }
+    }
+
+    /// A request needs its memory no more.
+    fn release(&mut self, memory: Buffer) {
+        let len = memory.len();
+        self.held -= len;
+        if len > MAX_SPARE {
+            return;
+        }
+        while self.spare_bytes + len > MAX_SPARE || self.spare.len() >= MAX_PENDING {
+            self.spare_bytes -= self.spare.pop().map_or(0, |old| old.len());
+        }
+        self.spare_bytes += len;
+        self.spare.push(memory);
     }
 
     fn begin(&mut self, header: RequestHeader, op: Op, memory: Option<Buffer>) {
@@ -328,10 +419,15 @@ impl Connection {
             return;
         };
         let read = completion.result.is_ok() && header.command == Command::Read;
-        if !read {
+        let memory = match memory {
             // What was read is held until the client has taken it.
-            self.held -= memory.as_ref().map_or(0, Buffer::len);
-        }
+            Some(memory) if read => Some(memory),
+            Some(memory) => {
+                self.release(memory);
+                None
+            }
+            None => None,
+        };
         if let Err(error) = completion.result {
             return self.fail(&header, number(&error));
         }
@@ -344,12 +440,10 @@ impl Connection {
         match (header.command, memory) {
             (Command::Read, Some(memory)) => {
                 if self.agreed.structured {
-                    self.say(wire::last_chunk(
-                        chunk::OFFSET_DATA,
-                        header.cookie,
-                        header.len + 8,
-                    ));
-                    self.say(header.offset.to_be_bytes().to_vec());
+                    let mut words =
+                        wire::last_chunk(chunk::OFFSET_DATA, header.cookie, header.len + 8);
+                    words.extend(header.offset.to_be_bytes());
+                    self.say(words);
                 } else {
                     self.say(wire::simple(0, header.cookie));
                 }
@@ -448,15 +542,22 @@ impl Connection {
     }
 
     fn send(&mut self, socket: &mut UnixStream) -> io::Result<()> {
-        while let Some(first) = self.out.front() {
-            match socket.write(first.bytes().get(self.out_sent..).unwrap_or(&[])) {
+        while !self.out.is_empty() {
+            let mut skip = self.out_sent;
+            let mut pieces = [IoSlice::new(&[]); BUNCH];
+            let mut wanted = 0;
+            for (piece, answer) in pieces.iter_mut().zip(&self.out) {
+                let bytes = answer.bytes().get(skip..).unwrap_or(&[]);
+                skip = 0;
+                wanted += bytes.len();
+                *piece = IoSlice::new(bytes);
+            }
+            let count = pieces.len().min(self.out.len());
+            match socket.write_vectored(pieces.get(..count).unwrap_or(&[])) {
                 Ok(count) => {
-                    self.out_sent += count;
-                    if self.out_sent >= first.bytes().len() {
-                        if let Some(Answer::Data(memory)) = self.out.pop_front() {
-                            self.held -= memory.len();
-                        }
-                        self.out_sent = 0;
+                    self.sent(count);
+                    if count < wanted {
+                        return Ok(());
                     }
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -465,6 +566,21 @@ impl Connection {
             }
         }
         Ok(())
+    }
+
+    /// The client has taken `count` bytes more.
+    fn sent(&mut self, count: usize) {
+        self.out_sent += count;
+        while let Some(first) = self.out.front() {
+            let len = first.bytes().len();
+            if self.out_sent < len {
+                return;
+            }
+            self.out_sent -= len;
+            if let Some(Answer::Data(memory)) = self.out.pop_front() {
+                self.release(memory);
+            }
+        }
     }
 }
 

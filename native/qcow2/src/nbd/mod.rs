@@ -108,7 +108,7 @@ pub fn serve_client(
 #[cfg(test)]
 mod tests {
     use std::fs::{File, OpenOptions as FileOptions};
-    use std::io::Write;
+    use std::io::{Read, Write};
 
     use super::*;
     use crate::disk::Disk;
@@ -242,5 +242,95 @@ mod tests {
         sent.extend(request(7, 0, &[], SIZE as u32));
         talk(&image, &sent).unwrap();
         image.inactivate().unwrap();
+    }
+
+    /// The simple answers to reads and writes, in any order: the data of each read by its offset.
+    fn answers(
+        socket: &mut UnixStream,
+        reads: &[(u64, u32)],
+        writes: usize,
+    ) -> Vec<(u64, Vec<u8>)> {
+        let mut found = Vec::new();
+        for _ in 0..reads.len() + writes {
+            let mut head = [0; 16];
+            socket.read_exact(&mut head).unwrap();
+            assert_eq!(&head[..8], &[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0]);
+            let cookie = u64::from_be_bytes(head[8..].try_into().unwrap()) as usize;
+            if let Some((offset, len)) = reads.get(cookie) {
+                let mut data = vec![0; *len as usize];
+                socket.read_exact(&mut data).unwrap();
+                found.push((*offset, data));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn requests_are_the_same_however_the_socket_cuts_them() {
+        let pattern: Vec<u8> = (0..SIZE as u32)
+            .map(|n| (n.wrapping_mul(n) >> 9) as u8)
+            .collect();
+        // Around the inbox's size, and odd ones; the first half is read, the second written.
+        let lens = [
+            1u32, 28, 4096, 65_507, 65_508, 65_536, 65_537, 200_000, 3, 512,
+        ];
+        for step in [5, 28, 1000, 65_536, 65_537, usize::MAX] {
+            let image = image(&format!("cut-{step}"));
+            let mut disk = Disk::new(image.clone()).unwrap();
+            disk.write(0, &pattern[..SIZE as usize / 2]).unwrap();
+            let half = SIZE / 2;
+            let mut sent = Vec::new();
+            let mut reads = Vec::new();
+            let mut from = 0;
+            for (n, len) in lens.iter().enumerate() {
+                let mut read = request(0, from, &[], *len);
+                read[8..16].copy_from_slice(&(n as u64).to_be_bytes());
+                sent.extend(read);
+                reads.push((from, *len));
+                let data = &pattern[from as usize..][..*len as usize];
+                let mut write = request(1, half + from, data, *len);
+                write[8..16].copy_from_slice(&1000u64.to_be_bytes());
+                sent.extend(write);
+                from += u64::from(*len);
+            }
+            let (server, mut client) = UnixStream::pair().unwrap();
+            let serving = {
+                let image = image.clone();
+                std::thread::spawn(move || {
+                    let options = ServeOptions {
+                        export: String::new(),
+                        persistent: false,
+                        connections: 1,
+                        bitmaps: Vec::new(),
+                    };
+                    serve_client(&image, server, &options, &AtomicBool::new(false))
+                })
+            };
+            // An old handshake's end: the export without structured replies.
+            client.write_all(&3u32.to_be_bytes()).unwrap();
+            client.write_all(b"IHAVEOPT\0\0\0\x01\0\0\0\0").unwrap();
+            let mut hello = [0; 18 + 10];
+            client.read_exact(&mut hello).unwrap();
+            let found = std::thread::scope(|scope| {
+                let mut writer = client.try_clone().unwrap();
+                let pieces = sent.chunks(step.min(sent.len()));
+                scope.spawn(move || {
+                    for piece in pieces {
+                        writer.write_all(piece).unwrap();
+                    }
+                });
+                answers(&mut client, &reads, lens.len())
+            });
+            for (offset, data) in found {
+                assert!(data == pattern[offset as usize..][..data.len()], "{step}");
+            }
+            drop(client);
+            serving.join().unwrap().unwrap();
+            let mut written = vec![0; from as usize];
+            disk.read(half, &mut written).unwrap();
+            assert!(written == pattern[..written.len()], "{step}");
+            drop(disk);
+            image.inactivate().unwrap();
+        }
     }
 }

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small requests over NBD: vmbus-img serve beside qemu-nbd and a raw file, fio's runs in turn.
+
+Each line of JSON is one kind of work: requests a second of ours and of QEMU's, each on a qcow2 image of its
+own over a unix socket (fio's ioengine=nbd, which is libnbd), and where that means something of the same load
+on a raw file without a server (ioengine=io_uring), as the best and the median of a few runs, the ratios of the
+best; and the CPU time that the servers took for a request, the least of the runs, which a busy host disturbs
+less. All use io_uring and O_DIRECT.
+
+    python -m bench.nbd [DIRECTORY]      (default: beside this checkout's .cache; 4 GB of room)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import report
+from bench.encrypted import serving
+from bench.images import CHECKOUT, GIB, MIB, OURS, QEMU, TIB, load, run
+
+ROUNDS = 5
+REQUESTS = 30000
+DEPTH = 32
+NEEDED = ("fio", "qemu-img", "qemu-nbd")
+
+
+@dataclass
+class Target:
+    """What fio works on, and the server whose CPU time counts."""
+
+    options: Sequence[str]
+    server: int | None = None
+
+    def cpu(self) -> float:
+        """Seconds that the server has run."""
+        if self.server is None:
+            return 0.0
+        fields = Path(f"/proc/{self.server}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def fio(target: Target, work: str, seed: int) -> tuple[float, float]:
+    """Requests a second, and the server's CPU seconds, of one run."""
+    shape = [f"--rw={work}", "--bs=4k", f"--iodepth={DEPTH}", f"--io_size={REQUESTS * 4096}", "--direct=1"]
+    words = ["fio", "--name=bench", "--output-format=json", f"--randseed={seed}", "--norandommap", *shape]
+    before = target.cpu()
+    done = subprocess.run([*words, *target.options], check=True, capture_output=True, text=True)
+    # What fio has to say comes before its JSON.
+    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    return job["read"]["iops"] + job["write"]["iops"], target.cpu() - before
+
+
+def compare(name: str, work: str, targets: dict[str, Target]) -> None:
+    """Run all in turn and print their line."""
+    rates: dict[str, list[float]] = {who: [] for who in targets}
+    costs: dict[str, list[float]] = {who: [] for who in targets}
+    for seed in range(ROUNDS):
+        for who, target in targets.items():
+            rate, cost = fio(target, work, seed)
+            rates[who].append(rate)
+            costs[who].append(cost)
+    best = {who: max(one) for who, one in rates.items()}
+    figures: dict[str, object] = {
+        who: {"best": round(best[who]), "median": round(statistics.median(rates[who]))} for who in targets
+    }
+    for who, target in targets.items():
+        if target.server is not None:
+            figures[f"{who}, server's CPU µs a request"] = round(min(costs[who]) / REQUESTS * 1e6, 1)
+    figures["ours/qemu"] = round(best["ours"] / best["qemu"], 2)
+    if "raw" in best:
+        figures["ours/raw"] = round(best["ours"] / best["raw"], 2)
+        figures["qemu/raw"] = round(best["qemu"] / best["raw"], 2)
+    report.emit(f"nbd: {name}", unit="requests/s", **figures)
+
+
+@contextmanager
+def served(place: Path, images: dict[str, Path]) -> Iterator[dict[str, Target]]:
+    """Both servers on their images."""
+    ours = [OURS, "serve", "-t", "--cache", "none", "-f", "qcow2"]
+    qemu = ["qemu-nbd", "-t", "--cache=none", "--aio=io_uring", "-f", "qcow2"]
+    with ExitStack() as stack:
+        targets = {}
+        for who, words in (("ours", ours), ("qemu", qemu)):
+            server, address = stack.enter_context(serving([*words, images[who]], place, who))
+            targets[who] = Target(["--ioengine=nbd", f"--uri={address}"], server.pid)
+        yield targets
+
+
+def allocated(place: Path) -> None:
+    """1 GiB, all written before."""
+    images = {who: place / f"small.{who}" for who in ("ours", "qemu")}
+    raw = place / "small.raw"
+    for path, format in (*((path, "qcow2") for path in images.values()), (raw, "raw")):
+        run(QEMU, "create", "-q", "-f", format, path, str(GIB))
+        load(QEMU, path, format, "-w", "-c", 1024, "-s", MIB, "-d", 4, "-t", "none")
+    with served(place, images) as targets:
+        targets["raw"] = Target(["--ioengine=io_uring", f"--filename={raw}"])
+        for work in ("randread", "randwrite"):
+            compare(f"{work} of 4 KiB, depth {DEPTH}, 1 GiB all allocated", work, targets)
+    for path in (*images.values(), raw):
+        path.unlink()
+
+
+def chain(place: Path) -> None:
+    """Reads through 32 images; the data lies in the lowest."""
+    lowest = place / "layer0"
+    run(QEMU, "create", "-q", "-f", "qcow2", lowest, str(GIB))
+    load(QEMU, lowest, "qcow2", "-w", "-c", 1024, "-s", MIB, "-d", 4, "-t", "none")
+    for n in range(1, 32):
+        below, path = place / f"layer{n - 1}", place / f"layer{n}"
+        run(QEMU, "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", path)
+    for who in ("ours", "qemu"):
+        top = place / f"top.{who}"
+        run(QEMU, "create", "-q", "-f", "qcow2", "-b", place / "layer31", "-F", "qcow2", top)
+    with served(place, {who: place / f"top.{who}" for who in ("ours", "qemu")}) as targets:
+        compare(f"randread of 4 KiB, depth {DEPTH}, 1 GiB through 32 backing files", "randread", targets)
+    for path in (*place.glob("layer*"), *place.glob("top.*")):
+        path.unlink()
+
+
+def large(place: Path) -> None:
+    """A disk of 1 TiB with all its tables."""
+    images = {who: place / f"large.{who}" for who in ("ours", "qemu")}
+    run(OURS, "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", images["ours"], str(TIB))
+    run("cp", "--sparse=always", images["ours"], images["qemu"])
+    with served(place, images) as targets:
+        compare(f"randread of 4 KiB, depth {DEPTH}, 1 TiB with all tables", "randread", targets)
+    for path in images.values():
+        path.unlink()
+
+
+def main() -> int:
+    """All of it."""
+    for program in NEEDED:
+        if shutil.which(program) is None:
+            print(f"bench.nbd: {program} is missing (packages fio, qemu-utils)", file=sys.stderr)
+            return 2
+    parent = Path(sys.argv[1]) if len(sys.argv) > 1 else CHECKOUT / ".cache"
+    parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix="bench-") as name:
+        place = Path(name)
+        allocated(place)
+        chain(place)
+        large(place)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
