@@ -3,9 +3,9 @@
 
 Each line of JSON is one kind of work: requests a second of ours and of QEMU's, each on a qcow2 image of its
 own over a unix socket (fio's ioengine=nbd, which is libnbd), and where that means something of the same load
-on a raw file without a server (ioengine=io_uring), as the best and the median of a few runs, the ratios of the
-best; and the CPU time that the servers took for a request, the least of the runs, which a busy host disturbs
-less. All use io_uring and O_DIRECT.
+on a raw file without a server (ioengine=io_uring), as the best and the median of a few runs, the ratios of
+the best; and the CPU time that the servers took for a request, the least of the runs, which a busy host
+disturbs less. All use io_uring and O_DIRECT.
 
     python -m bench.nbd [DIRECTORY]      (default: beside this checkout's .cache; 4 GB of room)
 """
