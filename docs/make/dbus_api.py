@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from vmbus.wire import contract
 from vmbus.wire.contract import Argument, Interface, Method, Property, Rule, Signal
-from vmbus.wire.errors import KINDS, VmbusError
+from vmbus.wire.errors import KINDS
 
 OUTPUT = "docs/dbus-api.md"
 
@@ -114,4 +114,4 @@ def _errors() -> Iterator[str]:
     yield "## Errors\n"
     yield "The message begins with the argument that it is about, says what was wrong and what would work.\n"
     for kind in sorted(KINDS):
-        yield f"- `{VmbusError(kind, '').dbus_name}`"
+        yield f"- `{contract.error_name(kind)}`"

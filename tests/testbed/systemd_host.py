@@ -88,6 +88,7 @@ cd "$root"
 mkdir -p old
 pivot_root . old
 umount -l /old
+mount --make-rshared / # systemd does so, but not in a container
 exec env -i container=lab PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --system \\
     --unit=lab.target --log-target=console --show-status=no
 """

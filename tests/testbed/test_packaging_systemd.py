@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab.hugepages import enlarged
 from tests.lab.system import ALICE, SLOW
 from tests.local.worker_guest import image
 from tests.testbed.systemd_host import UNITS, SystemdHost
@@ -107,6 +108,25 @@ def test_a_broken_configuration_does_not_end_the_broker(host: SystemdHost) -> No
     host.run(["cp", "/tmp/kept", "/etc/vmbus/broker.toml"])
     assert host.show("vmbus-broker.service", "MainPID") == pid
     assert host.show("vmbus-broker.service", "ActiveState") == "active"
+
+
+@pytest.mark.requires("hugepages")
+def test_huge_pages_for_other_programs_are_mounted_where_the_host_sees_them(host: SystemdHost) -> None:
+    mount = '[[hugepages.mount]]\\npath = "/mnt/huge"\\nsize = "4M"\\nmin-size = "2M"\\n'
+    with enlarged(2) as pool:
+        before = pool.figures()
+        file = "/etc/vmbus/broker.toml"
+        host.run(["sh", "-c", f"mkdir -p /mnt/huge; cp {file} /tmp/kept; printf '{mount}' >>{file}"])
+        assert host.run(["systemctl", "restart", "vmbus-broker.service"]).returncode == 0
+        seen = host.run(["findmnt", "-n", "-o", "FSTYPE,SOURCE", "/mnt/huge"]).stdout.split()
+        assert seen == ["hugetlbfs", "vmbus:system:pagesize=2M,size=4M,min_size=2M,uid=0,gid=0,mode=755"], (
+            host.log[-4000:]
+        )
+        assert pool["resv"] == before["resv"] + 1
+        host.run(["cp", "/tmp/kept", "/etc/vmbus/broker.toml"])
+        assert host.run(["systemctl", "restart", "vmbus-broker.service"]).returncode == 0
+        assert host.run(["findmnt", "/mnt/huge"]).returncode == 1
+        assert pool.figures() == before
 
 
 def test_stopping_the_machines_unit_shuts_guests_down_in_order(host: SystemdHost) -> None:

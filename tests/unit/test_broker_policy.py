@@ -47,6 +47,11 @@ def rights(**changes: Any) -> Rights:
     return Rights(**(known | changes))
 
 
+def mount(text: str, path: str = "/mnt/huge") -> bytes:
+    """A ``[[hugepages.mount]]``."""
+    return f'[[hugepages.mount]]\npath = "{path}"\n{text}\n'.encode()
+
+
 def test_the_example_is_used_as_it_is() -> None:
     policy = as_nobody(loaded, EXAMPLE.read_bytes())
     assert policy["open"]["grant"][0]["users"] == ["*"]
@@ -59,11 +64,12 @@ def test_the_example_is_used_as_it_is() -> None:
 
 def test_every_commented_line_of_the_example_is_valid_too() -> None:
     lines = [line.removeprefix("# ") for line in EXAMPLE.read_text().splitlines()]
-    text = "\n".join(line for line in lines if re.match(r"\[|[a-z_]+ = ", line))
+    text = "\n".join(line for line in lines if re.match(r"\[|[a-z_-]+ = ", line))
     policy = as_nobody(loaded, text.encode())
     assert policy["bridges"]["br0"]["groups"] == ["netdev"]
     assert policy["owners"]["uid_min"] == 1000
     assert policy["quota"]["for"][0]["memory"] == "64G"
+    assert policy["hugepages"]["mount"][0]["min-size"] == "2G"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,17 @@ def test_every_commented_line_of_the_example_is_valid_too() -> None:
         (b"[bridges]\nbr0 = true", "bridges"),
         (b"[workers]\nuid_first = 0", "uid_first"),
         (b"[workers]\nuid_count = 1", "uid_count"),
+        (mount("size = '3M'"), "size 3M, min-size 0: is no multiple"),
+        (mount("size = '4M'\nmin-size = '1M'"), "min-size 1M: is no multiple"),
+        (mount("size = '4M'\nmin-size = '6M'"), "no more in all than is reserved"),
+        (mount("size = '0'"), "size 0"),
+        (mount("size = '2M'\npage-size = '1G'"), "size 2M"),
+        (mount("size = '2M'\npage-size = '4K'"), "page-size"),
+        (mount("size = '2M'\nmode = '4755'"), "mode"),
+        (mount("size = '2M'", path="mnt/huge"), "path"),
+        (mount("size = '2M'", path="/mnt/../etc"), "path"),
+        (mount("size = '2M'", path="/mnt/a b"), "path"),
+        (mount("size = '2M'") * 2, "names a path twice"),
         (b"[open", "table declaration"),
         (b"\xff\xfe", "utf-8"),
     ],

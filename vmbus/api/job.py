@@ -9,6 +9,7 @@ from vmbus.api.machine import job_path, machine_path
 from vmbus.bus import Variant
 from vmbus.service.jobs import Job
 from vmbus.service.standard import Caller
+from vmbus.wire.contract import error_name
 
 
 class JobObject:
@@ -40,7 +41,7 @@ class JobObject:
             case "Progress":
                 return Variant("(tt)", list(job.progress))
             case "Error":
-                return Variant("s", job.error.dbus_name if job.error else "")
+                return Variant("s", error_name(job.error.kind) if job.error else "")
             case "Message":
                 return Variant("s", str(job.error or job.note))
         raise KeyError(name)

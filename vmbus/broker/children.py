@@ -33,10 +33,12 @@ from vmbus.wire.packet import LIMIT
 PER_USER = 4
 IN_ALL = 64
 DEADLINE = 10.0  # seconds
-NOBODY = 65534
+NOBODY = (65534, [65534])
 _CAPABILITIES = range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1)
 
 T = TypeVar("T")
+User = tuple[int, list[int]]  # uid, gids
+Caps = Sequence[int]  # CAP_* of prctl
 
 
 class _Report(msgspec.Struct):
@@ -137,32 +139,33 @@ def _keep_only(fds: list[int]) -> list[int]:
     return list(range(3, base))
 
 
-def become(uid: int, gids: list[int], capability: int = -1) -> None:
-    """Be ``uid`` with ``gids`` (the first is its own) for good; keep at most one capability.
+def become(uid: int, gids: list[int], caps: Caps = ()) -> None:
+    """Be ``uid`` with ``gids`` (the first is its own) for good; keep the capabilities ``caps`` only.
 
     One gid means no other groups. Without a capability there never will be any again: the bounding set is
     empty, the securebits are locked.
     """
-    for number in _CAPABILITIES if capability < 0 else ():
+    for number in () if caps else _CAPABILITIES:
         prctl.capbset_drop(number)
-    prctl.set_keepcaps(capability >= 0)
-    if capability < 0:
+    prctl.set_keepcaps(bool(caps))
+    if not caps:
         syscalls.lock_securebits()
     os.setgroups(gids[:65536] if gids[1:] else [])
     os.setresgid(gids[0], gids[0], gids[0])
     os.setresuid(uid, uid, uid)
     prctl.cap_inheritable.limit()
-    if capability >= 0:
-        prctl.cap_permitted.limit(capability)
-        prctl.set_caps((capability, prctl.CAP_EFFECTIVE, True))
+    prctl.cap_permitted.limit(*caps)
+    prctl.set_caps(*((number, prctl.CAP_EFFECTIVE, True) for number in caps))
     prctl.set_no_new_privs(True)
     prctl.set_dumpable(False)  # whatever fs.suid_dumpable says: nobody traces it
     prctl.set_pdeathsig(signal.SIGKILL)  # the change of uid cleared it
     os.umask(0o077)
 
 
-def nobody(module: str, what: str, *arguments: Any, capability: int = -1, opened: Sequence[str] = ()) -> Work:
-    """Work for a child that is nobody, with one capability at most: ``what`` of ``dropped/module.py``.
+def dropped(
+    module: str, what: str, *arguments: Any, user: User = NOBODY, caps: Caps = (), opened: Sequence[str] = ()
+) -> Work:
+    """Work for a child that is ``user``, with the capabilities ``caps``: ``what`` of dropped/``module``.py.
 
     That is called with ``arguments`` and the channel, whose descriptors are followed by those of the paths
     ``opened`` as root (made if they are not there). Named by strings, for it is not loaded as root.
@@ -170,7 +173,7 @@ def nobody(module: str, what: str, *arguments: Any, capability: int = -1, opened
 
     def work(channel: Channel) -> None:
         channel.fds += [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for path in opened]
-        become(NOBODY, [NOBODY], capability)
+        become(*user, caps)
         getattr(importlib.import_module(f"vmbus.broker.dropped.{module}"), what)(*arguments, channel)
 
     return work

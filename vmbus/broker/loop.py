@@ -90,7 +90,6 @@ class Loop:
         self._timers: list[tuple[float, int]] = []
         self._calls: dict[int, Call] = {}  # of timers that are due, by their numbers, from 1
         self._last = 0
-        self._signals: dict[int, Call] = {}
         self._code: int | None = None
 
     def watch(self, fd: int, call: Call) -> None:
@@ -115,7 +114,6 @@ class Loop:
 
     def on_signals(self, calls: dict[int, Call]) -> None:
         """Call ``calls[number]`` from the loop when that signal arrives."""
-        self._signals = calls
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in calls:

@@ -35,6 +35,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=Path("/etc/vmbus/broker.toml"))
     parser.add_argument("--service-user", default="vmbus", help="the user that vmbusd runs as")
     parser.add_argument("--cgroup", type=Path, default=cgroup.DEFAULT, help="a delegated cgroup v2 directory")
+    parser.add_argument("--mounts", default="/proc/self/ns/mnt", help="namespace of [[hugepages.mount]]")
     parser.add_argument("--spares", type=int, default=0, metavar="N", help="workers kept ready (default: 0)")
     options = parser.parse_args()
     if not re.fullmatch("[A-Za-z0-9_-]{1,32}", options.instance):
@@ -52,7 +53,7 @@ def _serve(options: argparse.Namespace, loop: Loop) -> Task[None]:
     prctl.set_child_subreaper(True)  # a worker's parent, its stager, ends before it
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    rules = policy.Policy(options.config, children.Crew(loop))
+    rules = policy.Policy(options.config, children.Crew(loop), options.instance, options.mounts)
     yield from rules.read()
     pool = uids.Uids(rules.survey.uid_first, rules.survey.uid_count, _SHARED / "uids.lock", run / "next-uid")
     records = owners.Owners(options.state_dir / "owners", rules)

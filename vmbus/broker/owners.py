@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmbus.broker.children import nobody
+from vmbus.broker.children import dropped
 from vmbus.broker.loop import Task
 from vmbus.broker.policy import Policy, Rights
 from vmbus.wire.errors import VmbusError
@@ -52,7 +52,7 @@ class Owners:
         asked, known = self._known.get(uid, (0.0, None))
         if known is not None and time.monotonic() - asked < KEEP:
             return known
-        ask = nobody("accounts", "report", uid, self._policy.text, self._policy.survey)
+        ask = dropped("accounts", "report", uid, self._policy.text, self._policy.survey)
         rights = yield from self._policy.crew.run(uid, ask, Rights, [])
         if len(self._known) > 4096:
             self._known.clear()

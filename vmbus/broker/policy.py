@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import prctl
 
-from vmbus.broker.children import Crew, nobody
+from vmbus.broker.children import Crew, dropped
 from vmbus.broker.loop import Task
 from vmbus.broker.root import Image
+from vmbus.broker.steps import log
 from vmbus.wire.errors import VmbusError
 
 # What is limited, in the order of ``amounts``, and the argument that asks for it.
@@ -44,16 +46,30 @@ class Policy:
 
     survey: Survey
 
-    def __init__(self, config: Path, crew: Crew) -> None:
+    def __init__(self, config: Path, crew: Crew, instance: str, mounts: str) -> None:
+        """``mounts``: the namespace in which file systems are mounted that the file wants."""
         self.config, self.crew, self.text = config, crew, b""
+        self._instance, self._mounts = instance, mounts
 
     def read(self) -> Task[None]:
         """Read the file (again). Raises VmbusError or OSError, and the old text stays."""
         seen, text = self.config.stat(), self.config.read_bytes()
         if seen.st_uid != 0 or seen.st_mode & 0o022:
             raise VmbusError("AccessDenied", f"{self.config} can be written by others than root")
-        self.survey = yield from self.crew.run(0, nobody("survey", "report", text), Survey, [])
+        self.survey = yield from self.crew.run(0, dropped("survey", "report", text), Survey, [])
         self.text = text
+        yield from self.mount()
+
+    def mount(self) -> Task[None]:
+        """Have the file systems that the file wants, and log what was done. The next call tries again."""
+        caps = [prctl.CAP_SYS_ADMIN, prctl.CAP_SYS_CHROOT]  # mount(2), setns(2)
+        work = dropped("mounts", "settle", self._instance, self.text, caps=caps)
+        try:
+            with open(self._mounts, "rb") as place:
+                for line in (yield from self.crew.run(0, work, list[str], [place.fileno()])):
+                    log(line)
+        except (VmbusError, OSError) as error:
+            log(f"no file system was mounted: {error}")
 
 
 class Rights(msgspec.Struct, frozen=True):

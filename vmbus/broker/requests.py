@@ -6,13 +6,12 @@ that the datagram was decoded to. A handler raises; ``answer`` is the one place 
 reply and writes the audit log: who asked, for whom, what, and how it ended.
 """
 
-import functools
 from typing import Any
 
 import prctl
 
-from vmbus.broker import files, owners, tap, workers
-from vmbus.broker.children import nobody
+from vmbus.broker import owners, tap, workers
+from vmbus.broker.children import dropped
 from vmbus.broker.loop import Task, start
 from vmbus.broker.policy import amounts
 from vmbus.broker.steps import log
@@ -86,7 +85,7 @@ class Requests:
         rights.check_quota([0] * 5, amounts(request))
         for grant in request.grants:
             rights.check_grant(grant)
-        work = nobody("paths", "check", rights, request.paths)
+        work = dropped("paths", "check", rights, request.paths)
         yield from self._crew.run(rights.uid, work, int, [])
         return wire.Reply(id=request.id), []
 
@@ -106,7 +105,8 @@ class Requests:
     def do_open(self, request: wire.Open) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
         with self._workers.get(request.uuid).directory.connect(Greeting(role="inlet")) as inlet:
-            work = functools.partial(files.open_for, rights, request, self._policy.survey.fuse)
+            fuse, user = self._policy.survey.fuse, (rights.uid, rights.gids)
+            work = dropped("files", "deliver", rights, request, fuse, user=user)
             identity = yield from self._crew.run(rights.uid, work, wire.Identity, [inlet.fileno()])
         return wire.Reply(id=request.id, identity=identity), []
 
@@ -125,11 +125,14 @@ class Requests:
 
     def do_tune(self, request: wire.Tune) -> Task[Answer]:
         opened = [str(self._workers.settings), *(f"/sys/{name}" for name in request.settings)]
-        work = nobody("settings", "apply", request.settings, self._policy.text, opened=opened)
-        return wire.Reply(id=request.id, report=(yield from self._crew.run(0, work, dict[str, Any], []))), []
+        work = dropped("settings", "apply", request.settings, self._policy.text, opened=opened)
+        report = yield from self._crew.run(0, work, dict[str, Any], [])
+        if any("/hugepages/" in name for name in request.settings):
+            yield from self._policy.mount()  # what there were not pages enough for
+        return wire.Reply(id=request.id, report=report), []
 
     def do_look(self, request: wire.Look) -> Task[Answer]:
-        work = nobody("mergers", "look", capability=prctl.CAP_DAC_READ_SEARCH)
+        work = dropped("mergers", "look", caps=[prctl.CAP_DAC_READ_SEARCH])
         return wire.Reply(id=request.id, report=(yield from self._crew.run(0, work, dict[str, Any], []))), []
 
     def do_kill(self, request: wire.Kill) -> Answer:

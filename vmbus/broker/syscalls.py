@@ -21,7 +21,7 @@ _MOUNT_ATTR_RDONLY_NOSUID_NODEV = 1 | 2 | 4
 _PR_SET_SECUREBITS, _SECUREBITS_NONE_EVER = 28, 0x01 | 0x02 | 0x08 | 0x20 | 0x40 | 0x80
 
 _NUMBERS = {
-    **{"pivot_root": 155, "prctl": 157, "mount": 165, "umount2": 166, "unshare": 272},
+    **{"pivot_root": 155, "prctl": 157, "mount": 165, "umount2": 166, "unshare": 272, "setns": 308},
     **{"statx": 332, "close_range": 436, "openat2": 437, "mount_setattr": 442},
 }
 _HINTS = {

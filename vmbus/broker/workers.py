@@ -159,7 +159,7 @@ class Workers:
             self._bound(worker, whole, vcpus)
             worker.save(owner=owner, memory=memory, hugepages=huge, vcpus=vcpus, locked=request.locked)
             if request.memory_kind != "mergeable":
-                work = children.nobody("memfd", "deliver", memory, request.page_size)
+                work = children.dropped("memfd", "deliver", memory, request.page_size)
                 with worker.directory.connect(Greeting(role="inlet")) as inlet:
                     yield from self._crew.run(owner, work, str, [inlet.fileno()])
             return worker.connect_control()
@@ -171,9 +171,8 @@ class Workers:
         """A helper for a machine that has a worker, whose slot gets the other end of its socket."""
         machine, command = self.get(request.uuid), self.rules.survey.helpers.get(request.kind)
         if not command:
-            raise VmbusError(
-                "NotSupported", f"this host has no {request.kind}; install it, and reload the broker"
-            )
+            message = f"this host has no {request.kind}; install it, and reload the broker"
+            raise VmbusError("NotSupported", message)
         if sum(worker.record.of == request.uuid for worker in self._live.values()) >= HELPERS:
             raise VmbusError("QuotaExceeded", f"a machine has at most {HELPERS} helpers", argument="slot")
         self._helpers += 1
@@ -305,9 +304,7 @@ class Workers:
                 worker.group.kill()
 
     def _stuck(self, worker: Worker) -> None:
-        steps.log(
-            f"worker {worker.name} (pid {worker.record.pid}) was killed and goes on: stuck in the kernel"
-        )
+        steps.log(f"worker {worker.name} (pid {worker.record.pid}) was killed, but is stuck in the kernel")
         if worker.name in self._live and not worker.record.of:
             self.ended(Ended(uuid=worker.name, stuck=True))
 

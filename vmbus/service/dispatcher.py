@@ -28,7 +28,7 @@ from vmbus.service.exports import READ_ANY, Exported, Exports
 from vmbus.service.files import Files, PassedFile
 from vmbus.service.polkit import Polkit
 from vmbus.service.standard import ANYBODY, Caller, Standard, StandardError
-from vmbus.wire.contract import ContractError, Interface, Method, Rule
+from vmbus.wire.contract import ContractError, Interface, Method, Rule, error_name
 from vmbus.wire.errors import VmbusError
 
 log = logging.getLogger("vmbus.dispatcher")
@@ -222,7 +222,7 @@ class Dispatcher:
     def _refuse(self, call: Call, error: BaseException) -> None:
         try:
             if isinstance(error, VmbusError):
-                self._bus.error(call, error.dbus_name, str(error))
+                self._bus.error(call, error_name(error.kind), str(error))
             elif isinstance(error, StandardError):
                 self._bus.error(call, error.name, str(error))
             elif isinstance(error, asyncio.CancelledError):

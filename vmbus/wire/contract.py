@@ -114,6 +114,11 @@ class Interface:
         return found
 
 
+def error_name(kind: str) -> str:
+    """The D-Bus name of an error of wire.errors, ``org.vmbus1.Error.<Kind>``."""
+    return f"org.vmbus1.Error.{kind}"
+
+
 def directory() -> Path:
     """Where the XML lies: beside the package in a source tree, else where it was installed."""
     places = [

@@ -46,10 +46,5 @@ class VmbusError(Exception):
         self.message = message
         self.argument = argument
 
-    @property
-    def dbus_name(self) -> str:
-        """The D-Bus error name, ``org.vmbus1.Error.<Kind>``."""
-        return f"org.vmbus1.Error.{self.kind}"
-
     def __str__(self) -> str:
         return f"{self.argument}: {self.message}" if self.argument else self.message

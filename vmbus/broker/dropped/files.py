@@ -15,7 +15,8 @@ import socket
 import stat
 
 from vmbus.broker.children import Channel
-from vmbus.broker.dropped import lookup
+from vmbus.broker.dropped import lookup, paths
+from vmbus.broker.policy import Rights
 from vmbus.wire import packet
 from vmbus.wire.broker import Identity, Open
 from vmbus.wire.errors import VmbusError
@@ -25,11 +26,12 @@ _WALK = lookup.RESOLVE_BENEATH | lookup.RESOLVE_NO_MAGICLINKS
 _ESCAPES = (errno.EXDEV, errno.ELOOP)  # of RESOLVE_BENEATH; of RESOLVE_NO_SYMLINKS and RESOLVE_NO_MAGICLINKS
 
 
-def deliver(request: Open, prefix: str, rest: str, channel: Channel, *, fuse: bool) -> None:
-    """Open ``prefix``/``rest``, send it through the inlet (the one kept descriptor). Reports an ``Identity``.
+def deliver(rights: Rights, request: Open, fuse: bool, channel: Channel) -> None:
+    """Open the path, send the file through the inlet (the one kept descriptor). Reports an ``Identity``.
 
     Raises VmbusError: AccessDenied, NotFound, InvalidArgument (no file), Disconnected (worker gone, full).
     """
+    prefix, rest = paths.split(rights, request.path)
     try:
         found = _walk(prefix, rest, fuse=fuse)
         identity, fd = _open_found(found, request.path, writable=request.writable)

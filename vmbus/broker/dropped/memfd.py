@@ -62,13 +62,14 @@ def make(size: int, page_size: int, pools: Path = POOLS) -> int:
         os.close(fd)
         if not page_size or error.errno != errno.ENOMEM:
             raise
-        raise _too_few(size // page_size, page_size, pool) from None
+        raise too_few(size // page_size, page_size, pool) from None
     return fd
 
 
-def _too_few(wanted: int, page_size: int, pool: Path) -> VmbusError:
+def too_few(wanted: int, page_size: int, pool: Path, argument: str = "memory") -> VmbusError:
+    """That the pool has not as many pages as are wanted."""
     free, reserved = (int((pool / f"{name}_hugepages").read_text()) for name in ("free", "resv"))
     message = (
         f"{wanted} pages of {NAMES[page_size]} are wanted, and {free - reserved} are free and unreserved"
     )
-    return VmbusError("Unavailable", f"{message}; an administrator can enlarge the pool", argument="memory")
+    return VmbusError("Unavailable", f"{message}; an administrator can enlarge the pool", argument=argument)

@@ -6,7 +6,7 @@ granted here is done, whatever the service asks for.
 """
 
 import tomllib
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -93,10 +93,35 @@ class Ksm(_Strict, frozen=True, kw_only=True):
     manage: bool = False
 
 
+class Mount(_Strict, frozen=True, kw_only=True, rename="kebab"):
+    """``[[hugepages.mount]]``: a hugetlbfs for other programs, which finds its directory there."""
+
+    path: Annotated[str, Meta(pattern=r"^(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)+\Z")]
+    page_size: Literal["2M", "1G"] = "2M"
+    size: Size  # the most that it takes
+    min_size: Size = "0"  # of that, what is reserved for it as long as it is mounted
+    user: str = "root"
+    group: str = "root"
+    mode: Annotated[str, Meta(pattern=r"^[01]?[0-7]{3}\Z")] = "755"
+
+    def __post_init__(self) -> None:
+        whole, least, page = size(self.size), size(self.min_size), size(self.page_size)
+        if whole % page or least % page or not least <= whole or not whole:
+            message = "is no multiple of the page size, or there is no more in all than is reserved"
+            raise ValueError(
+                f"[[hugepages.mount]] {self.path}: size {self.size}, min-size {self.min_size}: {message}"
+            )
+
+
 class HugePages(_Strict, frozen=True, kw_only=True):
-    """``[hugepages]``: by how much vmbus may enlarge the host's pools, all together."""
+    """``[hugepages]``: by how much vmbus may enlarge the host's pools, all together; file systems of them."""
 
     grow: Size = "0"
+    mount: list[Mount] = []
+
+    def __post_init__(self) -> None:
+        if len({mount.path for mount in self.mount}) < len(self.mount):
+            raise ValueError("[[hugepages.mount]] names a path twice")
 
 
 class Workers(_Strict, frozen=True, kw_only=True):
