@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk set-link resize-disk wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -91,6 +91,14 @@ _vmbusctl() {
             ;;
         detach-disk)
             options="-h --help --deadline --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        set-link)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        resize-disk)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         wait)
@@ -271,6 +279,12 @@ _vmbusctl() {
             return
             ;;
         "detach-disk --deadline" | "detach-disk --bus-address" | "detach-disk --bus-name")
+            return
+            ;;
+        "set-link --bus-address" | "set-link --bus-name")
+            return
+            ;;
+        "resize-disk --bus-address" | "resize-disk --bus-name")
             return
             ;;
         "wait --state")

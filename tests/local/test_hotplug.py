@@ -220,9 +220,86 @@ def test_nine_devices_do_not_fit_into_eight_slots(system: System, machine: str) 
     assert "all 8 hotplug slots" in refused(system, "attach-nic", machine, BRIDGE)
 
 
+def test_a_cable_is_pulled_and_plugged_in_again(system: System, machine: str) -> None:
+    console = started(system)
+    ctl(system, "attach-nic", machine, f"{BRIDGE},id=lan")
+    console.wait_for("plug: slot 1 has 1041", 20)
+    ctl(system, "set-link", machine, "lan", "down")
+    console.wait_for("plug: slot 1: link down", 20)
+    assert definition(system)["nics"][0]["carrier"] is False
+    ctl(system, "set-link", machine, "lan", "up")
+    console.wait_for("plug: slot 1: link up", 20)
+    assert definition(system)["nics"][0]["carrier"] is True
+    console.close()
+
+
+def test_a_cable_that_is_pulled_is_so_at_the_next_start(system: System, machine: str) -> None:
+    ctl(system, "attach-nic", machine, f"{BRIDGE},id=lan,carrier=no")
+    assert definition(system)["nics"][0]["carrier"] is False
+    console = started(system)
+    ctl(system, "set-link", machine, "lan", "up")
+    console.wait_for("plug: slot 1: link up", 20)
+    console.close()
+    ctl(system, "kill", machine)
+    ctl(system, "set-link", machine, "lan", "down")
+    assert definition(system)["nics"][0]["carrier"] is False
+
+
+def test_a_disk_grows_while_the_guest_has_it(system: System, machine: str) -> None:
+    path = image(system, "data.img")
+    console = started(system)
+    ctl(system, "attach-disk", machine, f"{path},format=raw,id=data")
+    console.wait_for("plug: slot 1 has a disk of 2048 sectors", 20)
+    ctl(system, "resize-disk", machine, "data", "3M")
+    # The configuration's bit in the interrupt status says why the guest was told.
+    console.wait_for("plug: slot 1 has 6144 sectors, status [23]", 20)
+    assert path.stat().st_size == 3 << 20
+    for words, said in (
+        (("resize-disk", machine, "data", "1M"), "lose its end"),
+        (("resize-disk", machine, "data", "1000"), "multiple of 512"),
+        (("resize-disk", machine, "data", "0"), "multiple of 512"),
+        (("resize-disk", machine, "data", str((1 << 64) - 512)), "below 2^63"),
+        (("resize-disk", machine, "root", "9M"), "it has disk/data"),
+        (("set-link", machine, "lan", "down"), "it has disk/data"),
+    ):
+        assert said in refused(system, *words), words
+    assert path.stat().st_size == 3 << 20
+    ctl(system, "detach-disk", machine, "data")
+    console.close()
+    ctl(system, "kill", machine)
+    ctl(system, "attach-disk", machine, f"{path},format=raw,id=data")
+    assert "running or paused" in refused(system, "resize-disk", machine, "data", "4M")
+
+
+def test_the_address_of_a_detached_nic_is_free_at_once(system: System, machine: str) -> None:
+    mac = "52:54:00:77:88:99"
+    kernel = str(system.files(ALICE) / "guest")
+    words = ["--memory", "16M", "--kernel", kernel, "--cmdline", "plug count=99"]
+    ctl(system, "define", "--name", "second", *words)
+    try:
+        console = started(system)
+        ctl(system, "attach-nic", machine, f"{BRIDGE},id=lan,mac={mac}")
+        ctl(system, "start", "second")
+        attach = ("attach-nic", "second", f"{BRIDGE},mac={mac}")
+        assert "change one of them" in refused(system, *attach)
+        ctl(system, "detach-nic", machine, "lan")
+        ctl(system, *attach)
+        # And the first machine has no claim on it any more.
+        assert "change one of them" in refused(system, "attach-nic", machine, f"{BRIDGE},mac={mac}")
+        console.close()
+    finally:
+        system.vmbusctl(ALICE, "kill", "second")
+        ctl(system, "undefine", "second")
+
+
 def test_another_users_machine_is_not_changed(system: System, machine: str) -> None:
     uuid = json.loads(ctl(system, "show", machine, "--json"))["uuid"]
-    for words in (("attach-nic", uuid, BRIDGE), ("detach-nic", uuid, "nic0")):
+    for words in (
+        ("attach-nic", uuid, BRIDGE),
+        ("detach-nic", uuid, "nic0"),
+        ("set-link", uuid, "nic0", "down"),
+        ("resize-disk", uuid, "disk0", "1M"),
+    ):
         assert "change-any" in refused(system, *words, user=BOB)
 
 

@@ -44,6 +44,23 @@ poweroff -f
 """
 
 
+LIVE = """\
+carrier() { cat /sys/class/net/eth0/carrier; }
+ip link set eth0 up
+while [ "$(carrier)" != 1 ]; do sleep 0.1; done
+echo "link up"
+while [ "$(carrier)" != 0 ]; do sleep 0.1; done
+echo "link down"
+while [ "$(carrier)" != 1 ]; do sleep 0.1; done
+echo "link up again"
+while [ $(cat /sys/block/vda/size) = 131072 ]; do sleep 0.1; done
+echo "grown to $(cat /sys/block/vda/size) sectors"
+dd if=/dev/urandom of=/dev/vda bs=1M seek=90 count=1 conv=fsync 2>/dev/null &&
+    echo "written behind the old end"
+poweroff -f
+"""
+
+
 @pytest.fixture(scope="module")
 def system() -> Iterator[System]:
     """A whole system, and a bridge with an address that broker.toml grants."""
@@ -88,4 +105,22 @@ def test_a_disk_comes_is_written_to_and_goes(system: System) -> None:
         # The running machine is over; what was written is in the image, and the image is whole.
         guest.shell("qemu-img check -q more.qcow2 && qemu-img convert -O raw more.qcow2 more.raw")
         assert "kept" in guest.shell("/sbin/debugfs -R 'cat file' more.raw 2>/dev/null")
+        guest.ctl("undefine", guest.name)
+
+
+def test_a_cable_is_pulled_and_a_disk_grows(system: System) -> None:
+    with StockGuest(system, "live", script=LIVE, bridge=f"{BRIDGE},id=lan") as guest:
+        guest.make_disk()
+        guest.define()
+        guest.start()
+        guest.console.wait_for("link up", 120)
+        guest.ctl("set-link", guest.name, "lan", "down")
+        guest.console.wait_for("link down", 30)
+        guest.ctl("set-link", guest.name, "lan", "up")
+        guest.console.wait_for("link up again", 30)
+        guest.ctl("resize-disk", guest.name, "root", "96M")
+        guest.console.wait_for("grown to 196608 sectors", 30)
+        guest.console.wait_for("written behind the old end", 30)
+        assert guest.wait_stopped()["state-reason"] == "guest-poweroff"
+        assert "96 MiB" in guest.shell("qemu-img check -q live.qcow2 && qemu-img info live.qcow2")
         guest.ctl("undefine", guest.name)

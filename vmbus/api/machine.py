@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from vmbus.api.options import booleans
 from vmbus.bus import Variant, variants
+from vmbus.service.changes import Changes
 from vmbus.service.definitions import Definitions
 from vmbus.service.dispatcher import Reply
 from vmbus.service.files import PassedFile
@@ -86,12 +87,14 @@ class MachineApi:
         self,
         lifecycle: Lifecycle,
         hotplug: Hotplug,
+        changes: Changes,
         definitions: Definitions,
         parked: Parked,
         memory: Memory,
     ) -> None:
         self._lifecycle = lifecycle
         self._hotplug = hotplug
+        self._changes = changes
         self._definitions = definitions
         self._parked = parked
         self._memory = memory
@@ -173,6 +176,14 @@ class MachineApi:
         _check_deadline(deadline)
         job = self._hotplug.detach(item.machine, kind, identifier, deadline / 1e6)
         return job_path(job.number)
+
+    async def set_link(self, caller: Caller, item: MachineObject, identifier: str, up: bool) -> None:
+        """SetLink."""
+        await self._changes.set_link(item.machine, identifier, up=up)
+
+    async def resize_disk(self, caller: Caller, item: MachineObject, identifier: str, size: int) -> None:
+        """ResizeDisk."""
+        await self._changes.resize_disk(item.machine, identifier, size)
 
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""

@@ -307,6 +307,18 @@ def _detach(to: argparse.ArgumentParser) -> None:
     )
 
 
+def _set_link(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("id", metavar="ID", help="the interface's id, as vmbusctl show has it")
+    to.add_argument("link", choices=("up", "down"), help="plugged in, or not")
+
+
+def _resize_disk(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("id", metavar="ID", help="the disk's id, as vmbusctl show has it")
+    to.add_argument("size", metavar="SIZE", help="bytes, or with K, M, G, T: 20G")
+
+
 def _wait(to: argparse.ArgumentParser) -> None:
     _machine(to)
     to.add_argument(
@@ -495,6 +507,20 @@ COMMANDS: Final[Sequence[Command]] = (
         "time\nit keeps it, and the status is 1.",
         (("vmbusctl detach-disk web disk1 --deadline 60", "ask, and wait up to a minute"),),
         _detach,
+    ),
+    Command(
+        "set-link",
+        "plug the cable of a network interface in, or pull it",
+        "The guest sees its link go up or down; while it is down nothing passes. The definition keeps it.",
+        (("vmbusctl set-link web nic0 down", "pull the cable"),),
+        _set_link,
+    ),
+    Command(
+        "resize-disk",
+        "let a disk of a running machine grow",
+        "The image grows, and the guest is told. That of a stopped machine is resized by vmbus-img.",
+        (("vmbusctl resize-disk web disk0 20G", "to 20 GiB in all"),),
+        _resize_disk,
     ),
     Command(
         "wait",

@@ -251,6 +251,8 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "detach-nic": devices.detach("Nic"),
     "attach-disk": devices.attach_disk,
     "detach-disk": devices.detach("Disk"),
+    "set-link": devices.set_link,
+    "resize-disk": devices.resize_disk,
     "console": open_console,
     "wait": wait,
     "undefine": simple("Undefine", "undefined"),

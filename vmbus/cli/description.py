@@ -41,7 +41,9 @@ _DISK_FLAG_KEYS: Final = frozenset(
         "detect-zeroes",
     }
 )
-_NIC_FLAG_KEYS: Final = frozenset({"bridge", "mac", "id", "queues", "kind", "address", "network", "slot"})
+_NIC_FLAG_KEYS: Final = frozenset(
+    {"bridge", "mac", "id", "queues", "kind", "address", "network", "slot", "carrier"}
+)
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ def _from_flag(text: str, known: frozenset[str], first: str, flag: str) -> dict[
 
 
 def _flag_value(key: str, value: str, flag: str) -> Any:
-    if key in ("read-only", "cdrom"):
+    if key in ("read-only", "cdrom", "carrier"):
         words = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
         if value not in words:
             raise VmbusError("InvalidArgument", f"{key} is yes or no, not {value!r}", argument=f"--{flag}")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from vmbus.cli import description, files, output
 from vmbus.cli.remote import Remote
@@ -51,6 +51,20 @@ def detach(kind: str) -> Action:
     return act
 
 
+async def set_link(remote: Remote, arguments: argparse.Namespace) -> int:
+    """The cable of a network interface."""
+    path = await remote.find(arguments.machine)
+    await remote.set_link(path, arguments.id, up=arguments.link == "up")
+    return _changed(arguments, {"link": arguments.link})
+
+
+async def resize_disk(remote: Remote, arguments: argparse.Namespace) -> int:
+    """A disk that grows."""
+    size = description.size(arguments.size, argument="SIZE")
+    await remote.resize_disk(await remote.find(arguments.machine), arguments.id, size)
+    return _changed(arguments, {"size": size})
+
+
 async def _taken(remote: Remote, path: str) -> set[str]:
     """The ids of the machine's devices."""
     known = (await remote.machine(path)).properties.get("Definition")
@@ -58,6 +72,12 @@ async def _taken(remote: Remote, path: str) -> set[str]:
         return set()
     definition = dbus_form.parse(known)
     return {disk.id for disk in definition.disks} | {nic.id for nic in definition.nics}
+
+
+def _changed(arguments: argparse.Namespace, what: Mapping[str, object]) -> int:
+    if arguments.json:
+        output.print_json({"done": "changed", "machine": arguments.machine, "id": arguments.id, **what})
+    return 0
 
 
 def _attached(arguments: argparse.Namespace, identifier: str, slot: int, what: str) -> int:

@@ -155,6 +155,14 @@ class Remote:
         deadline = round(deadline_seconds * 1e6)
         return str(await self._call(path, f"Machine.Detach{kind}", identifier, deadline))
 
+    async def set_link(self, path: str, identifier: str, *, up: bool) -> None:
+        """Machine.SetLink; returns when the guest has been told."""
+        await self._call(path, "Machine.SetLink", identifier, up)
+
+    async def resize_disk(self, path: str, identifier: str, size: int) -> None:
+        """Machine.ResizeDisk; returns when the guest has been told."""
+        await self._call(path, "Machine.ResizeDisk", identifier, size)
+
     async def console(self, path: str, *, write: bool, steal: bool) -> socket.socket:
         """Machine.OpenConsole; the caller closes the socket."""
         options = self._connection.flags(write=write, steal=steal)

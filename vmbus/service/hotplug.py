@@ -36,8 +36,8 @@ from vmbus.wire.errors import VmbusError
 
 log = logging.getLogger("vmbus.hotplug")
 
-_RESTING: Final = ("stopped", "crashed")
-_LIVE: Final = ("running", "paused")
+RESTING: Final = ("stopped", "crashed")
+LIVE: Final = ("running", "paused")
 
 
 class Hotplug:
@@ -58,12 +58,12 @@ class Hotplug:
     async def attach(self, machine: Machine, device: Disk | Nic, files: Mapping[str, PassedFile]) -> int:
         """Add a device; its slot comes back. Takes over ``files``, those of a disk with source fd."""
         try:
-            machine.require("Attach", *_RESTING, *_LIVE)
+            machine.require("Attach", *RESTING, *LIVE)
             if machine.changing:
                 raise VmbusError("InvalidState", "another device is being attached; try again")
             device = _placed(machine.definition, device)
             await self._check(machine, device)
-            if machine.state in _RESTING and files:
+            if machine.state in RESTING and files:
                 raise VmbusError("InvalidArgument", "files are passed to a running machine", argument="files")
             machine.changing = True
             try:
@@ -81,13 +81,13 @@ class Hotplug:
         elif device.source == "path":
             paths = [slot.path for slot in disk_slots(device) if slot.path is not None]
             await self._broker.check_device(machine.owner, paths=paths)
-        machine.require("Attach", *_RESTING, *_LIVE)
+        machine.require("Attach", *RESTING, *LIVE)
 
     async def _attach(self, machine: Machine, device: Disk | Nic, files: Mapping[str, PassedFile]) -> None:
-        before, live = machine.definition, machine.state in _LIVE
+        before, live = machine.definition, machine.state in LIVE
         if live and isinstance(device, Disk):
             check_passed(disk_slots(device), files)
-        self._store(machine, _with(before, device))
+        self.store(machine, _with(before, device))
         if not live:
             return
         try:
@@ -108,10 +108,10 @@ class Hotplug:
 
     def detach(self, machine: Machine, kind: type[Disk | Nic], identifier: str, deadline: float) -> Job:
         """A job that ends when the guest has let go. After ``deadline`` seconds it keeps it."""
-        machine.require("Detach", *_RESTING, *_LIVE)
+        machine.require("Detach", *RESTING, *LIVE)
         name = f"{'disk' if kind is Disk else 'nic'}/{identifier}"
-        device = _find(machine.definition, name)
-        if machine.state in _LIVE and not device.slot:
+        device = find(machine.definition, name)
+        if machine.state in LIVE and not device.slot:
             raise VmbusError(
                 "InvalidState",
                 f"{name} is in no hotplug slot; it can be detached while the machine is stopped",
@@ -122,8 +122,8 @@ class Hotplug:
         return self._jobs.start("detach", machine.owner, machine.uuid, self._detach(machine, name, deadline))
 
     async def _detach(self, machine: Machine, name: str, deadline: float) -> None:
-        if machine.state in _RESTING:
-            self._store(machine, _without(machine.definition, name))
+        if machine.state in RESTING:
+            self.store(machine, _without(machine.definition, name))
             return
         worker = machine.connection()
         self._note(machine, name, asked=True)
@@ -138,7 +138,7 @@ class Hotplug:
                     raise VmbusError("Unavailable", f"{name} is detached, but: {detail}")
             elif ended.done():
                 # Nobody holds it any more.
-                self._store(machine, _without(machine.definition, name))
+                self.store(machine, _without(machine.definition, name))
             else:
                 raise VmbusError(
                     "Timeout",
@@ -173,9 +173,11 @@ class Hotplug:
     def _forget(self, machine: Machine, name: str) -> None:
         if machine.run is not None:
             self._claims.release(machine.uuid, f"{name}/")
-        self._store(machine, _without(machine.definition, name))
+        self.store(machine, _without(machine.definition, name))
+        self._handover.networks.keep(machine, machine.definition.nics)
 
-    def _store(self, machine: Machine, definition: Definition) -> None:
+    def store(self, machine: Machine, definition: Definition) -> None:
+        """Write a machine's new definition down. Raises VmbusError, and then it has the old one."""
         before, generation = machine.definition, machine.generation
         machine.set_definition(definition)
         try:
@@ -203,7 +205,8 @@ def _name(device: Disk | Nic) -> str:
     return f"{'disk' if isinstance(device, Disk) else 'nic'}/{device.id}"
 
 
-def _find(definition: Definition, name: str) -> Disk | Nic:
+def find(definition: Definition, name: str) -> Disk | Nic:
+    """The device that the core calls ``name``. Raises NotFound."""
     devices: list[Disk | Nic] = [*definition.disks, *definition.nics]
     for device in devices:
         if _name(device) == name:

@@ -26,6 +26,7 @@ from typing import Final
 from vmbus.bus import LIBRARY, Bus, BusLost, RemoteError
 from vmbus.service import config, descriptors
 from vmbus.service.broker_client import BrokerClient
+from vmbus.service.changes import Changes
 from vmbus.service.claims import Claims
 from vmbus.service.credentials import Credentials
 from vmbus.service.definitions import Definitions
@@ -227,7 +228,7 @@ def _on_the_bus(
     manager = ManagerApi(registry, definitions, lifecycle, subscribers)
     handlers = {
         "org.vmbus1.Manager": manager,
-        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, definitions, parked, memory),
+        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, Changes(hotplug), definitions, parked, memory),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
         "org.vmbus1.HugePages": HugePagesApi(hugepages),

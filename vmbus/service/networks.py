@@ -88,6 +88,13 @@ class Networks:
         except VmbusError as error:
             log.warning("%s: its networks may be cut off: %s", machine.uuid, error)
 
+    def keep(self, machine: Machine, nics: Iterable[Nic]) -> None:
+        """Of its stations it has only those of ``nics`` any more; the others are anybody's at once."""
+        kept = {(place, nic.mac) for nic in nics if (place := _place(machine, nic))}
+        self._stations = {
+            at: uuid for at, uuid in self._stations.items() if uuid != machine.uuid or at in kept
+        }
+
     def leave(self, machine: Machine) -> None:
         """Its worker is gone. Idempotent."""
         self._joined.pop(machine.uuid, None)

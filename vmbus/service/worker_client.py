@@ -32,6 +32,7 @@ EVENTS: Final = 100
 PREFAULT_DEADLINE: Final = 3600.0
 """Seconds for a guest's memory to be touched: a TiB takes some minutes."""
 BUILD_DEADLINE: Final = 60.0
+CHANGE_DEADLINE: Final = 60.0
 """Seconds for a machine to be built: images are opened, huge pages are touched."""
 
 
@@ -154,6 +155,13 @@ class WorkerClient:
     async def keep(self, device: str) -> None:
         """It may keep it."""
         await self._ask(lambda n: wire.Keep(id=n, device=device))
+
+    async def change(self, device: str, *, carrier: bool | None = None, size: int | None = None) -> None:
+        """Change a device that the guest has: one of what ``wire.Change`` knows."""
+        self._unrestricted()
+        await self._ask(
+            lambda n: wire.Change(id=n, device=device, carrier=carrier, size=size), timeout=CHANGE_DEADLINE
+        )
 
     async def stats(self) -> dict[str, Any]:
         """What the machine counts."""

@@ -90,6 +90,7 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
     address: Annotated[str, Meta(pattern=r"^(|[0-9]{1,3}(\.[0-9]{1,3}){3})$")] = ""  # IPv4; "" for any
     queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
     slot: HotplugSlot = 0
+    carrier: bool = True  # whether the cable is plugged in
 
 
 def queue_pairs(nic: Nic, vcpus: int) -> int:

@@ -123,6 +123,15 @@ class Keep(_Request, tag="keep", frozen=True, kw_only=True):
     device: str
 
 
+class Change(_Request, tag="change", frozen=True, kw_only=True):
+    """Change ``device`` (``nic/ID`` or ``disk/ID``) while the guest has it, in one way: the cable of an
+    interface, the bytes of a disk. Result when the guest has been told."""
+
+    device: str
+    carrier: bool | None = None
+    size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
+
+
 class Stats(_Request, tag="stats", frozen=True, kw_only=True):
     """Result ``stats``: counters of vCPUs and devices."""
 
@@ -161,6 +170,7 @@ Request = (
     | Attach
     | Detach
     | Keep
+    | Change
 )
 
 

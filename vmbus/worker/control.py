@@ -33,6 +33,7 @@ from vmbus.wire.worker import (
     AddLink,
     Attach,
     CancelPrefault,
+    Change,
     Configure,
     Console,
     Detach,
@@ -74,6 +75,7 @@ _BEYOND_LIFELINE = (
     Attach,
     Detach,
     Keep,
+    Change,
 )
 
 

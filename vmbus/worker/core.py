@@ -200,6 +200,7 @@ def nic_configuration(nic: Nic, files: Files) -> dict[str, Any]:
         "link": _LINKS[nic.kind],
         "tap_fds": [fd for slot in nic_slots(nic) for fd in files.all(slot)],
         "slot": nic.slot or None,
+        "carrier": nic.carrier,
     }
 
 
@@ -324,6 +325,11 @@ class Core:
         """Ask the guest to "detach" a device or let it "keep" it. Never waits."""
         json = _encoder.encode(device)
         call(lib.vmbus_machine_slot(self._machine, SLOT_OPERATIONS[operation], request, json, len(json)))
+
+    def change(self, request: int, device: str, kind: str, value: bool | int) -> None:
+        """Change a device; ``kind`` is one of native/vmm/src/config.rs, ``ChangeKind``. An event answers."""
+        words = _encoder.encode({"device": device, "change": {kind: value}})
+        call(lib.vmbus_machine_change(self._machine, request, words, len(words)))
 
     def link(self, request: int, device: str, peer: str, fd: int) -> None:
         """Another machine has come to the device's network; ``fd`` is the core's. An event answers."""

@@ -5,9 +5,11 @@
 |---|---|---|
 | ready | the start | AddFile, Configure, Console, Stop |
 | configured | Configure, once built | Run, Console, Stop, Stats, and what is about memory or links |
-| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory, Attach, Detach, Keep, links |
-| paused | Pause | Resume, Reset, Stop, Stats, Console, memory, Attach, Detach, Keep, links |
+| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory, links, and about devices |
+| paused | Pause | Resume, Reset, Stop, Stats, Console, memory, links, and about devices |
 | ended | the guest, Stop, an error, a build that failed | none |
+
+About devices are Attach, Detach, Keep and Change.
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
 stored that event, or when no control connection was there for LINGER_SECONDS. A machine that cannot be
@@ -27,6 +29,7 @@ from vmbus.wire.worker import (
     AddLink,
     Attach,
     CancelPrefault,
+    Change,
     Configure,
     Console,
     Detach,
@@ -130,6 +133,8 @@ class Machine:
             self._require(type(request).__name__, _PLUGGABLE)
             operation = "detach" if isinstance(request, Detach) else "keep"
             self.core.slot(operation, self._expect(operation, reply), request.device)
+        elif isinstance(request, Change):
+            self._change(request, reply)
         else:
             self._operate(request, reply)
 
@@ -216,6 +221,14 @@ class Machine:
         self._last_request += 1
         self._replies[self._last_request] = (operation, reply)
         return self._last_request
+
+    def _change(self, request: Change, reply: Reply) -> None:
+        self._require("change", _PLUGGABLE)
+        wanted = {"carrier": request.carrier, "size": request.size}
+        given = [(kind, value) for kind, value in wanted.items() if value is not None]
+        if len(given) != 1:
+            raise VmbusError("InvalidArgument", f"is one of {', '.join(wanted)}", argument="change")
+        self.core.change(self._expect("change", reply), request.device, *given[0])
 
     def _attach(self, request: Attach, reply: Reply) -> None:
         """The device's files are given to the core; whatever else was delivered belongs to nobody."""

@@ -179,6 +179,30 @@ pub unsafe extern "C" fn vmbus_machine_link(
     })
 }
 
+/// Changes a device that the guest uses: `json` is a `DeviceChange` of native/vmm/src/config.rs. The answer is an
+/// event with the same `id`.
+///
+/// # Safety
+/// As `vmbus_machine_request`; `json` points to `len` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn vmbus_machine_change(
+    machine: *mut VmbusMachine,
+    id: u64,
+    json: *const u8,
+    len: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let json = unsafe { borrowed(json, len) };
+        let change = serde_json::from_slice(json).map_err(|error| {
+            Failure::about("InvalidArgument", "change", format!("the change: {error}"))
+        })?;
+        // SAFETY: the caller's promise.
+        unsafe { handle(machine) }?.machine.change(id, change);
+        Ok(0)
+    })
+}
+
 /// An fd that is readable while there is an event to take. It belongs to the machine.
 ///
 /// # Safety

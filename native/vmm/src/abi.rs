@@ -217,7 +217,7 @@ fn functions(machine: &Machine) -> Result<Vec<Described>> {
     for (index, nic) in (0..).zip(&machine.nics) {
         let mac = nics::address(&nic.mac)
             .ok_or_else(|| Error::invalid("nics", format!("{:?} is no address", nic.mac)))?;
-        let model = net::model(mac, queues(nic.queues, PAIRS_MAX));
+        let model = net::model(mac, queues(nic.queues, PAIRS_MAX), true);
         let name = format!("nic/{}", nic.id);
         all.push(virtio(Place::nic(index), name, model, rom.clone())?);
     }

@@ -8,6 +8,9 @@
 //! Fairness and bounds: one visit to a queue takes at most as many requests as the queue has entries, then all
 //! others get their turn; a queue has at most that many requests in flight, however often a hostile driver
 //! offers the same descriptors.
+//!
+//! A disk grows between two requests: nothing more is begun, and when nothing is in flight the image is resized
+//! (which is a matter of metadata) and the driver told.
 
 mod counters;
 mod server;
@@ -20,6 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::{IoThread, Port, Trouble};
 use crate::thread::{Role, ThreadHook};
 use crate::virtio::blk;
+use crate::virtio::live::ChangingConfig;
 
 pub use counters::Counters;
 use server::Server;
@@ -30,6 +34,8 @@ pub enum Served {
     Disk {
         /// What requests are checked against.
         disk: blk::Disk,
+        /// What the guest sees of it.
+        config: Arc<ChangingConfig>,
         /// Where they go.
         image: Arc<Image>,
         /// What has happened.

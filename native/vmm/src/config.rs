@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use crate::disks::LayerFds;
 use crate::error::{Error, Kind, Result};
+use crate::io::Change;
 use crate::layout;
 use crate::memory::Plan;
 
@@ -215,11 +216,18 @@ pub struct Nic {
     /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0, where it stays.
     #[serde(default)]
     pub slot: Option<u8>,
+    /// Whether the cable is plugged in at the start.
+    #[serde(default = "yes")]
+    pub carrier: bool,
     /// What `tap_fds` are.
     #[serde(default)]
     pub link: LinkKind,
     /// The host's end: a tap's queues, at least one; a stream's socket.
     pub tap_fds: Vec<RawFd>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Another machine of an isolated network.
@@ -244,6 +252,35 @@ impl Peer {
             return Err(Error::invalid("fd", "is not an fd"));
         }
         Ok(own(self.fd))
+    }
+}
+
+/// A change of a device while the machine has it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceChange {
+    /// Its name, such as `nic/lan`.
+    pub device: String,
+    /// What becomes of it.
+    pub change: ChangeKind,
+}
+
+/// What can be changed.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChangeKind {
+    /// A network interface's cable: plugged in or not.
+    Carrier(bool),
+    /// A disk's bytes.
+    Size(u64),
+}
+
+impl From<ChangeKind> for Change {
+    fn from(kind: ChangeKind) -> Change {
+        match kind {
+            ChangeKind::Carrier(up) => Change::Carrier(up),
+            ChangeKind::Size(bytes) => Change::Size(bytes),
+        }
     }
 }
 

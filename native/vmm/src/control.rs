@@ -26,6 +26,7 @@ use crate::cpu::run::{Counters, Vcpu};
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 use crate::hotplug::Hotplug;
+use crate::io::{Answer, Change};
 use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request, Slot};
 use crate::platform::Platform;
 use crate::poll::{self, watch};
@@ -163,6 +164,9 @@ impl Control {
                         let result = self.carry_out(request);
                         self.tell(Event::Done { id, result });
                     }
+                    Mail::Change(id, device, change) => {
+                        self.begin_change(id, &device, change);
+                    }
                     Mail::Slot(id, slot) => {
                         let result = self.change(slot).map(|()| String::new());
                         self.tell(Event::Done { id, result });
@@ -244,6 +248,24 @@ impl Control {
             }
             Slot::AskBack(id) => self.hotplug.ask_back(&id),
             Slot::TakeBackTheQuestion(id) => self.hotplug.take_back_the_question(&id),
+        }
+    }
+
+    /// The answer comes from the thread that serves the device.
+    fn begin_change(&self, id: u64, name: &str, change: Change) {
+        let mailbox = Arc::clone(&self.mailbox);
+        let answer = Answer::new(move |result| {
+            let result = result.map(|()| String::new());
+            mailbox.outbox.push(Event::Done { id, result });
+        });
+        if self.state == State::Ended {
+            let message = "no device changes: the machine is at its end";
+            answer.give(Err(Error::new(Kind::InvalidState, "", message)));
+            return;
+        }
+        match self.devices.iter().find(|device| device.id() == name) {
+            Some(device) => device.change(change, answer),
+            None => answer.give(Err(Error::invalid("device", format!("there is no {name}")))),
         }
     }
 

@@ -8,6 +8,7 @@
 use std::os::fd::OwnedFd;
 
 use crate::error::{Error, Result};
+use crate::io::{Answer, Change};
 
 /// A device, as the control thread sees it.
 pub trait Device: Send + Sync {
@@ -43,6 +44,11 @@ pub trait Device: Send + Sync {
     /// `InvalidArgument` for a device that is of no such network.
     fn link(&self, _peer: String, _socket: OwnedFd) -> Result<()> {
         Err(Error::invalid("device", "is not of an isolated network"))
+    }
+
+    /// The host changes the device, whatever its guest does meanwhile; `answer` hears when it is done.
+    fn change(&self, change: Change, answer: Answer) {
+        answer.give(Err(change.misplaced()));
     }
 
     /// Counters since the start, as a JSON object.

@@ -26,9 +26,10 @@ use crate::pci::root_port::{Ejected, RootPort};
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
 use crate::thread::ThreadHook;
 use crate::virtio::balloon::Balloon;
+use crate::virtio::live::ChangingConfig;
 use crate::virtio::net::{self as virtio_net, MAC, PAIRS_MAX};
 use crate::virtio::pci::VirtioPci;
-use crate::virtio::{blk, rng};
+use crate::virtio::{blk, rng, Model};
 
 /// The most disks there are places for.
 pub const DISKS_MAX: usize = 16;
@@ -63,6 +64,8 @@ pub struct NicSpec {
     pub queues: u16,
     /// The host's end.
     pub link: Link,
+    /// Whether the cable is plugged in.
+    pub carrier: bool,
     /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0.
     pub slot: Option<u8>,
 }
@@ -254,7 +257,7 @@ pub(crate) struct Endpoint {
     /// Its name in events and statistics.
     pub(crate) id: String,
     seat: Seat,
-    model: crate::virtio::Model,
+    model: Model,
     /// What has happened.
     pub(crate) counters: Option<Arc<dyn Count>>,
     rom: Option<Arc<MmapRegion>>,
@@ -297,19 +300,28 @@ pub(crate) fn disk_endpoint(
     };
     let disk = blk::Disk::new(spec.image.size(), spec.read_only, &spec.serial);
     let counters = Arc::new(Counters::default());
+    let (model, config) = changing(disk.model(queues));
     let endpoint = Endpoint {
         id: format!("disk/{}", spec.id),
         seat: seat(spec.slot, Place::disk(index as u8)),
-        model: disk.model(queues),
+        model,
         counters: Some(counters.clone()),
         rom: None,
     };
     let served = Served::Disk {
         disk,
+        config,
         image: spec.image.clone(),
         counters,
     };
     Ok((served, endpoint))
+}
+
+/// A device whose configuration the thread that serves it changes.
+fn changing(mut model: Model) -> (Model, Arc<ChangingConfig>) {
+    let config = Arc::new(ChangingConfig::new(model.config.clone()));
+    model.live = Some(config.clone());
+    (model, config)
 }
 
 pub(crate) fn nic_endpoint(
@@ -328,15 +340,18 @@ pub(crate) fn nic_endpoint(
         }
     };
     let counters = Arc::new(net::Counters::new(pairs));
+    let (model, config) = changing(virtio_net::model(spec.mac, pairs, spec.carrier));
     let endpoint = Endpoint {
         id: format!("nic/{}", spec.id),
         seat: seat(spec.slot, Place::nic(index)),
-        model: virtio_net::model(spec.mac, pairs),
+        model,
         counters: Some(counters.clone()),
         rom: board.nic_rom.clone(),
     };
     let served = net::Served {
         link: spec.link,
+        carrier: spec.carrier,
+        config,
         mac: spec.mac,
         pairs,
         counters,

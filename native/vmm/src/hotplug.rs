@@ -213,6 +213,7 @@ mod tests {
             id: id.to_owned(),
             mac: [0x52, 0x54, 0, 0, 0, 1],
             queues: 1,
+            carrier: true,
             link: Link::Tap(Tap::sockets(vec![OwnedFd::from(tap)])),
             slot,
         }

@@ -15,6 +15,7 @@
 //! | resume | the queues are looked at and served again |
 //! | close | what lies behind the device is let go, an image made durable before |
 //! | add | a further device is served; it takes the number of one that was closed, if there is any |
+//! | change | the host changes the device while it is served ([`Change`]); answered when it is done |
 //!
 //! A driver that breaks a ring gets DEVICE_NEEDS_RESET; what is in flight then ends without an answer.
 
@@ -54,7 +55,51 @@ pub(crate) enum Command {
     Close(usize, Sender<Result<()>>),
     Add(Newcomer, Sender<Result<usize>>),
     Link(usize, String, OwnedFd, Sender<Result<()>>),
+    Change(usize, Change, Answer),
     Exit,
+}
+
+/// What the host changes of a device that its guest uses.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A network interface's cable is plugged in, or pulled.
+    Carrier(bool),
+    /// A disk has so many bytes from now on.
+    Size(u64),
+}
+
+impl Change {
+    /// The answer of a device of another kind.
+    pub(crate) fn misplaced(&self) -> Error {
+        let what = match self {
+            Change::Carrier(_) => "a link",
+            Change::Size(_) => "a size that can be changed",
+        };
+        Error::invalid("device", format!("has not {what}"))
+    }
+}
+
+/// Who hears how a change went; whoever drops it unheard says that the thread is gone.
+pub struct Answer(Option<Box<dyn FnOnce(Result<()>) + Send>>);
+
+impl Answer {
+    pub(crate) fn new(tell: impl FnOnce(Result<()>) + Send + 'static) -> Answer {
+        Answer(Some(Box::new(tell)))
+    }
+
+    pub(crate) fn give(mut self, result: Result<()>) {
+        if let Some(tell) = self.0.take() {
+            tell(result);
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(tell) = self.0.take() {
+            tell(Err(Error::internal("the device's I/O thread is gone")));
+        }
+    }
 }
 
 /// A device that comes while its thread runs.
@@ -309,6 +354,11 @@ impl Device for IoDevice {
         let link = Command::Link(self.port.device, peer, socket, sender);
         self.port.mailbox.post(link);
         receiver.recv().map_err(|_| self.gone())?
+    }
+
+    fn change(&self, change: Change, answer: Answer) {
+        let change = Command::Change(self.port.device, change, answer);
+        self.port.mailbox.post(change);
     }
 
     fn stats(&self) -> serde_json::Value {

@@ -24,7 +24,7 @@ use vmbus_qcow2::Ring;
 
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
-use crate::config::{Config, Disk, Files, Nic, Peer};
+use crate::config::{Config, DeviceChange, Disk, Files, Nic, Peer};
 use crate::control::{Control, VcpuThreads};
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{self, Cause, Gate};
@@ -270,6 +270,12 @@ impl Machine {
             Slot::Link(peer.device.clone(), peer.peer.clone(), socket),
         );
         Ok(())
+    }
+
+    /// Changes a device that the guest uses. Answered by an event with this id.
+    pub fn change(&self, id: u64, change: DeviceChange) {
+        let mail = Mail::Change(id, change.device, change.change.into());
+        self.mailbox.inbox.push(mail);
     }
 
     fn ask(&self, id: u64, slot: Slot) {

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 use crate::cpu::gate::Cause;
 use crate::error::{Error, Result};
 use crate::hotplug::Arrival;
+use crate::io::Change;
 
 /// What a machine is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +128,8 @@ pub(crate) enum Slot {
 pub(crate) enum Mail {
     Request(u64, Request),
     Slot(u64, Slot),
+    /// Change the device of this name.
+    Change(u64, String, Change),
     /// The guest has let go of what is in the slot with this index.
     Ejected(u8),
     /// With the gate's epoch at the time.

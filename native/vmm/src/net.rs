@@ -24,6 +24,8 @@
 //! for the buffers there are waits for more, unless there cannot be more: then it is dropped. So is what the
 //! tap does not take, and what came for the driver before this one. What breaks a ring gets DEVICE_NEEDS_RESET.
 //!
+//! While the cable is pulled, everything is dropped in both directions, whatever the driver makes of the news.
+//!
 //! Left out: vhost-net, which could serve the same tap; see [`crate::virtio::net`]. No io_uring either: a tap
 //! never makes its reader wait, so there is nothing to have in flight, and a call moves a whole packet.
 
@@ -45,6 +47,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::io::{IoThread, Port, Trouble};
 use crate::thread::{Role, ThreadHook};
+use crate::virtio::live::ChangingConfig;
 use crate::virtio::net::MAC;
 
 pub use counters::Counters;
@@ -58,6 +61,10 @@ pub use tap::Tap;
 pub struct Served {
     /// Where its frames go and come from.
     pub link: Link,
+    /// Whether the cable is plugged in.
+    pub carrier: bool,
+    /// What the guest sees of it.
+    pub config: Arc<ChangingConfig>,
     /// Its hardware address.
     pub mac: [u8; MAC],
     /// Its queue pairs.

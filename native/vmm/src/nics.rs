@@ -47,6 +47,7 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
                 })?,
                 queues: nic.queues,
                 slot: nic.slot,
+                carrier: nic.carrier,
                 link: link(nic.link, files).map_err(|e| {
                     let message = format!("not a {:?} that can be used: {e}", nic.link);
                     Error::new(Kind::InvalidArgument, format!("nic/{}", nic.id), message)
@@ -91,6 +92,7 @@ mod tests {
             mac: mac.to_owned(),
             queues: 0,
             slot: None,
+            carrier: true,
             link: LinkKind::Tap,
             tap_fds: Vec::new(),
         }

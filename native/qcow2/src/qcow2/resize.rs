@@ -110,13 +110,16 @@ fn resize_raw(image: &Image, size: u64) -> Result<()> {
         .files()
         .first()
         .ok_or_else(|| Error::invalid("no such file"))?;
-    if !file.regular {
-        return Err(Error::new(
-            Kind::InvalidArgument,
-            "a block device cannot be resized here",
-        ));
+    if file.regular {
+        file.set_len(size)?;
+    } else {
+        // Whoever made it has resized it; the image follows.
+        let len = file.len()?;
+        if len != size {
+            let message = format!("a block device is as large as it is, {len} bytes");
+            return Err(Error::new(Kind::InvalidArgument, message));
+        }
     }
-    file.set_len(size)?;
     if let Some(Layer::Raw(raw)) = image.lock().layers.first_mut() {
         raw.size = size;
     }

@@ -15,10 +15,11 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use super::{image_error, Counters, Served};
 use crate::error::{Error, Result};
-use crate::io::{Command, Mailbox, Newcomer, Serve};
+use crate::io::{Answer, Change, Command, Mailbox, Newcomer, Serve};
 use crate::poll::{self, unwatch, watch};
 use crate::virtio::blk::{self, BlkRequest, Work, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
 use crate::virtio::interrupt::Interrupt;
+use crate::virtio::live::ChangingConfig;
 use crate::virtio::queue::Fault;
 use crate::virtio::{self, rng, Activation, ActiveQueue};
 
@@ -51,11 +52,14 @@ struct ServedDevice {
     in_flight: usize,
     /// Who hears when nothing is in flight, and whether the queues go then.
     drains: Vec<(Sender<()>, bool)>,
+    /// What is done as soon as nothing is in flight; nothing is begun before.
+    changes: VecDeque<(Change, Answer)>,
 }
 
 enum Kinds {
     Disk {
         disk: blk::Disk,
+        config: Arc<ChangingConfig>,
         image: Arc<Image>,
         slot: Option<Slot>,
         counters: Arc<Counters>,
@@ -158,10 +162,12 @@ impl Server {
         let kind = match served {
             Served::Disk {
                 disk,
+                config,
                 image,
                 counters,
             } => Kinds::Disk {
                 disk,
+                config,
                 slot: Some(self.engine.attach(image.clone()).map_err(image_error)?),
                 image,
                 counters,
@@ -175,6 +181,7 @@ impl Server {
             closed: false,
             in_flight: 0,
             drains: Vec::new(),
+            changes: VecDeque::new(),
         };
         let place = self.devices.iter().position(|device| device.closed);
         match place.and_then(|place| self.devices.get_mut(place).zip(Some(place))) {
@@ -216,6 +223,12 @@ impl Server {
             }
             Command::Link(_, _, _, sender) => {
                 let _ = sender.send(Err(Newcomer::misplaced()));
+            }
+            Command::Change(device, change, answer) => {
+                if let Some(served) = self.devices.get_mut(device) {
+                    served.changes.push_back((change, answer));
+                    self.settle(device);
+                }
             }
             Command::Exit => self.exiting = true,
         }
@@ -296,6 +309,10 @@ impl Server {
         if served.in_flight > 0 {
             return;
         }
+        let changed = !served.changes.is_empty();
+        for (change, answer) in std::mem::take(&mut served.changes) {
+            answer.give(served.change(change));
+        }
         for (sender, stop) in served.drains.drain(..) {
             if stop {
                 for queue in served.active.take().iter().flat_map(|a| &a.queues) {
@@ -304,6 +321,9 @@ impl Server {
             }
             // Whoever asked may have gone.
             let _ = sender.send(());
+        }
+        if changed {
+            self.look_at_all(device);
         }
     }
 
@@ -343,10 +363,11 @@ impl Server {
         let Some(served) = self.devices.get_mut(device) else {
             return Ok(());
         };
+        let held = served.paused || !served.changes.is_empty();
         let Some(active) = served.active.as_mut().filter(|active| !active.halted) else {
             return Ok(());
         };
-        let Some(queue) = active.queues.get_mut(place).filter(|_| !served.paused) else {
+        let Some(queue) = active.queues.get_mut(place).filter(|_| !held) else {
             return Ok(());
         };
         queue.inner.queue.disable_notifications()?;
@@ -507,6 +528,40 @@ impl Server {
                 active.broken = true;
                 active.activation.interrupt.fail();
             }
+        }
+    }
+}
+
+impl ServedDevice {
+    /// Nothing is in flight.
+    fn change(&mut self, change: Change) -> Result<()> {
+        match (change, &mut self.kind) {
+            (
+                Change::Size(size),
+                Kinds::Disk {
+                    disk,
+                    config,
+                    image,
+                    slot: Some(_),
+                    ..
+                },
+            ) => {
+                if size % blk::SECTOR != 0 {
+                    let message = format!("{size} is not a multiple of {}", blk::SECTOR);
+                    return Err(Error::invalid("size", message));
+                }
+                vmbus_qcow2::resize(image, size, false).map_err(|error| Error {
+                    argument: "size".to_owned(),
+                    ..image_error(error)
+                })?;
+                disk.capacity = size / blk::SECTOR;
+                let shown = config.set(blk::CAPACITY, &disk.capacity.to_le_bytes());
+                if let Some(active) = self.active.as_ref().filter(|_| shown) {
+                    active.activation.interrupt.configured();
+                }
+                Ok(())
+            }
+            (change, _) => Err(change.misplaced()),
         }
     }
 }

@@ -58,15 +58,23 @@ impl Scratch {
 
     /// Throws away what the link has, up to more than its queues hold.
     pub(super) fn empty(&mut self, link: &mut Link) {
-        let overflow = self.overflow();
         for source in 0..link.sources() {
-            for _ in 0..1024 {
-                // SAFETY: the iovec is our own memory, which nothing else uses meanwhile.
-                if unsafe { link.read(source, &[overflow]) }.is_err() {
-                    break;
-                }
+            self.empty_source(link, source);
+        }
+    }
+
+    /// The same for one source; true if it may have more.
+    pub(super) fn empty_source(&mut self, link: &mut Link, source: usize) -> bool {
+        let overflow = self.overflow();
+        for _ in 0..1024 {
+            // SAFETY: the iovec is our own memory, which nothing else uses meanwhile.
+            match unsafe { link.read(source, &[overflow]) } {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return false,
+                Ok(_) => {}
             }
         }
+        true
     }
 }
 
@@ -166,6 +174,11 @@ impl Active {
                 .collect(),
             own: self.settings.saved(),
         }
+    }
+
+    /// The configuration has changed.
+    pub(super) fn configured(&self) {
+        self.interrupt.configured();
     }
 
     /// The driver broke the rules.
@@ -292,11 +305,13 @@ impl Active {
         Ok(())
     }
 
-    /// Serves a queue that the driver fills with frames or commands; true for again.
+    /// Serves a queue that the driver fills with frames, which are dropped without a `carrier`, or commands; true
+    /// for again.
     pub(super) fn serve(
         &mut self,
         place: usize,
         link: &mut Link,
+        carrier: bool,
         counters: &Counters,
     ) -> Result<bool, Fault> {
         let Some(queue) = self.queues.get_mut(place).filter(|_| !self.halted) else {
@@ -312,7 +327,7 @@ impl Active {
         ring.disable_notifications()?;
         let mut budget = ring.size();
         let again = loop {
-            if link.is_full() && matches!(purpose, Purpose::Transmit(_)) {
+            if carrier && link.is_full() && matches!(purpose, Purpose::Transmit(_)) {
                 // Its next edge is one for this queue too.
                 break false;
             }
@@ -327,6 +342,10 @@ impl Active {
                 break false;
             };
             let written = match purpose {
+                Purpose::Transmit(pair) if !carrier => {
+                    counters.transmit_dropped(pair);
+                    0
+                }
                 Purpose::Transmit(pair) => {
                     transmit(&chain, &memory, pair, link, counters)?;
                     0

@@ -13,9 +13,10 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 use super::interface::{Active, Scratch};
 use super::{Counters, Link, Served};
 use crate::error::{Error, Kind, Result};
-use crate::io::{Command, Mailbox, Newcomer, Serve};
+use crate::io::{Change, Command, Mailbox, Newcomer, Serve};
 use crate::poll::{self, unwatch, watch};
-use crate::virtio::net::MAC;
+use crate::virtio::live::ChangingConfig;
+use crate::virtio::net::{self, MAC};
 use crate::virtio::Activation;
 
 /// Epoll's data for the mailbox.
@@ -68,6 +69,8 @@ pub(super) struct Server {
 
 struct Interface {
     link: Link,
+    carrier: bool,
+    config: Arc<ChangingConfig>,
     /// Which of the link's sources may have something.
     ready: Vec<bool>,
     mac: [u8; MAC],
@@ -113,6 +116,8 @@ impl Server {
         let interface = Interface {
             ready: vec![true; nic.link.sources()],
             link: nic.link,
+            carrier: nic.carrier,
+            config: nic.config,
             mac: nic.mac,
             pairs: nic.pairs,
             counters: nic.counters,
@@ -203,6 +208,11 @@ impl Server {
             Command::Link(device, peer, socket, sender) => {
                 let _ = sender.send(self.link(device, peer, socket));
             }
+            Command::Change(device, Change::Carrier(up), answer) => {
+                self.set_carrier(device, up);
+                answer.give(Ok(()));
+            }
+            Command::Change(_, change, answer) => answer.give(Err(change.misplaced())),
             Command::Exit => self.exiting = true,
         }
         Ok(())
@@ -229,6 +239,20 @@ impl Server {
         }
         soon(&mut self.again, Job::Tap(device, place));
         Ok(())
+    }
+
+    /// The driver is told. What the link has for an interface without a cable is dropped now, and from now on.
+    fn set_carrier(&mut self, device: usize, up: bool) {
+        let Some(interface) = self.devices.get_mut(device) else {
+            return;
+        };
+        interface.carrier = up;
+        let status = net::status(up).to_le_bytes();
+        let shown = interface.config.set(net::STATUS, &status);
+        if let Some(active) = interface.active.as_ref().filter(|_| shown) {
+            active.configured();
+        }
+        self.look_at_all(device);
     }
 
     fn activate(&mut self, device: usize, activation: Activation) -> Result<()> {
@@ -289,6 +313,7 @@ impl Server {
         };
         let Interface {
             link,
+            carrier,
             ready,
             counters,
             active: Some(active),
@@ -299,6 +324,13 @@ impl Server {
             return;
         };
         let outcome = match job {
+            Job::Tap(_, place) if !*carrier => {
+                let (more, ready) = (self.scratch.empty_source(link, place), ready.get_mut(place));
+                if let Some(ready) = ready {
+                    *ready = more;
+                }
+                Ok(more)
+            }
             Job::Tap(_, place) => active.receive(place, link, ready, counters, &mut self.scratch),
             Job::Queue(device, place) if active.receives(place) => {
                 // Buffers have come: for whatever the tap has waiting.
@@ -309,7 +341,7 @@ impl Server {
             }
             Job::Queue(device, place) => {
                 let pairs = active.pairs();
-                let outcome = active.serve(place, link, counters);
+                let outcome = active.serve(place, link, *carrier, counters);
                 if active.pairs() != pairs {
                     for place in 0..link.sources() {
                         soon(&mut self.again, Job::Tap(device, place));

@@ -3,6 +3,7 @@
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::io::Change;
 use crate::pci::Place;
 use crate::virtio::net::{F_MRG_RXBUF, HEADER};
 use crate::virtio::queue::testing::{rings, Driver};
@@ -302,6 +303,43 @@ fn a_new_driver_does_not_get_what_came_for_the_old_one() {
     nic.buffers(RX, &[2048; 4]);
     nic.wait(RX, 1);
     assert_eq!(nic.queue(RX).used(0), (0, 72));
+}
+
+#[test]
+fn a_pulled_cable_carries_nothing_and_the_driver_is_told() {
+    let rig = Rig::new(None);
+    let mut nic = Nic::all(&rig);
+    nic.guest.use_msix();
+    nic.buffers(RX, &[2048; 4]);
+    rig.change("nic/net", Change::Carrier(false)).unwrap();
+    let status = nic.guest.bar + nic.guest.device + 6;
+    assert_eq!(rig.read(status, 2), 0);
+    assert_eq!(nic.guest.get(21, 1), 1, "another generation");
+    assert!(rig.wiring.raised().contains(&(0xfee0_0000, 0x40)));
+    assert_eq!(rig.read(nic.guest.bar + nic.guest.isr, 1) & 2, 2);
+    rig.wire[0].send(&packet(MAC, 50)).unwrap();
+    nic.send(TX, &packet([1; 6], 50));
+    nic.wait(TX, 1);
+    assert_eq!(stats(&rig)["pair-0"]["transmitted"]["drops"], 1);
+    // To pull it once more is no news.
+    rig.change("nic/net", Change::Carrier(false)).unwrap();
+    assert_eq!(rig.wiring.raised(), []);
+
+    rig.change("nic/net", Change::Carrier(true)).unwrap();
+    assert_eq!(rig.read(status, 2), 1);
+    assert!(rig.wiring.raised().contains(&(0xfee0_0000, 0x40)));
+    rig.wire[0].send(&packet(MAC, 60)).unwrap();
+    nic.wait(RX, 1);
+    assert_eq!(
+        nic.queue(RX).used(0),
+        (0, 72),
+        "what came meanwhile is lost"
+    );
+    nic.send(TX, &packet([1; 6], 70));
+    let mut got = [0; 100];
+    assert_eq!(rig.wire[0].recv(&mut got).unwrap(), 82);
+    let size = rig.change("nic/net", Change::Size(512));
+    assert_eq!(size.unwrap_err().argument, "device");
 }
 
 #[test]

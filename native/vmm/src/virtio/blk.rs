@@ -119,6 +119,9 @@ impl Disk {
     }
 }
 
+/// Where the configuration has the capacity, in sectors.
+pub const CAPACITY: usize = 0;
+
 /// What is to be done with a request.
 pub struct BlkRequest {
     /// Where the status byte goes.

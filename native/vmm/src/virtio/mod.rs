@@ -6,6 +6,7 @@
 //! | [`queue`], [`chain`] | the split ring and one request of it |
 //! | [`common`] | the common configuration registers and the life of a device |
 //! | [`interrupt`] | what a device raises, from any thread |
+//! | [`live`] | a configuration that changes while it is looked at |
 //! | [`pci`] | the PCI function around all that |
 //! | [`balloon`], [`blk`], [`net`], [`rng`] | what the requests of a kind of device mean |
 //!
@@ -19,6 +20,7 @@ pub mod blk;
 pub mod chain;
 pub mod common;
 pub mod interrupt;
+pub mod live;
 pub mod net;
 pub mod pci;
 pub mod queue;
@@ -61,7 +63,7 @@ pub struct Model {
     pub queue_size: u16,
     /// The device-specific configuration; none of it is writable, unless it is `live`.
     pub config: Vec<u8>,
-    /// A device whose configuration changes; `config` then only says how long it is.
+    /// A device whose configuration changes; `config` is then what it begins with.
     pub live: Option<Arc<dyn LiveConfig>>,
 }
 
@@ -69,6 +71,11 @@ pub struct Model {
 pub trait LiveConfig: Stateful + Debug + Send + Sync {
     /// Another one after each change that is not the driver's (virtio 1.2, 2.5.1).
     fn generation(&self) -> u8;
+
+    /// Whether it is another than the driver knew that goes on with it now.
+    fn has_news(&self) -> bool {
+        false
+    }
 
     /// The driver reads, with any width; `data` is all zeros beforehand.
     fn read(&self, offset: u64, data: &mut [u8]);

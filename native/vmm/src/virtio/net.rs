@@ -65,10 +65,22 @@ const F_CTRL_MAC_ADDR: u64 = 1 << 23;
 
 const STATUS_LINK_UP: u16 = 1;
 
+/// Where the configuration has the status.
+pub const STATUS: usize = MAC;
+
+/// The status of an interface whose cable is plugged in, or is not.
+pub const fn status(carrier: bool) -> u16 {
+    if carrier {
+        STATUS_LINK_UP
+    } else {
+        0
+    }
+}
+
 /// What the guest sees of an interface with `mac` and `pairs` queue pairs.
-pub fn model(mac: [u8; MAC], pairs: u16) -> Model {
+pub fn model(mac: [u8; MAC], pairs: u16, carrier: bool) -> Model {
     let mut config = mac.to_vec();
-    for value in [STATUS_LINK_UP, pairs, MTU] {
+    for value in [status(carrier), pairs, MTU] {
         config.extend_from_slice(&value.to_le_bytes());
     }
     Model {
@@ -354,7 +366,9 @@ mod tests {
 
     #[test]
     fn the_configuration_is_laid_out_as_the_specification_says() {
-        let model = model(OURS, 2);
+        let down = model(OURS, 2, false).config;
+        assert_eq!(down[STATUS..STATUS + 2], [0, 0]);
+        let model = model(OURS, 2, true);
         assert_eq!(model.config, [0x52, 0, 0, 0, 0, 1, 1, 0, 2, 0, 0xdc, 0x05]);
         assert_eq!(model.queues, 5);
         // Part of the machine type: a change here is another machine type.

@@ -255,6 +255,10 @@ impl Stateful for VirtioPci {
             live.restore(&saved.config)?;
         }
         state.msix.take(&saved.msix, &state.space)?;
+        let live = state.model.live.as_ref();
+        if live.is_some_and(|live| live.has_news()) && state.common.is_ready() {
+            state.interrupt.configured();
+        }
         if let Some(rom) = &state.rom {
             rom.show(&state.space, state.wiring.as_ref());
         }

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,8 @@ use super::queue::Rings;
 use crate::bus::Bus;
 use crate::device::Device;
 use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts};
+use crate::error::Result;
+use crate::io::{Answer, Change};
 use crate::layout::ECAM_START;
 use crate::net::{Link, Tap};
 use crate::pci::testing::{host_bridge, FakeWiring};
@@ -84,6 +87,7 @@ impl Rig {
             mac: MAC,
             queues: 2,
             link,
+            carrier: true,
             slot: None,
         };
         let balloon = Balloon::new(testing::MEMORY).unwrap();
@@ -119,6 +123,14 @@ impl Rig {
     pub fn device(&self, id: &str) -> &Arc<dyn Device> {
         let mut list = self.devices.list.iter();
         list.find(|device| device.id() == id).unwrap()
+    }
+
+    /// Changes a device as the control thread would; how it went.
+    pub fn change(&self, id: &str, change: Change) -> Result<()> {
+        let (tell, told) = channel();
+        let answer = Answer::new(move |result| tell.send(result).unwrap());
+        self.device(id).change(change, answer);
+        told.recv_timeout(Duration::from_secs(10)).unwrap()
     }
 
     pub fn sector(&self, index: u64) -> [u8; 512] {

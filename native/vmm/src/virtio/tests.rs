@@ -11,6 +11,8 @@ use vmbus_qcow2::Ring;
 use super::queue::testing::rings;
 use super::queue::Rings;
 use super::rig::{until, Guest, Rig, ALL_FEATURES, DATA, DISK_BYTES, STATUS};
+use crate::error::Kind;
+use crate::io::Change;
 use crate::pci::Place;
 
 const IN: u32 = 0;
@@ -117,6 +119,73 @@ fn writes_of_zeroes_reach_the_image() {
     guest.offer(WRITE_ZEROES, 0, 16, 0);
     assert_eq!(guest.ring_and_wait(2), 0);
     assert_eq!(rig.sector(9), [0; 512]);
+}
+
+#[test]
+fn a_disk_that_grows_tells_its_driver_and_takes_requests_behind_its_old_end() {
+    let rig = Rig::new(None);
+    let mut guest = Guest::probe(&rig, Place::disk(0));
+    let capacity = guest.bar + guest.device;
+    let sectors = DISK_BYTES / 512;
+    guest.start(ALL_FEATURES, rings(RINGS, 8));
+    guest.use_msix();
+    guest.offer(OUT, sectors, 512, 0);
+    assert_eq!(guest.ring_and_wait(1), 1, "it ends there");
+    rig.wiring.raised();
+
+    rig.change("disk/root", Change::Size(2 * DISK_BYTES))
+        .unwrap();
+    assert_eq!(rig.read(capacity, 8), 2 * sectors);
+    assert_eq!(guest.get(21, 1), 1, "another generation");
+    assert!(rig.wiring.raised().contains(&(0xfee0_0000, 0x40)));
+    rig.memory
+        .write_slice(&[0x77; 512], GuestAddress(DATA))
+        .unwrap();
+    guest.offer(OUT, 2 * sectors - 1, 512, 0);
+    assert_eq!(guest.ring_and_wait(2), 0);
+    assert_eq!(rig.sector(2 * sectors - 1), [0x77; 512]);
+}
+
+#[test]
+fn a_size_that_cannot_be_is_refused_and_the_disk_stays_as_it_is() {
+    let rig = Rig::new(None);
+    let mut guest = Guest::probe(&rig, Place::disk(0));
+    guest.start(ALL_FEATURES, rings(RINGS, 8));
+    for (id, size, kind) in [
+        ("disk/root", DISK_BYTES - 512, Kind::InvalidArgument),
+        ("disk/root", DISK_BYTES + 1, Kind::InvalidArgument),
+        ("disk/root", u64::MAX - 511, Kind::InvalidArgument),
+        ("disk/data", 2 * DISK_BYTES, Kind::InvalidState),
+        ("rng", DISK_BYTES, Kind::InvalidArgument),
+        ("balloon", DISK_BYTES, Kind::InvalidArgument),
+    ] {
+        let refused = rig.change(id, Change::Size(size)).unwrap_err();
+        assert_eq!(refused.kind, kind, "{id} {size}");
+    }
+    assert_eq!(rig.read(guest.bar + guest.device, 8), DISK_BYTES / 512);
+    assert_eq!(guest.get(21, 1), 0);
+    guest.offer(IN, 0, 0, 512);
+    assert_eq!(guest.ring_and_wait(1), 0);
+}
+
+#[test]
+fn a_disk_grows_between_requests_that_never_stop() {
+    let rig = Rig::new(Ring::new(64, 8).ok());
+    let mut guest = Guest::probe(&rig, Place::disk(0));
+    guest.start(ALL_FEATURES, rings(RINGS, 8));
+    for round in 1..=20 {
+        guest.offer(OUT, 7, 4096, 0);
+        assert!(rig.wiring.ring(guest.doorbell()));
+        let size = DISK_BYTES + u64::from(round) * 4096;
+        rig.change("disk/root", Change::Size(size)).unwrap();
+        assert_eq!(guest.wait(round), 0);
+    }
+    // A paused machine's too.
+    rig.device("disk/root").pause().unwrap();
+    rig.change("disk/root", Change::Size(4 * DISK_BYTES))
+        .unwrap();
+    rig.device("disk/root").resume();
+    assert_eq!(rig.read(guest.bar + guest.device, 8), 4 * DISK_BYTES / 512);
 }
 
 #[test]
