@@ -143,6 +143,10 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    remote = config.stash.get(REMOTE, None)
+    for name, why in remote.died if remote else ():
+        terminalreporter.section("the nested host ended by itself; the rest ran in a new one", sep="-")
+        terminalreporter.write_line(f"during {name}\n{why}")
     skipped: dict[str, tuple[str, list[str]]] = {}
     for report in terminalreporter.stats.get("skipped", []):
         text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -43,8 +43,8 @@ KVM_EXIT_HLT: Final = 5
 
 LOOPS: Final = 2_500_000
 FAST_ENOUGH: Final = 0.25
-"""Seconds for 2 * LOOPS instructions: 20 million a second. Back ends that emulate were seen to do 3 to 5 million
-(on a quiet machine 5.1), the nested host's emulated processor 310 to 350, a real one thousands."""
+"""Seconds for 2 * LOOPS instructions: 20 million a second. Back ends that emulate were seen to do 3 to 5
+million, the nested host's emulated processor 310 to 350, a real one thousands."""
 DRIVERS: Final = ("kvm_intel", "kvm_amd")
 SYS_IO_URING_SETUP: Final = 425
 SYS_LANDLOCK_CREATE_RULESET: Final = 444

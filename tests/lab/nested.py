@@ -136,6 +136,11 @@ class NestedHostFailed(Exception):
     """The nested host did not boot or died; the message ends with the last lines of its console."""
 
 
+class NestedHostDied(NestedHostFailed):
+    """QEMU has ended by itself: it aborted, or L1 had a triple fault, of which no console tells; then the
+    message has the registers."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A command that has ended.
@@ -356,6 +361,7 @@ class NestedHost:
             *("-M", self._machine, "-accel", "tcg,thread=multi", "-cpu", "max"),
             *("-smp", str(self._cpus), "-m", str(self._memory)),
             *("-serial", f"file:{self.out.parent / 'console'}"),
+            *("-d", "cpu_reset", "-D", str(self.out.parent / "resets")),
             *("-kernel", str(kernel.image), "-initrd", str(initrd), "-append", append),
             *share("/", "root", ",readonly=on"),
             *share(self.out, "out"),
@@ -391,7 +397,8 @@ class NestedHost:
             except ConnectionError:
                 data = b""
             if not data:
-                raise self._failure("QEMU has ended")
+                how = self._process.wait(20)
+                raise self._failure(f"QEMU has ended by itself, {how}", NestedHostDied)
             *lines, self._pending = (self._pending + data).split(b"\n")
             for line in lines:
                 words = line.split()
@@ -400,10 +407,16 @@ class NestedHost:
                 elif len(words) == 3 and words[0] == b"done":
                     self._ended[int(words[1])] = int(words[2])
 
-    def _failure(self, what: str) -> NestedHostFailed:
-        log = (self.out.parent / "qemu.log").read_text(errors="replace") if self._place else ""
-        lines = [*log.splitlines(), *self.console.splitlines()[-30:]]
-        return NestedHostFailed("\n  ".join([f"nested host: {what}", *lines]))
+    def _failure(self, what: str, kind: type[NestedHostFailed] = NestedHostFailed) -> NestedHostFailed:
+        lines = [*self._lines("qemu.log"), *self._lines("console")[-30:]]
+        resets = self._lines("resets")
+        if any("Triple fault" in line for line in resets):
+            lines += resets[-60:]
+        return kind("\n  ".join([f"nested host: {what}", *lines]))
+
+    def _lines(self, name: str) -> list[str]:
+        path = self._place / name if self._place else None
+        return path.read_text(errors="replace").splitlines() if path and path.exists() else []
 
 
 def absent() -> str:

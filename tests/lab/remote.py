@@ -4,8 +4,12 @@
 One nested host and one pytest session in it serve all of them. That session (``--reports FILE``) writes
 each test report as a line of JSON to the share as it is made; here the item of that name waits for its
 three reports (set-up, call, tear-down) and hands them to pytest, so that the final report, the counts and
-junit files are those of one run. When the nested host dies or says nothing for ``SILENCE`` seconds, the
-items that are left fail with what is known.
+junit files are those of one run. When the nested host says nothing for ``SILENCE`` seconds, the items that
+are left fail with what is known.
+
+The emulator that the nested host is ends by itself now and then (an assertion of its own, a triple fault of
+L1). Then the rest runs in a new one, beginning with the item that was running, which gets one more try; the
+end of the run says so. ``LIVES`` nested hosts are used up at most.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ import pytest
 
 from tests.lab import initramfs, kernels
 from tests.lab.kernels import CHECKOUT
-from tests.lab.nested import Command, NestedHost, NestedHostFailed
+from tests.lab.nested import Command, NestedHost, NestedHostDied, NestedHostFailed
 
 SILENCE: Final = 1200.0
+LIVES: Final = 3
 OPTIONS: Final = ("--soak", "--fuzz")
 
 
@@ -39,6 +44,8 @@ class RemoteSession:
         self._read = 0
         self._reports: dict[str, list[pytest.TestReport]] = {}
         self._broken = ""
+        self.died: list[tuple[str, str]] = []
+        """The items during which a nested host ended by itself, and what is known of that."""
 
     def has(self, item: pytest.Item) -> bool:
         """Whether ``item`` runs there."""
@@ -46,20 +53,23 @@ class RemoteSession:
 
     def reports(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The reports of ``item``, waiting for them; a failed one that says why when there are none."""
-        if not self._broken:
+        name, why = item.nodeid, self._broken
+        while not why and not self._complete(name):
             try:
                 if self._command is None:
                     self._start()
-                self._wait_for(item.nodeid)
+                self._wait_for(name)
+            except NestedHostDied as error:
+                why = self._bury(name, str(error))
             except (NestedHostFailed, kernels.KernelUnavailable) as error:
-                self._broken = str(error)
+                why = self._broken = str(error)
                 if self._host:
                     self._take(self._host.out / "reports")
-        found = self._reports.get(item.nodeid, [])
-        if found and found[-1].when == "teardown":
+        found = self._reports.get(name, [])
+        if self._complete(name):
             return found
-        message = f"no report from the nested host: {self._broken}"
-        return [*found, pytest.TestReport(item.nodeid, item.location, {}, "failed", message, "call")]
+        message = f"no report from the nested host: {why}"
+        return [*found, pytest.TestReport(name, item.location, {}, "failed", message, "call")]
 
     def close(self) -> None:
         """Power the nested host off."""
@@ -67,12 +77,30 @@ class RemoteSession:
             self._host.stop()
             self._host = None
 
+    def _bury(self, name: str, error: str) -> str:
+        """After the host died while item ``name`` was waited for: why that has failed; "" to try again."""
+        assert self._host
+        self._take(self._host.out / "reports")
+        if self._complete(name):
+            return ""
+        self.died.append((name, error))
+        self.close()
+        self._command, self._read = None, 0
+        if len(self.died) == LIVES:
+            self._broken = error
+        if self._broken or [name for name, _ in self.died].count(name) > 1:
+            return error
+        self._reports.pop(name, None)
+        return ""
+
     def _start(self) -> None:
         for series in kernels.SERIES:
             initramfs.base(kernels.stock(series))  # quick here, slow there
         self._host = NestedHost()
         self._host.start()
-        (self._host.out / "items").write_text("".join(f"{name}\n" for name in self._items))
+        died = [name for name, _ in self.died]
+        left = [name for name in self._items if not self._complete(name) and died.count(name) < 2]
+        (self._host.out / "items").write_text("".join(f"{name}\n" for name in left))
         words = [sys.executable, "-m", "pytest", "--reports", "/out/reports", "-p", "no:cacheprovider", "-q"]
         words += [option for option in OPTIONS if self._config.getoption(option)]
         self._command = self._host.spawn(shlex.join([*words, "@/out/items"]), cwd=CHECKOUT)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of the items of a nested host that ends by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.lab import kernels, remote
+from tests.lab.nested import NestedHostDied
+
+NAMES = ["first", "second", "third"]
+
+
+class Host:
+    """It runs the items that it is given up to the one that ``lives`` names for it, during which it ends."""
+
+    lives: list[str]
+    begun: list[list[str]]
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._until = self.lives.pop(0)
+
+    def start(self) -> None:
+        self.out.mkdir()
+
+    def stop(self) -> None:
+        pass
+
+    def spawn(self, _command: str, *, cwd: Path) -> Host:
+        assert cwd.is_dir()
+        items = (self.out / "items").read_text().split()
+        self.begun.append(items)
+        with (self.out / "reports").open("w") as file:
+            for name in items:
+                for when in ("setup",) if name == self._until else ("setup", "call", "teardown"):
+                    report = {"nodeid": name, "when": when, "outcome": "passed"}
+                    file.write(json.dumps(report) + "\n")
+                if name == self._until:
+                    return self
+        return self
+
+    def poll(self) -> bool:
+        if self._until:
+            raise NestedHostDied("an assertion of its own")
+        return True
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> remote.RemoteSession:
+    places = iter(tmp_path / str(number) for number in range(9))
+    Host.begun = []
+    monkeypatch.setattr(remote, "NestedHost", lambda: Host(next(places)))
+    monkeypatch.setattr(kernels, "SERIES", ())
+
+    def report(data: dict[str, Any], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(**data, skipped=False, longrepr=None)
+
+    hook = SimpleNamespace(pytest_report_from_serializable=report)
+    config: Any = SimpleNamespace(hook=hook, getoption=lambda _: False)
+    return remote.RemoteSession(config, [item(name) for name in NAMES])
+
+
+def item(name: str) -> Any:
+    return SimpleNamespace(nodeid=name, location=("file", 1, name))
+
+
+def outcomes(session: remote.RemoteSession) -> list[list[str]]:
+    return [[report.outcome for report in session.reports(item(name))] for name in NAMES]
+
+
+def test_the_item_that_was_running_gets_one_more_try_and_the_rest_a_new_host(
+    session: remote.RemoteSession,
+) -> None:
+    Host.lives = ["second", ""]
+    assert outcomes(session) == [["passed"] * 3] * 3
+    assert Host.begun == [NAMES, NAMES[1:]]
+    assert [name for name, _ in session.died] == ["second"]
+
+
+def test_an_item_that_two_hosts_died_of_has_failed(session: remote.RemoteSession) -> None:
+    Host.lives = ["second", "second", ""]
+    assert outcomes(session) == [["passed"] * 3, ["passed", "failed"], ["passed"] * 3]
+    assert Host.begun == [NAMES, NAMES[1:], NAMES[2:]]
+
+
+def test_no_more_than_three_hosts_are_used_up(session: remote.RemoteSession) -> None:
+    Host.lives = ["first", "second", "third"]
+    assert outcomes(session) == [["passed"] * 3, ["passed"] * 3, ["passed", "failed"]]
+    assert len(Host.begun) == remote.LIVES
