@@ -42,9 +42,12 @@ class Guest:
         disks: dict[str, tuple[list[Layer], list[Path]]] | None = None,
         rings: int = 2,
         kernel: bytes | None = None,
+        restore: int = -1,
         program: Sequence[str] = ("-m", "vmbus.worker.main"),
     ) -> None:
-        """``kernel`` replaces the guests' ELF file; ``disks``: each one's layers and files."""
+        """``kernel`` replaces the guests' ELF file; ``disks``: each one's layers and files.
+
+        ``restore`` is a saved machine to go on from."""
         self.worker = WorkerProcess(kvm="/dev/kvm", rings=rings, program=program)
         try:
             self.service = self.worker.control()
@@ -65,7 +68,11 @@ class Guest:
                 ],
                 on_reset=on_reset,
             )
-            self.configured = self.service.do(Configure, uuid=UUID, definition=definition)
+            if restore >= 0:
+                self.worker.deliver("restore", os.dup(restore))
+            self.configured = self.service.do(
+                Configure, uuid=UUID, definition=definition, restore=restore >= 0
+            )
         except BaseException:
             self.worker.close()
             raise

@@ -65,6 +65,29 @@ class Configure(_Request, tag="configure", frozen=True, kw_only=True):
     uuid: str
     definition: Definition
     merge: bool = True  # offer mergeable memory to KSM
+    restore: bool = False  # it goes on from a file: Restore follows, not Run; its disks are not used before
+
+
+class Save(_Request, tag="save", frozen=True, kw_only=True):
+    """Write the machine to the empty file beside this. Result when that is durable, or cannot be: then the
+    machine is what it was. Stats shows how far it is. ``end``: the machine ends then, with reason ``saved``.
+    """
+
+    end: bool = True
+
+
+class Restore(_Request, tag="restore", frozen=True, kw_only=True):
+    """Go on from the file that was delivered for slot ``restore`` before Configure: the machine is paused
+    when that is done, and ends if it cannot be.
+
+    ``changed_disks``: even if the files of its disks are others, or were written since.
+    """
+
+    changed_disks: bool = False
+
+
+class CancelSave(_Request, tag="cancel-save", frozen=True, kw_only=True):
+    """Stop a save or a restore: its result is Cancelled. No error if there is nothing to stop."""
 
 
 class Run(_Request, tag="run", frozen=True, kw_only=True):
@@ -171,6 +194,9 @@ Request = (
     | Detach
     | Keep
     | Change
+    | Save
+    | Restore
+    | CancelSave
 )
 
 
@@ -196,6 +222,7 @@ EndReason = Literal[
     "guest-poweroff",
     "guest-reset",
     "stopped",
+    "saved",
     "guest-panic",
     "triple-fault",
     "kvm-internal-error",

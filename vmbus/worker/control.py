@@ -33,6 +33,7 @@ from vmbus.wire.worker import (
     AddLink,
     Attach,
     CancelPrefault,
+    CancelSave,
     Change,
     Configure,
     Console,
@@ -42,8 +43,10 @@ from vmbus.wire.worker import (
     MemoryTarget,
     Prefault,
     Request,
+    Restore,
     Result,
     Run,
+    Save,
     State,
     Stats,
 )
@@ -76,6 +79,8 @@ _BEYOND_LIFELINE = (
     Detach,
     Keep,
     Change,
+    Restore,
+    CancelSave,
 )
 
 
@@ -270,7 +275,7 @@ class Control:
 
     def _dispatch(self, request: Request, fds: list[int]) -> None:
         """The one boundary at which a handler's error becomes a result. Raises Violation."""
-        takes = {AddFile: packet.MAX_FDS, AddLink: 1, Console: 1}.get(type(request), 0)
+        takes = {AddFile: packet.MAX_FDS, AddLink: 1, Console: 1, Save: 1}.get(type(request), 0)
         if len(fds) > takes:
             close(fds)
             raise packet.Violation(f"{len(fds)} file descriptors beside {type(request).__name__}")

@@ -38,7 +38,7 @@ from vmbus.worker.loop import Loop
 
 ABI: Final = 2
 PROFILES: Final = {"plain": 0, "vfio": 1}
-ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4, "memory": 5}
+ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4, "memory": 5, "crew": 6}
 SLOT_OPERATIONS: Final = {"attach-disk": 0, "attach-nic": 1, "detach": 2, "keep": 3}
 OPERATIONS: Final = {
     "run": 0,
@@ -51,7 +51,9 @@ OPERATIONS: Final = {
     "memory-target": 7,
     "prefault": 8,
     "cancel-prefault": 9,
+    "cancel-save": 10,
 }
+FILE_OPERATIONS: Final = {"save": 0, "restore": 1}
 
 
 class CoreError(msgspec.Struct):
@@ -135,11 +137,19 @@ def narrow(role: str) -> None:
 
 
 def configuration(
-    uuid: str, definition: Definition, files: Files, *, kvm: int, console: int, merge: bool = True
+    uuid: str,
+    definition: Definition,
+    files: Files,
+    *,
+    kvm: int,
+    console: int,
+    merge: bool = True,
+    restore: bool = False,
 ) -> bytes:
     """The core's ``Config`` (native/vmm/src/config.rs) as JSON: the definition, each file by its fd.
 
-    ``merge``: whether mergeable memory is offered to KSM. Raises InvalidArgument for a slot that is not
+    ``merge``: whether mergeable memory is offered to KSM; ``restore``: the machine goes on from a file.
+    Raises InvalidArgument for a slot that is not
     filled. All the slots that it names, ``kvm`` and ``console``
     belong to the core once the bytes are given to it.
     """
@@ -160,6 +170,7 @@ def configuration(
         "locked": definition.locked,
         "memory_nodes": definition.memory_nodes,
         "on_reset": definition.on_reset,
+        "restore": restore,
     }
     config |= _beginning(definition, files)
     if definition.memory_kind != "mergeable":
@@ -335,6 +346,11 @@ class Core:
         """Another machine has come to the device's network; ``fd`` is the core's. An event answers."""
         words = _encoder.encode({"device": device, "peer": peer, "fd": fd})
         call(lib.vmbus_machine_link(self._machine, request, words, len(words)))
+
+    def keep(self, operation: str, request: int, **arguments: Any) -> None:
+        """One of FILE_OPERATIONS; ``fd`` among the arguments is the core's. An event answers."""
+        words = _encoder.encode(arguments)
+        call(lib.vmbus_machine_keep(self._machine, FILE_OPERATIONS[operation], request, words, len(words)))
 
     def _read_events(self) -> None:
         event = ffi.new("VmbusEvent *")

@@ -17,6 +17,8 @@ from typing import Final
 from vmbus.wire.errors import VmbusError
 
 SLOTS_MAX: Final = 8192
+RESTORE: Final = "restore"
+"""The file that a machine goes on from."""
 _LETTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789/-")
 
 
@@ -74,11 +76,14 @@ class Files:
         """From now on only files of devices that are attached are added."""
         self._built = True
 
-    def hand_over(self, slots: list[str]) -> None:
-        """These slots' descriptors now belong to the core; the others are of no use and closed."""
+    def hand_over(self, slots: list[str], *, keep: str = "") -> None:
+        """These slots' descriptors now belong to the core; the others but ``keep`` are closed."""
         for slot in slots:
             del self._slots[slot]
+        kept = self._slots.pop(keep, None)
         self.close()
+        if kept is not None:
+            self._slots[keep] = kept
 
     def close(self) -> None:
         """Close what is still held."""

@@ -4,10 +4,10 @@
 | state | comes from | requests |
 |---|---|---|
 | ready | the start | AddFile, Configure, Console, Stop |
-| configured | Configure, once built | Run, Console, Stop, Stats, and what is about memory or links |
-| running | Run, Resume | Shutdown, Reset, Pause, Stop, Stats, Console, memory, links, and about devices |
-| paused | Pause | Resume, Reset, Stop, Stats, Console, memory, links, and about devices |
-| ended | the guest, Stop, an error, a build that failed | none |
+| configured | Configure, once built | Run or Restore, Console, Stop, Stats, memory, links |
+| running | Run, Resume | Shutdown, Reset, Pause, Save, Stop, Stats, Console, memory, links, devices |
+| paused | Pause, Save, Restore | Resume, Reset, Save, Stop, Stats, Console, memory, links, devices |
+| ended | the guest, Stop, Save, an error, a build or a restore that failed | none |
 
 About devices are Attach, Detach, Keep and Change.
 
@@ -29,6 +29,7 @@ from vmbus.wire.worker import (
     AddLink,
     Attach,
     CancelPrefault,
+    CancelSave,
     Change,
     Configure,
     Console,
@@ -39,8 +40,10 @@ from vmbus.wire.worker import (
     Prefault,
     Request,
     Reset,
+    Restore,
     Resume,
     Run,
+    Save,
     Shutdown,
     State,
     Stats,
@@ -62,7 +65,7 @@ from vmbus.worker.core import (
     stats_of,
 )
 from vmbus.worker.events import EventQueue
-from vmbus.worker.files import Files, close
+from vmbus.worker.files import RESTORE, Files, close
 from vmbus.worker.loop import Loop, Timer
 
 LINGER_SECONDS: Final = 30.0
@@ -81,6 +84,7 @@ _OPERATIONS: Final[dict[type, tuple[str, frozenset[str]]]] = {
     MemoryTarget: ("memory-target", frozenset({"configured", "running", "paused"})),
     Prefault: ("prefault", frozenset({"configured", "running", "paused"})),
     CancelPrefault: ("cancel-prefault", frozenset({"configured", "running", "paused"})),
+    CancelSave: ("cancel-save", frozenset({"configured", "running", "paused"})),
 }
 
 
@@ -135,6 +139,10 @@ class Machine:
             self.core.slot(operation, self._expect(operation, reply), request.device)
         elif isinstance(request, Change):
             self._change(request, reply)
+        elif isinstance(request, Save):
+            self._save(request, fds, reply)
+        elif isinstance(request, Restore):
+            self._restore(request, reply)
         else:
             self._operate(request, reply)
 
@@ -166,8 +174,9 @@ class Machine:
             kvm=self._kvm,
             console=self._console_end,
             merge=request.merge,
+            restore=request.restore,
         )
-        self._files.hand_over(named_slots(definition, self._files))
+        self._files.hand_over(named_slots(definition, self._files), keep=RESTORE if request.restore else "")
         self._files.built()
         self._building = True
         self.core.build(config, lambda error: self._built(error, reply))
@@ -252,6 +261,23 @@ class Machine:
     def _not_attached(self, number: int, error: VmbusError) -> None:
         if waiting := self._replies.pop(number, None):
             waiting[1].failed(error)
+
+    def _save(self, request: Save, fds: list[int], reply: Reply) -> None:
+        try:
+            self._require("save", _PLUGGABLE)
+            if not fds:
+                raise VmbusError("InvalidArgument", "no file descriptor came with the message")
+        except VmbusError:
+            close(fds)
+            raise
+        self.core.keep("save", self._expect("save", reply), fd=fds[0], end=request.end)
+
+    def _restore(self, request: Restore, reply: Reply) -> None:
+        self._require("restore", frozenset({"configured"}))
+        fd = self._files.one(RESTORE)
+        self._files.hand_over([RESTORE])
+        number = self._expect("restore", reply)
+        self.core.keep("restore", number, fd=fd, changed_disks=request.changed_disks)
 
     # What the core says.
 

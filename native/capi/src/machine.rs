@@ -78,7 +78,7 @@ unsafe fn handle<'a>(machine: *const VmbusMachine) -> Result<&'a VmbusMachine, F
 }
 
 /// Asks for something: 0 run, 1 pause, 2 resume, 3 power button, 4 reset, 5 stop, 6 stats,
-/// 7 memory target of `argument` bytes (the others have no argument: 0), 8 prefault, 9 cancel prefault. The answer is an event with the same `id`.
+/// 7 memory target of `argument` bytes (the others have no argument: 0), 8 prefault, 9 cancel prefault, 10 cancel a save or a restore. The answer is an event with the same `id`.
 ///
 /// # Safety
 /// `machine` is a handle that is not freed.
@@ -101,11 +101,12 @@ pub unsafe extern "C" fn vmbus_machine_request(
             7 => Request::MemoryTarget(argument),
             8 => Request::Prefault,
             9 => Request::CancelPrefault,
+            10 => Request::CancelSave,
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
                     "operation",
-                    format!("operation {operation} is none of 0 (run) to 9 (cancel prefault)"),
+                    format!("operation {operation} is none of 0 (run) to 10 (cancel save)"),
                 ))
             }
         };
@@ -148,6 +149,42 @@ pub unsafe extern "C" fn vmbus_machine_slot(
                     "InvalidArgument",
                     "operation",
                     format!("operation {operation} is none of 0 (attach a disk) to 3 (keep)"),
+                ))
+            }
+        }
+        Ok(0)
+    })
+}
+
+/// What is done with a file: 0 save the machine to it (`json` is a `SaveTo` of native/vmm/src/config.rs), 1 go on from it (a
+/// `RestoreFrom`). Takes over the fd that it names unless it is no such JSON. The answer is an event with the same `id`.
+///
+/// # Safety
+/// As `vmbus_machine_request`; `json` points to `len` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn vmbus_machine_keep(
+    machine: *const VmbusMachine,
+    operation: u32,
+    id: u64,
+    json: *const u8,
+    len: usize,
+) -> c_int {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let json = unsafe { borrowed(json, len) };
+        let wrong = |error: serde_json::Error| {
+            Failure::about("InvalidArgument", "file", format!("the file: {error}"))
+        };
+        // SAFETY: the caller's promise.
+        let machine = &unsafe { handle(machine) }?.machine;
+        match operation {
+            0 => machine.save(id, &serde_json::from_slice(json).map_err(wrong)?)?,
+            1 => machine.restore(id, &serde_json::from_slice(json).map_err(wrong)?)?,
+            _ => {
+                return Err(Failure::about(
+                    "InvalidArgument",
+                    "operation",
+                    format!("operation {operation} is none of 0 (save) and 1 (restore)"),
                 ))
             }
         }

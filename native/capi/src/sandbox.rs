@@ -24,10 +24,11 @@ fn role(number: u32) -> Result<Role, Failure> {
         3 => Ok(Role::Block),
         4 => Ok(Role::Network),
         5 => Ok(Role::Memory),
+        6 => Ok(Role::Crew),
         _ => Err(Failure::about(
             "InvalidArgument",
             "role",
-            format!("role {number} is none of 0 (main) to 5 (memory)"),
+            format!("role {number} is none of 0 (main) to 6 (crew)"),
         )),
     }
 }

@@ -26,7 +26,32 @@ pub(crate) struct BlockFile {
     pub(crate) sealer: Option<Sealer>,
 }
 
+/// By what a file is known again, and whether it was written since.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// (device, inode), or (device number, 0) of a block device.
+    pub identity: (u64, u64),
+    /// Bytes.
+    pub len: u64,
+    /// Nanoseconds since 1970 at which it was last written; 0 for a block device, which does not tell.
+    pub modified: i128,
+}
+
 impl BlockFile {
+    /// As it is now.
+    pub(crate) fn stamp(&self) -> Result<Stamp> {
+        let found = self
+            .file
+            .metadata()
+            .map_err(|e| Error::io("fstat of the image", &e))?;
+        let modified = i128::from(found.mtime()) * 1_000_000_000 + i128::from(found.mtime_nsec());
+        Ok(Stamp {
+            identity: self.identity,
+            len: self.len()?,
+            modified: if self.regular { modified } else { 0 },
+        })
+    }
+
     /// Take over an opened file. Only regular files and block devices are images.
     pub(crate) fn new(file: File) -> Result<BlockFile> {
         let metadata = file

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::buffer::Buffer;
 use crate::crypt::{self, Secret};
 use crate::error::{Error, Kind, Result};
-use crate::file::BlockFile;
+use crate::file::{BlockFile, Stamp};
 use crate::locks::{self, Use};
 use crate::mailbox::Waiter;
 use crate::plan::{CommitStep, Extents, Need, Planned, Stop, WriteStep, ZeroStep};
@@ -228,6 +228,11 @@ impl Image {
     /// Whether the image is active.
     pub fn active(&self) -> bool {
         self.lock().active
+    }
+
+    /// By what each file of the chain is known again, in the chain's order.
+    pub fn stamps(&self) -> Result<Vec<Stamp>> {
+        self.files.iter().map(BlockFile::stamp).collect()
     }
 
     /// How many host files the chain has: the room it needs in a ring's file table.

@@ -76,6 +76,7 @@ pub use crypt::{fuzz_luks_header, Secret};
 pub use disk::Disk;
 pub use engine::{Engine, Slot};
 pub use error::{Error, Kind, Result};
+pub use file::Stamp;
 pub use image::{DetectZeroes, Image, LayerFiles, OpenOptions, MAX_LAYERS};
 pub use info::{info, looks_like_qcow2, set_backing, ImageInfo, Qcow2Info};
 pub use map::{range_at, Range};

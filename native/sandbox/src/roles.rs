@@ -31,6 +31,8 @@ pub enum Role {
     Network,
     /// Gives the guest's memory to the host and takes it back: madvise, which every role has, and waiting.
     Memory,
+    /// Goes over the guest's memory: touches it, moves it to and from the file of a saved machine.
+    Crew,
 }
 
 /// Allowed system calls: no rule means with any arguments, several rules mean any of them.
@@ -247,6 +249,18 @@ fn network(allowed: &mut Allowed) -> Result<(), Error> {
     allowed.ioctls(ioctls::TAP)
 }
 
+fn crew(allowed: &mut Allowed) -> Result<(), Error> {
+    allowed.always(&[
+        libc::SYS_pread64,
+        libc::SYS_pwrite64,
+        libc::SYS_fdatasync,
+        libc::SYS_sync_file_range,
+        libc::SYS_ftruncate,
+        libc::SYS_lseek,
+    ]);
+    stat(allowed)
+}
+
 fn own_pid() -> i32 {
     // SAFETY: getpid takes nothing and cannot fail.
     unsafe { libc::getpid() }
@@ -324,6 +338,7 @@ pub(crate) fn of_role(role: Role, profile: Profile) -> Result<Allowed, Error> {
         Role::Block => block(&mut allowed)?,
         Role::Network => network(&mut allowed)?,
         Role::Memory => allowed.always(&[libc::SYS_epoll_create1, libc::SYS_epoll_ctl]),
+        Role::Crew => crew(&mut allowed)?,
     }
     runtime(&mut allowed)?;
     Ok(allowed)

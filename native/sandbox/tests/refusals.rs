@@ -223,6 +223,7 @@ fn clone3_looks_absent() {
         Role::Block,
         Role::Network,
         Role::Memory,
+        Role::Crew,
     ] {
         assert_eq!(in_role(role, libc::SYS_clone3, [0; 6]), absent, "{role:?}");
     }
@@ -516,6 +517,7 @@ fn prctl_names_threads_and_little_else() {
         Role::Block,
         Role::Network,
         Role::Memory,
+        Role::Crew,
     ] {
         assert_eq!(
             in_role(role, libc::SYS_prctl, [38, 1, 0, 0, 0, 0]),
@@ -545,13 +547,14 @@ type Right = (&'static str, i64, [u64; 6], &'static [Role]);
 
 #[test]
 fn each_role_has_what_it_does_and_not_what_the_others_do() {
-    const EVERY: [Role; 6] = [
+    const EVERY: [Role; 7] = [
         Role::Main,
         Role::Control,
         Role::Vcpu,
         Role::Block,
         Role::Network,
         Role::Memory,
+        Role::Crew,
     ];
     let rights: &[Right] = &[
         ("accept4", libc::SYS_accept4, [BAD; 6], &[Role::Main]),
@@ -590,7 +593,7 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
             "pwrite64",
             libc::SYS_pwrite64,
             [BAD; 6],
-            &[Role::Control, Role::Block],
+            &[Role::Control, Role::Block, Role::Crew],
         ),
         (
             "io_uring_enter",
@@ -654,6 +657,7 @@ fn no_role_makes_threads() {
         Role::Block,
         Role::Network,
         Role::Memory,
+        Role::Crew,
     ] {
         assert_eq!(spawns(role), End::Value(0), "{role:?}");
     }

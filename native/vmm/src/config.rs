@@ -82,6 +82,9 @@ pub struct Config {
     /// What happens when the guest resets itself.
     #[serde(default)]
     pub on_reset: OnReset,
+    /// The machine goes on from a file: it cannot begin otherwise, and its disks are not used before.
+    #[serde(default)]
+    pub restore: bool,
 }
 
 /// How the guest's memory is made.
@@ -230,6 +233,55 @@ fn yes() -> bool {
     true
 }
 
+/// Where a machine is saved to.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaveTo {
+    /// An empty regular file, open for writing.
+    pub fd: RawFd,
+    /// The machine ends when it is saved, with reason `saved`.
+    #[serde(default)]
+    pub end: bool,
+}
+
+/// Where a machine goes on from.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreFrom {
+    /// A saved machine, open for reading; for writing too, if it is to be marked as used.
+    pub fd: RawFd,
+    /// Even if the files of its disks are others, or were written since.
+    #[serde(default)]
+    pub changed_disks: bool,
+}
+
+impl SaveTo {
+    /// Takes over the fd.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn take_file(&self) -> Result<OwnedFd> {
+        take("file", self.fd)
+    }
+}
+
+impl RestoreFrom {
+    /// Takes over the fd.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn take_file(&self) -> Result<OwnedFd> {
+        take("file", self.fd)
+    }
+}
+
+fn take(argument: &str, fd: RawFd) -> Result<OwnedFd> {
+    if fd < 0 {
+        return Err(Error::invalid(argument, "is not an fd"));
+    }
+    Ok(own(fd))
+}
+
 /// Another machine of an isolated network.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -248,10 +300,7 @@ impl Peer {
     /// # Errors
     /// `InvalidArgument` for a number that is no fd.
     pub fn take_file(&self) -> Result<OwnedFd> {
-        if self.fd < 0 {
-            return Err(Error::invalid("fd", "is not an fd"));
-        }
-        Ok(own(self.fd))
+        take("fd", self.fd)
     }
 }
 

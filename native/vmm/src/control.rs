@@ -23,6 +23,7 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 use crate::config::OnReset;
 use crate::cpu::gate::{Cause, Gate};
 use crate::cpu::run::{Counters, Vcpu};
+use crate::crew::Crew;
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 use crate::hotplug::Hotplug;
@@ -30,7 +31,11 @@ use crate::io::{Answer, Change};
 use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request, Slot};
 use crate::platform::Platform;
 use crate::poll::{self, watch};
-use crate::prefault::Prefault;
+use crate::prefault::Touch;
+mod keep;
+
+pub(crate) use keep::Keeping;
+
 use crate::thread::{self, panic_message, Role, ThreadHook};
 use crate::virtio::balloon::Balloon;
 
@@ -97,9 +102,10 @@ pub(crate) struct Control {
     devices: Vec<Arc<dyn Device>>,
     hotplug: Hotplug,
     balloon: Option<Arc<Balloon>>,
-    prefault: Prefault,
+    crew: Crew,
     platform: Platform,
     on_reset: OnReset,
+    keeping: Keeping,
     state: State,
     begin: Instant,
     resets: u64,
@@ -111,12 +117,12 @@ impl Control {
         gate: Arc<Gate>,
         vcpus: VcpuThreads,
         devices: (Vec<Arc<dyn Device>>, Hotplug),
-        memory: (Option<Arc<Balloon>>, Prefault),
+        memory: (Option<Arc<Balloon>>, Crew),
         platform: Platform,
-        on_reset: OnReset,
+        (on_reset, keeping): (OnReset, Keeping),
     ) -> Control {
         let (devices, hotplug) = devices;
-        let (balloon, prefault) = memory;
+        let (balloon, crew) = memory;
         Control {
             mailbox,
             gate,
@@ -124,9 +130,10 @@ impl Control {
             devices,
             hotplug,
             balloon,
-            prefault,
+            crew,
             platform,
             on_reset,
+            keeping,
             state: State::Built,
             begin: Instant::now(),
             resets: 0,
@@ -171,6 +178,9 @@ impl Control {
                         let result = self.change(slot).map(|()| String::new());
                         self.tell(Event::Done { id, result });
                     }
+                    Mail::Keep(id, keep) => self.keep(id, keep),
+                    Mail::BeginSave => self.begin_save(),
+                    Mail::Kept(result) => self.kept(result),
                     Mail::Ejected(slot) => self.remove(slot),
                     Mail::Cause(cause, epoch) => self.follow(cause, epoch),
                     Mail::Quit => return Ok(()),
@@ -185,12 +195,16 @@ impl Control {
 
     fn carry_out(&mut self, request: Request) -> Result<String> {
         use Request::{
-            CancelPrefault, MemoryTarget, Pause, PowerButton, Reset, Resume, Run, Stats, Stop,
+            CancelPrefault, CancelSave, MemoryTarget, Pause, PowerButton, Reset, Resume, Run,
+            Stats, Stop,
         };
         use State::{Built, Paused, Running};
         match (request, self.state) {
             (Stats, _) => return Ok(self.stats()),
+            (CancelSave, _) => self.cancel_keeping(),
+            (request, _) if self.keeping.busy() => return Err(keep::busy(&format!("{request:?}"))),
             (Run, Built) => {
+                self.keeping.check_begin()?;
                 self.gate.run();
                 self.enter(Running);
             }
@@ -208,7 +222,7 @@ impl Control {
             (PowerButton, Running | Paused) => self.platform.pm.press_power_button(),
             (Reset, Running | Paused) => self.reset_or_end()?,
             (MemoryTarget(bytes), Built | Running | Paused) => self.set_memory_target(bytes)?,
-            (CancelPrefault, Built | Running | Paused) => self.prefault.cancel(),
+            (CancelPrefault, Built | Running | Paused) => self.crew.cancel(),
             (Stop, Built | Running | Paused) => self.end(EndReason::Stopped, String::new()),
             (request, state) => {
                 return Err(Error::new(
@@ -229,6 +243,9 @@ impl Control {
         if self.state == State::Ended {
             let message = "no device comes or goes: the machine is at its end";
             return Err(Error::new(Kind::InvalidState, "", message));
+        }
+        if self.keeping.busy() {
+            return Err(keep::busy("a change of devices"));
         }
         match slot {
             Slot::Attach(number, arrival) => {
@@ -288,12 +305,17 @@ impl Control {
         let begun = if self.state == State::Ended {
             let message = "there is no memory to touch: the machine is at its end";
             Err(Error::new(Kind::InvalidState, "", message))
+        } else if self.keeping.busy() {
+            Err(keep::busy("Prefault"))
         } else {
             let mailbox = Arc::clone(&self.mailbox);
-            self.prefault.begin(Box::new(move |result| {
-                let result = result.map(|bytes| json!({ "bytes": bytes }).to_string());
-                mailbox.outbox.push(Event::Done { id, result });
-            }))
+            self.crew.begin(
+                Arc::new(Touch),
+                Box::new(move |result| {
+                    let result = result.map(|bytes| json!({ "bytes": bytes }).to_string());
+                    mailbox.outbox.push(Event::Done { id, result });
+                }),
+            )
         };
         if let Err(error) = begun {
             let result = Err(error);
@@ -382,7 +404,7 @@ impl Control {
         if self.state == State::Ended {
             return;
         }
-        self.prefault.cancel();
+        self.crew.cancel();
         let mut trouble = Vec::new();
         if self.state != State::Paused {
             trouble.extend(self.stand_still().err());
@@ -392,7 +414,10 @@ impl Control {
         self.state = State::Ended;
         let event = match (reason, trouble.first()) {
             (
-                EndReason::GuestPoweroff | EndReason::GuestReset | EndReason::Stopped,
+                EndReason::GuestPoweroff
+                | EndReason::GuestReset
+                | EndReason::Stopped
+                | EndReason::Saved,
                 Some(error),
             ) => Event::Ended {
                 reason: EndReason::IoError,
@@ -435,7 +460,7 @@ impl Control {
             "resets": self.resets,
             "vcpus": vcpus,
             "console": { "written": written, "read": read },
-            "memory": { "prefaulted": self.prefault.done() },
+            "memory": { "prefaulted": self.crew.done(), "total": self.keeping.memory() },
             "devices": devices,
         })
         .to_string()

@@ -9,6 +9,8 @@ use std::os::fd::OwnedFd;
 
 use crate::error::{Error, Result};
 use crate::io::{Answer, Change};
+use crate::save::facts;
+use crate::state::Stateful;
 
 /// A device, as the control thread sees it.
 pub trait Device: Send + Sync {
@@ -49,6 +51,36 @@ pub trait Device: Send + Sync {
     /// The host changes the device, whatever its guest does meanwhile; `answer` hears when it is done.
     fn change(&self, change: Change, answer: Answer) {
         answer.give(Err(change.misplaced()));
+    }
+
+    /// What it is to a machine that is saved, and what lies behind it; None for what is no device of the guest's.
+    ///
+    /// # Errors
+    /// `Unavailable` when the kernel does not tell of a file.
+    fn facts(&self) -> Result<Option<facts::Device>> {
+        Ok(None)
+    }
+
+    /// What it remembers besides what the PCI bus knows of its functions.
+    fn stateful(&self) -> Option<&dyn Stateful> {
+        None
+    }
+
+    /// Makes what lies behind it durable and lets it go: nothing is read or written until `take_up`. Called paused; no
+    /// error if it is so already.
+    ///
+    /// # Errors
+    /// The I/O error that prevents it.
+    fn let_go(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Takes what lies behind it up again, as it is now; called paused.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn take_up(&self) -> Result<()> {
+        Ok(())
     }
 
     /// Counters since the start, as a JSON object.

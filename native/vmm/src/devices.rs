@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde_json::json;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Image, Ring};
@@ -17,13 +18,14 @@ use crate::bus::{Bus, BusDevice};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::hotplug::{Arrival, Hotplug};
-use crate::io::{Count, IoDevice, Port, Trouble};
+use crate::io::{Behind, Count, IoDevice, Port, Trouble};
 use crate::net::{self, Link};
 use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::{Ejected, RootPort};
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
+use crate::state::Stateful;
 use crate::thread::ThreadHook;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::live::ChangingConfig;
@@ -180,6 +182,7 @@ pub fn assemble(
             model: rng::model(),
             counters: None,
             rom: None,
+            behind: Behind::default(),
         };
         share.push((Served::Rng, endpoint));
     }
@@ -212,6 +215,7 @@ pub fn assemble(
             model: balloon.model(),
             counters: Some(balloon),
             rom: None,
+            behind: Behind::default(),
         };
         served_by.extend([endpoint].into_iter().zip(ports));
         others.push(Arc::new(thread));
@@ -223,7 +227,7 @@ pub fn assemble(
             continue;
         };
         functions.push((place, endpoint.function(&board, &port)?));
-        let device = IoDevice::new(endpoint.id, port, endpoint.counters);
+        let device = IoDevice::new(endpoint.id, port, endpoint.counters, endpoint.behind);
         list.push(Arc::new(device));
     }
     let ports = (0..ROOT_PORTS)
@@ -261,6 +265,8 @@ pub(crate) struct Endpoint {
     /// What has happened.
     pub(crate) counters: Option<Arc<dyn Count>>,
     rom: Option<Arc<MmapRegion>>,
+    /// What of it is saved besides its function.
+    pub(crate) behind: Behind,
 }
 
 impl Endpoint {
@@ -307,6 +313,10 @@ pub(crate) fn disk_endpoint(
         model,
         counters: Some(counters.clone()),
         rom: None,
+        behind: Behind {
+            same: json!({ "read-only": spec.read_only, "serial": spec.serial }),
+            image: Some(spec.image.clone()),
+        },
     };
     let served = Served::Disk {
         disk,
@@ -347,6 +357,10 @@ pub(crate) fn nic_endpoint(
         model,
         counters: Some(counters.clone()),
         rom: board.nic_rom.clone(),
+        behind: Behind {
+            same: json!({ "mac": spec.mac, "pairs": pairs }),
+            image: None,
+        },
     };
     let served = net::Served {
         link: spec.link,
@@ -365,6 +379,10 @@ struct PciDevice(Arc<Root>);
 impl Device for PciDevice {
     fn id(&self) -> String {
         "pci".to_owned()
+    }
+
+    fn stateful(&self) -> Option<&dyn Stateful> {
+        Some(self.0.as_ref())
     }
 
     fn reset(&self) {

@@ -23,11 +23,11 @@ pub struct LayerFds {
     pub secret: Option<OwnedFd>,
 }
 
-/// Opens all of them. `files` has the descriptors of each disk's layers, in the same order.
+/// Opens all of them; `active`: for use at once. `files` has the descriptors of each disk's layers, in the same order.
 ///
 /// # Errors
 /// What is wrong with a chain, with the disk or, where it is one layer's, its slot as the argument.
-pub fn open(disks: &[Disk], files: Vec<Vec<LayerFds>>) -> Result<Vec<DiskSpec>> {
+pub fn open(disks: &[Disk], files: Vec<Vec<LayerFds>>, active: bool) -> Result<Vec<DiskSpec>> {
     let mut ids = BTreeSet::new();
     disks
         .iter()
@@ -41,7 +41,7 @@ pub fn open(disks: &[Disk], files: Vec<Vec<LayerFds>>) -> Result<Vec<DiskSpec>> 
                     format!("{:?} is the id of another disk", disk.id),
                 ));
             }
-            open_disk(disk, files)
+            open_disk(disk, files, active)
         })
         .collect()
 }
@@ -72,7 +72,7 @@ fn check(index: usize, disk: &Disk) -> Result<()> {
     Ok(())
 }
 
-fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
+fn open_disk(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<DiskSpec> {
     let about = |error: vmbus_qcow2::Error| Error {
         argument: match error.layer() {
             Some(layer) => format!("disk/{}/{layer}", disk.id),
@@ -109,7 +109,9 @@ fn open_disk(disk: &Disk, files: Vec<LayerFds>) -> Result<DiskSpec> {
         ..Default::default()
     };
     let image = Image::open_chain(layers, options).map_err(about)?;
-    image.activate().map_err(about)?;
+    if active {
+        image.activate().map_err(about)?;
+    }
     Ok(DiskSpec {
         id: disk.id.clone(),
         image: Arc::new(image),

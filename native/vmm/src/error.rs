@@ -30,6 +30,8 @@ pub enum Kind {
     Disconnected,
     /// It was told to stop.
     Cancelled,
+    /// Something is not what it was when it was looked at.
+    Changed,
     /// A bug of ours.
     Internal,
 }
@@ -48,6 +50,7 @@ impl Kind {
             Kind::Unavailable => "Unavailable",
             Kind::Disconnected => "Disconnected",
             Kind::Cancelled => "Cancelled",
+            Kind::Changed => "Changed",
             Kind::Internal => "Internal",
         }
     }

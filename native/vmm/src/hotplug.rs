@@ -100,6 +100,7 @@ impl Hotplug {
             endpoint.id.clone(),
             port.clone(),
             endpoint.counters.clone(),
+            endpoint.behind.clone(),
         ));
         let function = endpoint.function(board, &port);
         match function.and_then(|function| self.root.plug(slot, function)) {

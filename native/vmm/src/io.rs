@@ -24,12 +24,15 @@ use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use vmbus_qcow2::Image;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::block;
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 use crate::net;
+use crate::save::facts;
+use crate::state::State;
 use crate::thread::{spawn, Role, ThreadHook};
 use crate::virtio::{Activation, Backend, Served};
 
@@ -311,12 +314,39 @@ pub struct IoDevice {
     id: String,
     port: Port,
     counters: Option<Arc<dyn Count>>,
+    behind: Behind,
+}
+
+/// What a device is to a machine that is saved, and what lies behind it.
+#[derive(Clone, Default)]
+pub(crate) struct Behind {
+    /// What must be the same where the machine goes on; null if that is no more than what the guest sees.
+    pub(crate) same: State,
+    /// A disk's image.
+    pub(crate) image: Option<Arc<Image>>,
 }
 
 impl IoDevice {
     /// The device behind `port`, with its name in events and statistics.
-    pub fn new(id: String, port: Port, counters: Option<Arc<dyn Count>>) -> IoDevice {
-        IoDevice { id, port, counters }
+    pub(crate) fn new(
+        id: String,
+        port: Port,
+        counters: Option<Arc<dyn Count>>,
+        behind: Behind,
+    ) -> IoDevice {
+        IoDevice {
+            id,
+            port,
+            counters,
+            behind,
+        }
+    }
+
+    fn about(&self, error: vmbus_qcow2::Error) -> Error {
+        Error {
+            argument: self.id.clone(),
+            ..block::image_error(error)
+        }
     }
 
     fn gone(&self) -> Error {
@@ -359,6 +389,38 @@ impl Device for IoDevice {
     fn change(&self, change: Change, answer: Answer) {
         let change = Command::Change(self.port.device, change, answer);
         self.port.mailbox.post(change);
+    }
+
+    fn facts(&self) -> Result<Option<facts::Device>> {
+        let image = self.behind.image.as_ref();
+        let stamps = image.map(|image| image.stamps()).transpose();
+        let stamps = stamps.map_err(|error| self.about(error))?;
+        let stamps = stamps.into_iter().flatten();
+        let files = stamps.map(|stamp| facts::FileStamp {
+            identity: stamp.identity,
+            len: stamp.len,
+            modified: stamp.modified,
+        });
+        let mut same = self.behind.same.clone();
+        if let (Some(image), Some(same)) = (image, same.as_object_mut()) {
+            same.insert("size".to_owned(), image.size().into());
+        }
+        Ok(Some(facts::Device {
+            same,
+            files: files.collect(),
+        }))
+    }
+
+    fn let_go(&self) -> Result<()> {
+        let image = self.behind.image.as_ref();
+        let done = image.map_or(Ok(()), |image| image.inactivate());
+        done.map_err(|error| self.about(error))
+    }
+
+    fn take_up(&self) -> Result<()> {
+        let image = self.behind.image.as_ref();
+        let done = image.map_or(Ok(()), |image| image.activate());
+        done.map_err(|error| self.about(error))
     }
 
     fn stats(&self) -> serde_json::Value {

@@ -9,7 +9,7 @@
 //! | control | 1 | requests, causes, the console's bytes (`control.rs`) |
 //! | block-N | one an I/O ring | disks (`block.rs`) |
 //! | network | one, if there are interfaces | their frames (`net.rs`) |
-//! | memory-N | one to four | touch memory before the guest does (`prefault.rs`) |
+//! | memory-N | one to four | touch, save and restore memory (`crew.rs`) |
 //! | balloon | one, if there is a balloon | memory that the guest gives back (`balloon.rs`) |
 //!
 //! All are started within [`Machine::build`], by its caller's thread, and each narrows itself first thing by the hook.
@@ -24,13 +24,14 @@ use vmbus_qcow2::Ring;
 
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
-use crate::config::{Config, DeviceChange, Disk, Files, Nic, Peer};
-use crate::control::{Control, VcpuThreads};
+use crate::config::{Config, DeviceChange, Disk, Files, Nic, Peer, RestoreFrom, SaveTo};
+use crate::control::{Control, Keeping, VcpuThreads};
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{self, Cause, Gate};
 use crate::cpu::model;
 use crate::cpu::reset::ResetState;
 use crate::cpu::run::Vcpu;
+use crate::crew::Crew;
 use crate::devices::{self, Board, Devices, Parts};
 use crate::disks;
 use crate::error::{Error, Kind, Result};
@@ -48,14 +49,16 @@ use crate::legacy::port92::Port92;
 use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
-use crate::mailbox::{Event, Mail, Mailbox, Request, Slot};
+use crate::mailbox::{Event, Keep, Mail, Mailbox, Request, Slot};
 use crate::memory;
 use crate::nics;
 use crate::pci::host::HostBridge;
 use crate::pci::root::Root;
 use crate::pci::{Function, KvmWiring};
 use crate::platform::{self, Legacy, Platform, Start};
-use crate::prefault::Prefault;
+
+use crate::save::facts::{Answer, Hardware};
+use crate::save::file::Section;
 use crate::slots::{self, Source, View};
 use crate::thread::{self, Role, ThreadHook};
 use crate::virtio;
@@ -103,7 +106,7 @@ impl Machine {
                 )
             })
             .transpose()?;
-        let disks = disks::open(&config.disks, disks)?;
+        let disks = disks::open(&config.disks, disks, !config.restore)?;
         let nics = nics::open(&config.nics, nics)?;
         gate::install_kick_handler()?;
         // SAFETY: the fd is ours, and is given away.
@@ -123,17 +126,22 @@ impl Machine {
             usize::from(config.vcpus),
             Arc::new(move |cause, epoch| sink.inbox.push(Mail::Cause(cause, epoch))),
         ));
-        let host = Arc::new(host_bridge(&vm, code, &gate));
+        let host = Arc::new(host_bridge(&vm, code.clone(), &gate));
         // Firmware begins with PAM as after power-on, a kernel as firmware leaves it.
         host.reset();
         // Behind all memory slots: KVM changes one in 10 ms rather than 10 us while the grace period that making
         // the irqchip begins is not over.
         platform::create_irqchip(&vm)?;
         let entry = Arc::new(Mutex::new(None));
-        let vcpus = create_vcpus(&kvm, &vm, &config, &gate, &entry)?;
+        let (vcpus, cpuid) = create_vcpus(&kvm, &vm, &config, &gate, &entry)?;
         // Nothing more is asked of /dev/kvm.
         drop(kvm);
 
+        let mut roms = Vec::new();
+        roms.extend(code.map(|code| (Section::Code, code)));
+        let variables = flash.as_ref().map(|flash| flash.content());
+        roms.extend(variables.map(|content| (Section::Variables, content)));
+        roms.extend(nic_rom.clone().map(|rom| (Section::Rom, rom)));
         let board = Board {
             wiring: Arc::new(KvmWiring::new(&vm)),
             memory: Arc::clone(&vm.memory),
@@ -158,7 +166,8 @@ impl Machine {
             rng: config.rng,
             balloon: balloon.clone(),
         };
-        let prefault = Prefault::new(Arc::clone(&board.memory), &hook)?;
+        let memory = Arc::clone(&board.memory);
+        let crew = Crew::new(Arc::clone(&memory), &hook)?;
         let mut devices = devices::assemble(board, parts, rings, &hook)?;
         devices.list.extend(flash.map(|flash| flash as _));
         let facts = facts(&config, &devices)?;
@@ -198,6 +207,21 @@ impl Machine {
         };
         let platform = Platform::new(vm, legacy, start, entry)?;
         platform.reset()?;
+        let hardware = Hardware {
+            machine_type: facts.machine_type.clone(),
+            cpu_model: config.cpu_model.clone(),
+            cpuid,
+            vcpus: config.vcpus,
+            memory: config.memory,
+            firmware: config.firmware.is_some(),
+        };
+        let keeping = Keeping::new(
+            memory,
+            vcpus.iter().map(|vcpu| Arc::clone(&vcpu.saved)).collect(),
+            (hardware, config.uuid.clone()),
+            roms,
+            config.restore,
+        );
         let vcpus = VcpuThreads::start(Arc::clone(&gate), vcpus, &hook)?;
         gate.reset()?;
         let control = Control::new(
@@ -205,9 +229,9 @@ impl Machine {
             gate,
             vcpus,
             (devices.list, devices.hotplug),
-            (balloon, prefault),
+            (balloon, crew),
             platform,
-            config.on_reset,
+            (config.on_reset, keeping),
         );
         let control = thread::spawn("control", Role::Control, &hook, move || control.run())?;
         Ok(Machine {
@@ -229,7 +253,7 @@ impl Machine {
     pub fn attach_disk(&self, id: u64, disk: &Disk) -> Result<()> {
         let files = disk.take_files()?;
         let slot = named_slot(disk.slot)?;
-        for spec in disks::open(std::slice::from_ref(disk), vec![files])? {
+        for spec in disks::open(std::slice::from_ref(disk), vec![files], true)? {
             self.ask(id, Slot::Attach(slot, Arrival::Disk(spec)));
         }
         Ok(())
@@ -257,6 +281,30 @@ impl Machine {
     /// The guest may keep the device: nobody waits any more.
     pub fn keep(&self, id: u64, device: &str) {
         self.ask(id, Slot::TakeBackTheQuestion(device.to_owned()));
+    }
+
+    /// Writes the machine to a file; the answer is [`Event::Done`] with the same id, with the bytes written. Takes over
+    /// the fd that is named.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn save(&self, id: u64, to: &SaveTo) -> Result<()> {
+        let file = to.take_file()?.into();
+        let mail = Mail::Keep(id, Keep::Save(file, to.end));
+        self.mailbox.inbox.push(mail);
+        Ok(())
+    }
+
+    /// Goes on from a file; then the machine is paused, and the answer is [`Event::Done`] with the same id. Takes over the fd
+    /// that is named.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn restore(&self, id: u64, from: &RestoreFrom) -> Result<()> {
+        let file = from.take_file()?.into();
+        let mail = Mail::Keep(id, Keep::Restore(file, from.changed_disks));
+        self.mailbox.inbox.push(mail);
+        Ok(())
     }
 
     /// Another machine has come to an isolated network; takes over the fd that is named.
@@ -376,7 +424,7 @@ fn facts(config: &Config, devices: &Devices) -> Result<Facts> {
 }
 
 /// A generation ID that no machine had.
-fn random() -> Result<[u8; 16]> {
+pub(crate) fn random() -> Result<[u8; 16]> {
     let mut id = [0; 16];
     // SAFETY: the pointer and the length are those of `id`, which the kernel fills.
     let got = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
@@ -425,12 +473,14 @@ fn create_vcpus(
     config: &Config,
     gate: &Arc<Gate>,
     entry: &Arc<Mutex<Option<Entry>>>,
-) -> Result<Vec<Vcpu>> {
+) -> Result<(Vec<Vcpu>, Vec<Answer>)> {
     let answers = model::answers(kvm, &config.cpu_model)?;
     let msrs = kvm
         .get_msr_index_list()
         .map_err(|e| Error::kernel("KVM_GET_MSR_INDEX_LIST", e))?;
-    (0..usize::from(config.vcpus))
+    let mut first = answers.clone();
+    first.set_topology(0, u32::from(config.vcpus));
+    let vcpus = (0..usize::from(config.vcpus))
         .map(|index| {
             let fd = vm
                 .fd
@@ -449,7 +499,9 @@ fn create_vcpus(
                 mmio: Arc::clone(&vm.mmio),
                 gate: Arc::clone(gate),
                 counters: Arc::default(),
+                saved: Arc::default(),
             })
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    Ok((vcpus, first.list()))
 }

@@ -5,6 +5,7 @@
 //! while there is something in it.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard};
 
@@ -38,6 +39,8 @@ pub enum Request {
     Prefault,
     /// Stop doing that.
     CancelPrefault,
+    /// Stop saving or restoring.
+    CancelSave,
 }
 
 /// Why a machine ended; the names are those of `vmbus/wire/worker.py`.
@@ -49,6 +52,8 @@ pub enum EndReason {
     GuestReset,
     /// It was told to stop.
     Stopped,
+    /// It is in a file now.
+    Saved,
     /// The guest's kernel panicked and said so.
     GuestPanic,
     /// The guest's processor shut down.
@@ -70,6 +75,7 @@ impl EndReason {
             EndReason::GuestPoweroff => "guest-poweroff",
             EndReason::GuestReset => "guest-reset",
             EndReason::Stopped => "stopped",
+            EndReason::Saved => "saved",
             EndReason::GuestPanic => "guest-panic",
             EndReason::TripleFault => "triple-fault",
             EndReason::KvmInternalError => "kvm-internal-error",
@@ -124,12 +130,25 @@ pub(crate) enum Slot {
     TakeBackTheQuestion(String),
 }
 
+/// What is done with a file.
+pub(crate) enum Keep {
+    /// Write the machine to it, and end it if so.
+    Save(File, bool),
+    /// Go on from it, whatever has become of the disks if so.
+    Restore(File, bool),
+}
+
 /// To the control thread.
 pub(crate) enum Mail {
     Request(u64, Request),
     Slot(u64, Slot),
     /// Change the device of this name.
     Change(u64, String, Change),
+    Keep(u64, Keep),
+    /// The vCPUs stand, and all that they had to say is said: the save can begin.
+    BeginSave,
+    /// The crew is done with the guest's memory: bytes of the file, or why not.
+    Kept(Result<u64>),
     /// The guest has let go of what is in the slot with this index.
     Ejected(u8),
     /// With the gate's epoch at the time.

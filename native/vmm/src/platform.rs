@@ -3,13 +3,15 @@
 //!
 //! Made once; [`Platform::reset`] brings all of it back to the state after power-on, with the kernel loaded anew.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    kvm_irqchip, kvm_pit_config, kvm_pit_state2, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
 };
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 
 use crate::acpi;
 use crate::boot::Boot;
@@ -25,6 +27,7 @@ use crate::legacy::port92::Port92;
 use crate::legacy::pvpanic::PvPanic;
 use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
+use crate::state::{self, bytes_of, from_bytes, Bytes, Plain, State, Stateful};
 use crate::vm::Vm;
 
 /// The general purpose event that says that the generation ID is new; the DSDT's `_E05`.
@@ -49,6 +52,24 @@ pub fn create_irqchip(vm: &Vm) -> Result<()> {
     })
     .map_err(|e| Error::kernel("KVM_CREATE_PIT2", e))?;
     vm.irq.begin()
+}
+
+// SAFETY: structures of numbers, whose gaps are fields (include/uapi/asm/kvm.h).
+unsafe impl Plain for kvm_irqchip {}
+// SAFETY: as above.
+unsafe impl Plain for kvm_pit_state2 {}
+
+/// What the board remembers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlatformState {
+    /// Both 8259s and the I/O APIC.
+    irqchips: Vec<Bytes>,
+    pit: Bytes,
+    /// kvm-clock, in nanoseconds; None where KVM does not tell.
+    clock: Option<u64>,
+    /// Legacy devices by their name.
+    parts: BTreeMap<String, State>,
 }
 
 /// The interrupt controllers and the PIT as KVM made them.
@@ -186,6 +207,71 @@ impl Platform {
         };
         crate::boot::write(&self.vm.memory, address, &id)?;
         self.pm.raise_event(GENERATION_EVENT);
+        Ok(())
+    }
+
+    /// What remembers, in the order in which it is restored.
+    fn parts(&self) -> [(&'static str, &dyn Stateful); 6] {
+        [
+            ("serial", self.serial.as_ref()),
+            ("power", self.pm.as_ref()),
+            ("clock", self.cmos.as_ref()),
+            ("keyboard", self.i8042.as_ref()),
+            ("reset", self.reset_control.as_ref()),
+            ("fw-cfg", self.fw_cfg.as_ref()),
+        ]
+    }
+
+    /// What the board remembers; the vCPUs stand.
+    ///
+    /// # Errors
+    /// `Unavailable` when KVM does not tell.
+    pub fn save(&self) -> Result<PlatformState> {
+        let chips = Chips::read(&self.vm.fd)?;
+        let parts = self.parts().into_iter();
+        Ok(PlatformState {
+            irqchips: chips.irqchips.iter().map(bytes_of).collect(),
+            pit: bytes_of(&chips.pit),
+            clock: self.vm.fd.get_clock().ok().map(|clock| clock.clock),
+            parts: parts
+                .map(|(name, part)| Ok((name.to_owned(), part.save()?)))
+                .collect::<Result<_>>()?,
+        })
+    }
+
+    /// Takes over what another board remembered, `passed` nanoseconds later. After the vCPUs, before the devices.
+    ///
+    /// # Errors
+    /// `ImageInvalid` for state that is none; `Unavailable` when KVM refuses it.
+    pub fn restore(&self, saved: &PlatformState, passed: u64) -> Result<()> {
+        let irqchips = saved.irqchips.iter().map(from_bytes::<kvm_irqchip>);
+        let irqchips: Vec<kvm_irqchip> = irqchips.collect::<Result<_>>()?;
+        let own = self.chips.irqchips.iter().map(|chip| chip.chip_id);
+        if !own.eq(irqchips.iter().map(|chip| chip.chip_id)) {
+            return Err(state::invalid("other interrupt controllers"));
+        }
+        let pit = from_bytes(&saved.pit)?;
+        Chips { irqchips, pit }.restore(&self.vm.fd)?;
+        if let Some(clock) = saved.clock {
+            let clock = kvm_clock_data {
+                clock: clock.saturating_add(passed),
+                ..Default::default()
+            };
+            self.vm
+                .fd
+                .set_clock(&clock)
+                .map_err(|e| Error::kernel("KVM_SET_CLOCK", e))?;
+        }
+        let mut states = saved.parts.clone();
+        for (name, part) in self.parts() {
+            let state = states.remove(name);
+            let state = state.ok_or_else(|| state::invalid(format!("{name} is missing")))?;
+            part.restore(&state).map_err(state::about(name))?;
+        }
+        if let Some((name, _)) = states.first_key_value() {
+            return Err(state::invalid(format!("{name} is not known")));
+        }
+        self.pm.pass(passed);
         Ok(())
     }
 

@@ -16,7 +16,7 @@
 //! |---|---|
 //! | Stand | waits |
 //! | Run | leaves the gate and runs the guest |
-//! | Reset | puts its vCPU into the reset state, once an epoch, then waits |
+//! | Errand | resets, saves or restores its vCPU, once, then waits |
 //! | End | returns |
 //!
 //! A vCPU that finds that the machine is at an end (power off, triple fault) calls [`Gate::raise`]: the order
@@ -57,6 +57,17 @@ pub enum Cause {
 /// Where causes go: a queue that the control thread reads.
 pub type Sink = Arc<dyn Fn(Cause, u64) + Send + Sync>;
 
+/// What each vCPU thread does once, while all stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Errand {
+    /// Put the vCPU into its reset state.
+    Reset,
+    /// Write down what it remembers.
+    Save,
+    /// Take over what another one remembered.
+    Restore,
+}
+
 /// What the control thread wants of all vCPU threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -64,8 +75,8 @@ pub enum Order {
     Stand,
     /// Run the guest.
     Run,
-    /// Reset the vCPU, then wait.
-    Reset,
+    /// Do this, then wait.
+    Errand(Errand),
     /// Leave for ever.
     End,
 }
@@ -74,11 +85,13 @@ struct State {
     order: Order,
     /// Threads that wait at the gate.
     standing: usize,
-    /// Threads that have yet to follow the present Reset order.
-    resetting: usize,
-    /// Why a reset failed, if one did.
+    /// Threads that have yet to do the present errand.
+    busy: usize,
+    /// Why an errand failed, if one did.
     failure: Option<Error>,
-    /// One more than the machine's resets: numbers Reset orders.
+    /// Numbers errands.
+    errands: u64,
+    /// How many of them were resets.
     epoch: u64,
 }
 
@@ -106,8 +119,9 @@ impl Gate {
             state: Mutex::new(State {
                 order: Order::Stand,
                 standing: 0,
-                resetting: 0,
+                busy: 0,
                 failure: None,
+                errands: 0,
                 epoch: 0,
             }),
             changed: Condvar::new(),
@@ -137,18 +151,18 @@ impl Gate {
 
     /// Called by a vCPU thread whenever KVM_RUN was interrupted: waits until there is an order to follow.
     ///
-    /// `epoch` is the thread's own note of the last Reset that it followed.
-    pub fn wait(&self, epoch: &mut u64) -> Order {
+    /// `done` is the thread's own note of the last errand that it did.
+    pub fn wait(&self, done: &mut u64) -> Order {
         let mut state = self.lock();
         state.standing = state.standing.saturating_add(1);
         self.changed.notify_all();
         loop {
             match state.order {
                 Order::Stand => {}
-                Order::Reset if state.epoch == *epoch => {}
+                Order::Errand(_) if state.errands == *done => {}
                 order => {
-                    if order == Order::Reset {
-                        *epoch = state.epoch;
+                    if let Order::Errand(_) = order {
+                        *done = state.errands;
                     }
                     state.standing = state.standing.saturating_sub(1);
                     return order;
@@ -158,10 +172,10 @@ impl Gate {
         }
     }
 
-    /// Called by a vCPU thread that has followed a Reset order.
-    pub fn has_reset(&self, result: Result<()>) {
+    /// Called by a vCPU thread that has done its errand.
+    pub fn has_done(&self, result: Result<()>) {
         let mut state = self.lock();
-        state.resetting = state.resetting.saturating_sub(1);
+        state.busy = state.busy.saturating_sub(1);
         if let Err(error) = result {
             state.failure.get_or_insert(error);
         }
@@ -207,16 +221,27 @@ impl Gate {
     /// # Errors
     /// What the first failing thread said.
     pub fn reset(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.epoch = state.epoch.wrapping_add(1);
+        drop(state);
+        self.errand(Errand::Reset)
+    }
+
+    /// Has each thread do an errand, and waits until all have. They must stand, and stand again afterwards.
+    ///
+    /// # Errors
+    /// What the first failing thread said.
+    pub fn errand(&self, errand: Errand) -> Result<()> {
         {
             let mut state = self.lock();
-            state.order = Order::Reset;
-            state.epoch = state.epoch.wrapping_add(1);
-            state.resetting = self.kicks.len();
+            state.order = Order::Errand(errand);
+            state.errands = state.errands.wrapping_add(1);
+            state.busy = self.kicks.len();
             state.failure = None;
             self.changed.notify_all();
         }
-        self.await_state("reset", |state| {
-            state.resetting == 0 && state.standing == self.kicks.len()
+        self.await_state("have done their errand", |state| {
+            state.busy == 0 && state.standing == self.kicks.len()
         })?;
         let mut state = self.lock();
         state.order = Order::Stand;

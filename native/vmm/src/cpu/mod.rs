@@ -8,3 +8,4 @@ pub mod gate;
 pub mod model;
 pub mod reset;
 pub mod run;
+pub mod state;

@@ -14,7 +14,12 @@ use kvm_ioctls::VcpuFd;
 use crate::cpu::entry::Entry;
 use crate::error::{Error, Result};
 
-const MSR_TSC: u32 = 0x10;
+/// The time stamp counter.
+pub const MSR_TSC: u32 = 0x10;
+/// What was added to it.
+pub const MSR_TSC_ADJUST: u32 = 0x3b;
+/// When the local APIC's timer fires next.
+pub const MSR_TSC_DEADLINE: u32 = 0x6e0;
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
 
 /// What firmware leaves behind for a kernel that is entered directly: memory is write-back where page tables do not say
@@ -23,9 +28,9 @@ const WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Registers that KVM lists but whose written value means an action, or that follow others.
 const NOT_KEPT: [u32; 3] = [
-    MSR_TSC,     // set to 0 instead
-    0x0000_06e0, // IA32_TSC_DEADLINE: part of the local APIC, disarmed by its reset
-    0x0000_003b, // IA32_TSC_ADJUST: set to 0 by writing the counter
+    MSR_TSC,          // set to 0 instead
+    MSR_TSC_DEADLINE, // part of the local APIC, disarmed by its reset
+    MSR_TSC_ADJUST,   // set to 0 by writing the counter
 ];
 
 /// Whether firmware runs in the guest, or has run as far as the guest can tell.
@@ -74,6 +79,12 @@ impl ResetState {
                 .map_err(kernel("KVM_GET_VCPU_EVENTS"))?,
             msrs: keepable(vcpu, msrs),
         })
+    }
+
+    /// The MSRs that a vCPU remembers.
+    pub fn msrs(&self) -> impl Iterator<Item = u32> + '_ {
+        let kept = self.msrs.iter().map(|msr| msr.index);
+        kept.chain(NOT_KEPT)
     }
 
     /// Puts the vCPU into its reset state; with `entry` it is the boot processor and begins there, else it
@@ -141,7 +152,8 @@ fn keepable(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
         .collect()
 }
 
-fn msr(index: u32, data: u64) -> kvm_msr_entry {
+/// One entry.
+pub(crate) fn msr(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry {
         index,
         data,
@@ -149,7 +161,8 @@ fn msr(index: u32, data: u64) -> kvm_msr_entry {
     }
 }
 
-fn set_msr(vcpu: &VcpuFd, msr: kvm_msr_entry) -> Result<()> {
+/// Sets one.
+pub(crate) fn set_msr(vcpu: &VcpuFd, msr: kvm_msr_entry) -> Result<()> {
     let msrs = Msrs::from_entries(&[msr]).map_err(|_| Error::internal("one MSR is too many"))?;
     match vcpu.set_msrs(&msrs) {
         Ok(1) => Ok(()),

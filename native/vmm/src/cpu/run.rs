@@ -17,8 +17,10 @@ use kvm_ioctls::VcpuFd;
 
 use crate::bus::Bus;
 use crate::cpu::entry::Entry;
-use crate::cpu::gate::{Cause, Gate, Order};
+use crate::cpu::gate::{Cause, Errand, Gate, Order};
 use crate::cpu::reset::{Firmware, ResetState};
+use crate::cpu::state::VcpuState;
+use crate::error::{Error, Result};
 use crate::thread::panic_message;
 
 /// What one vCPU did since it was made. Written by its own thread only.
@@ -50,6 +52,8 @@ pub struct Vcpu {
     pub reset: ResetState,
     /// Where the boot processor begins; changed by the boot code while all vCPUs stand.
     pub entry: Arc<Mutex<Option<Entry>>>,
+    /// Where what it remembers is written down, and taken over from with the nanoseconds that have passed since.
+    pub saved: Arc<Mutex<Option<(VcpuState, u64)>>>,
     /// Port I/O.
     pub pio: Arc<Bus>,
     /// Memory-mapped I/O.
@@ -68,12 +72,12 @@ impl Vcpu {
         let gate = Arc::clone(&self.gate);
         // SAFETY: the mapping lives as long as the vCPU, which outlives this thread.
         unsafe { gate.enter(self.index, immediate_exit) };
-        let mut epoch = 0;
+        let mut errands = 0;
         loop {
             // Before the order is read, so that a kick that comes in between is not lost.
             // SAFETY: as above; the byte is only ever accessed atomically or by the kernel.
             unsafe { (*immediate_exit.cast::<AtomicU8>()).store(0, Ordering::SeqCst) };
-            match gate.wait(&mut epoch) {
+            match gate.wait(&mut errands) {
                 Order::Run => {
                     // After a pause the guest's watchdogs must not take the gap for a lock-up. A guest without
                     // a kvmclock has none to be told (EINVAL).
@@ -84,14 +88,30 @@ impl Vcpu {
                         gate.raise(Cause::Error(panic_message(panic.as_ref())));
                     }
                 }
-                Order::Reset => gate.has_reset(self.restore()),
+                Order::Errand(errand) => gate.has_done(match errand {
+                    Errand::Reset => self.reset(),
+                    Errand::Save => self.save(),
+                    Errand::Restore => self.restore(),
+                }),
                 Order::Stand => {}
                 Order::End => return self,
             }
         }
     }
 
-    fn restore(&mut self) -> crate::error::Result<()> {
+    fn save(&self) -> Result<()> {
+        let state = VcpuState::read(&self.fd, self.reset.msrs())?;
+        *self.saved.lock().unwrap_or_else(|e| e.into_inner()) = Some((state, 0));
+        Ok(())
+    }
+
+    fn restore(&self) -> Result<()> {
+        let saved = self.saved.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let (state, passed) = saved.ok_or_else(|| Error::internal("nothing to restore"))?;
+        state.write(&self.fd, passed)
+    }
+
+    fn reset(&mut self) -> Result<()> {
         let entry = *self.entry.lock().unwrap_or_else(|e| e.into_inner());
         let firmware = match entry {
             Some(Entry::Reset) => Firmware::Ahead,

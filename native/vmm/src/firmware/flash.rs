@@ -217,6 +217,10 @@ impl Device for Flash {
         "flash".to_owned()
     }
 
+    fn stateful(&self) -> Option<&dyn Stateful> {
+        Some(self)
+    }
+
     fn reset(&self) {
         let mut state = self.lock();
         state.mode = Mode::Array;

@@ -9,6 +9,7 @@ mod ends;
 mod firmware;
 mod memory;
 mod network;
+mod save;
 mod states;
 
 use std::fs::{File, OpenOptions};

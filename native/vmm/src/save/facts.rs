@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a machine must be to go on from a file: the same type, processor, memory and devices, on the same disks.
+//!
+//! Where a device sits, and what else of it a guest can see, its state knows; here is what stands for what lies behind
+//! it, and what makes the better sentence when it differs.
+
+use std::collections::BTreeMap;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::cpu::model;
+use crate::error::{Error, Kind, Result};
+use crate::state::State;
+
+/// An answer to CPUID: leaf, subleaf, EAX to EDX.
+pub type Answer = (u32, u32, [u32; 4]);
+
+/// What a machine is, as far as it is built.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hardware {
+    /// The version of what the guest sees.
+    pub machine_type: String,
+    /// The name of the CPU model.
+    pub cpu_model: String,
+    /// What the first vCPU answers to CPUID.
+    pub cpuid: Vec<Answer>,
+    /// How many vCPUs there are.
+    pub vcpus: u8,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Whether it booted by firmware, or a kernel was entered directly.
+    pub firmware: bool,
+}
+
+/// A saved machine's facts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Facts {
+    /// What it is.
+    pub hardware: Hardware,
+    /// The machine that was saved.
+    pub uuid: String,
+    /// What each device is to the rest of the machine, and what lies behind it, by its id.
+    pub devices: BTreeMap<String, Device>,
+    /// Nanoseconds since 1970, UTC, by the host that saved it.
+    pub saved_at: u64,
+    /// The version of vmbus that did.
+    pub version: String,
+}
+
+/// A device's part.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// What must be the same, always.
+    pub same: State,
+    /// The files behind it; empty if that does not matter.
+    #[serde(default)]
+    pub files: Vec<FileStamp>,
+}
+
+/// By what a file is known again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileStamp {
+    /// The device it is on and its number there; of a block device, its own number and 0.
+    pub identity: (u64, u64),
+    /// Bytes.
+    pub len: u64,
+    /// When it was last written, in nanoseconds since 1970; 0 for a block device, which does not tell.
+    pub modified: i128,
+}
+
+/// Nanoseconds since 1970, UTC.
+pub fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
+}
+
+impl Facts {
+    /// Whether the machine `own` can go on from here; `changed_disks`: even if the files of its disks are others, or
+    /// were written since.
+    ///
+    /// # Errors
+    /// `NotSupported` for another processor; `InvalidArgument` for another machine; `Changed` for disks.
+    pub fn check(&self, own: &Facts, changed_disks: bool) -> Result<()> {
+        let (saved, built) = (&self.hardware, &own.hardware);
+        let differs = |argument: &str,
+                       saved: &dyn std::fmt::Display,
+                       built: &dyn std::fmt::Display| {
+            let message = format!("the machine was saved with {saved}, and this one has {built}");
+            Err(Error::invalid(argument, message))
+        };
+        if saved.machine_type != built.machine_type {
+            return differs("machine_type", &saved.machine_type, &built.machine_type);
+        }
+        if saved.cpu_model != built.cpu_model {
+            return differs("cpu_model", &saved.cpu_model, &built.cpu_model);
+        }
+        if saved.vcpus != built.vcpus {
+            return differs("vcpus", &saved.vcpus, &built.vcpus);
+        }
+        if saved.memory != built.memory {
+            return differs("memory", &saved.memory, &built.memory);
+        }
+        if saved.firmware != built.firmware {
+            let word = |firmware| if firmware { "firmware" } else { "a kernel" };
+            return differs("firmware", &word(saved.firmware), &word(built.firmware));
+        }
+        if saved.cpuid != built.cpuid {
+            let mut answers = saved.cpuid.iter().zip(&built.cpuid);
+            let first = answers.find(|(saved, built)| saved != built);
+            let leaf = first.map_or(0, |((leaf, _, _), _)| *leaf);
+            let host = if saved.cpu_model == model::HOST {
+                "; a machine with the model host goes on only where it was saved"
+            } else {
+                ""
+            };
+            let message = format!("CPUID leaf {leaf:#x} answers otherwise here{host}");
+            return Err(Error::new(Kind::NotSupported, "cpu_model", message));
+        }
+        if let Some(id) = self
+            .devices
+            .keys()
+            .find(|id| !own.devices.contains_key(*id))
+        {
+            let message = format!("the machine was saved with {id}, which this one lacks");
+            return Err(Error::invalid(id, message));
+        }
+        for (id, built) in &own.devices {
+            let Some(saved) = self.devices.get(id) else {
+                let message = format!("the machine was saved without {id}");
+                return Err(Error::invalid(id, message));
+            };
+            if saved.same != built.same {
+                return differs(id, &saved.same, &built.same);
+            }
+            if !changed_disks && saved.files != built.files {
+                let message = "is another file, or was written to since the machine was saved";
+                return Err(Error::new(Kind::Changed, id, message));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> Facts {
+        let disk = Device {
+            same: serde_json::json!({ "size": 4096 }),
+            files: vec![FileStamp {
+                identity: (1, 2),
+                len: 4096,
+                modified: 5,
+            }],
+        };
+        Facts {
+            hardware: Hardware {
+                machine_type: "vmbus-0".to_owned(),
+                cpu_model: "host".to_owned(),
+                cpuid: vec![(1, 0, [1, 2, 3, 4])],
+                vcpus: 2,
+                memory: 64 << 20,
+                firmware: false,
+            },
+            uuid: String::new(),
+            devices: [("disk/root".to_owned(), disk)].into(),
+            saved_at: 7,
+            version: String::new(),
+        }
+    }
+
+    #[test]
+    fn another_machine_is_told_by_what_differs() {
+        let saved = facts();
+        saved.check(&facts(), false).unwrap();
+        let refused = |change: &dyn Fn(&mut Facts)| {
+            let mut own = facts();
+            change(&mut own);
+            let error = saved.check(&own, false).unwrap_err();
+            (error.kind, error.argument)
+        };
+        let invalid = |argument: &str| (Kind::InvalidArgument, argument.to_owned());
+        assert_eq!(refused(&|f| f.hardware.vcpus = 1), invalid("vcpus"));
+        assert_eq!(refused(&|f| f.hardware.memory = 0), invalid("memory"));
+        assert_eq!(
+            refused(&|f| f.hardware.firmware = true),
+            invalid("firmware")
+        );
+        assert_eq!(refused(&|f| f.devices.clear()), invalid("disk/root"));
+        assert_eq!(
+            refused(&|f| f.hardware.cpuid[0].2[0] = 9),
+            (Kind::NotSupported, "cpu_model".to_owned())
+        );
+        let extra = |f: &mut Facts| {
+            f.devices.insert("nic/lan".to_owned(), Device::default());
+        };
+        assert_eq!(refused(&extra), invalid("nic/lan"));
+    }
+
+    #[test]
+    fn a_disk_that_was_written_is_refused_unless_that_is_meant() {
+        let mut own = facts();
+        own.devices.get_mut("disk/root").unwrap().files[0].modified = 6;
+        let error = facts().check(&own, false).unwrap_err();
+        assert_eq!(error.kind, Kind::Changed);
+        facts().check(&own, true).unwrap();
+    }
+}
