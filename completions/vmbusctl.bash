@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk set-link resize-disk wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -99,6 +99,10 @@ _vmbusctl() {
             ;;
         resize-disk)
             options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        change-media)
+            options="-h --help --force --pass-files --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         wait)
@@ -285,6 +289,9 @@ _vmbusctl() {
             return
             ;;
         "resize-disk --bus-address" | "resize-disk --bus-name")
+            return
+            ;;
+        "change-media --bus-address" | "change-media --bus-name")
             return
             ;;
         "wait --state")

@@ -42,6 +42,8 @@ def describe(definition: Definition, uuid: str = NOBODY) -> dict[str, Any]:
                     "read_only": is_read_only(disk),
                     "serial": disk.serial,
                     "queues": disk.queues,
+                    "bus": disk.bus,
+                    "cdrom": disk.cdrom,
                 }
                 for disk in disks
             ],

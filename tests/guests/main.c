@@ -43,6 +43,8 @@ static const struct mode modes[] = {
     { "plug", mode_plug },
     { "net-spoof", mode_net_spoof },
     { "net-ping", mode_net_ping },
+    { "scsi", mode_scsi },
+    { "scsi-hostile", mode_scsi_hostile },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

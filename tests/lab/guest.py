@@ -20,7 +20,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from tests.lab import initramfs, kernels
@@ -141,7 +141,7 @@ class Console:
 
 class StockGuest:
     """One machine of ``user``. ``memory`` is in MiB; ``files`` go into the initrd; ``bridge`` gives it a nic
-    there, if polkit lets the user."""
+    there, if polkit lets the user. ``modules`` are loaded beside the usual ones."""
 
     def __init__(
         self,
@@ -155,12 +155,14 @@ class StockGuest:
         kernel: Kernel | None = None,
         files: Mapping[str, bytes] | None = None,
         bridge: str = "",
+        modules: Iterable[str] = (),
     ) -> None:
         self.system = system
         self.name = name
         self.user = user
         self.kernel = kernel or kernels.stock("6.12")
-        self.initrd = initramfs.guest(script, kernel=self.kernel, files=files)
+        wanted = (*initramfs.GUEST_MODULES, *modules)
+        self.initrd = initramfs.guest(script, kernel=self.kernel, files=files, modules=wanted)
         self.vcpus = vcpus
         self.memory = memory
         self.bridge = bridge

@@ -185,6 +185,21 @@ class MachineApi:
         """ResizeDisk."""
         await self._changes.resize_disk(item.machine, identifier, size)
 
+    async def change_media(
+        self,
+        caller: Caller,
+        item: MachineObject,
+        identifier: str,
+        form: dict[str, Any],
+        files: dict[str, PassedFile],
+        options: dict[str, Any],
+    ) -> None:
+        """ChangeMedia."""
+        force = booleans(options, force=False)["force"]
+        for file in files.values():
+            file.claimed = True
+        await self._changes.change_media(item.machine, identifier, form, files, force=force)
+
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""
         return _figures(await self._lifecycle.stats(item.machine))

@@ -147,7 +147,7 @@ def _description(to: argparse.ArgumentParser) -> None:
         metavar="PATH,format=F[,...]",
         action="append",
         default=[],
-        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, detect-zeroes=, "
+        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, detect-zeroes=, bus=scsi, "
         "read-only, cdrom; may be repeated, in order; a comma in a path is written twice",
     )
     add(
@@ -317,6 +317,22 @@ def _resize_disk(to: argparse.ArgumentParser) -> None:
     _machine(to)
     to.add_argument("id", metavar="ID", help="the disk's id, as vmbusctl show has it")
     to.add_argument("size", metavar="SIZE", help="bytes, or with K, M, G, T: 20G")
+
+
+def _change_media(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("id", metavar="ID", help="the drive's id, as vmbusctl show has it")
+    action = to.add_argument(
+        "medium",
+        metavar="PATH,format=F",
+        nargs="?",
+        help="what goes in: path, format=raw|qcow2, backing-format= (default: nothing; it is taken out)",
+    )
+    _completed(action, "file")
+    to.add_argument("--force", action="store_true", help="even if the guest has locked it")
+    to.add_argument(
+        "--pass-files", action="store_true", help="open the medium here, as you, and pass it (running only)"
+    )
 
 
 def _wait(to: argparse.ArgumentParser) -> None:
@@ -521,6 +537,17 @@ COMMANDS: Final[Sequence[Command]] = (
         "The image grows, and the guest is told. That of a stopped machine is resized by vmbus-img.",
         (("vmbusctl resize-disk web disk0 20G", "to 20 GiB in all"),),
         _resize_disk,
+    ),
+    Command(
+        "change-media",
+        "put another medium into a CD-ROM drive, or take it out",
+        "A guest that has locked the drive (it uses the medium) is asked for it, and the status is 1; try "
+        "again\na little later.",
+        (
+            ("vmbusctl change-media web cd disc2.iso,format=raw", "the next disc"),
+            ("vmbusctl change-media web cd", "take it out"),
+        ),
+        _change_media,
     ),
     Command(
         "wait",

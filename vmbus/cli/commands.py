@@ -253,6 +253,7 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "detach-disk": devices.detach("Disk"),
     "set-link": devices.set_link,
     "resize-disk": devices.resize_disk,
+    "change-media": devices.change_media,
     "console": open_console,
     "wait": wait,
     "undefine": simple("Undefine", "undefined"),

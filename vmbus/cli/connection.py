@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from vmbus.bus import DAEMON, BusLost, Client, RemoteError, SignalMessage, Variant, variants
 from vmbus.cli.remote import Handler
 from vmbus.wire import dbus_form
-from vmbus.wire.definition import Definition, Disk, Nic
+from vmbus.wire.definition import Definition, Disk, Medium, Nic
 from vmbus.wire.errors import VmbusError
 
 _DAEMON_PATH: Final = "/org/freedesktop/DBus"
@@ -101,7 +101,7 @@ class ClientConnection:
             left.cancel()
             lost.cancel()
 
-    def form(self, described: Definition | Disk | Nic) -> dict[str, Any]:
+    def form(self, described: Definition | Disk | Medium | Nic) -> dict[str, Any]:
         """A definition, or one device of it, as an ``a{sv}``."""
         return variants(dbus_form.build(described))
 

@@ -34,6 +34,7 @@ _DISK_FLAG_KEYS: Final = frozenset(
         "id",
         "read-only",
         "cdrom",
+        "bus",
         "serial",
         "queues",
         "source",
@@ -41,6 +42,7 @@ _DISK_FLAG_KEYS: Final = frozenset(
         "detect-zeroes",
     }
 )
+_MEDIUM_KEYS: Final = frozenset({"path", "format", "backing-format"})
 _NIC_FLAG_KEYS: Final = frozenset(
     {"bridge", "mac", "id", "queues", "kind", "address", "network", "slot", "carrier"}
 )
@@ -101,6 +103,12 @@ def one_disk(text: str, taken: Collection[str]) -> Disk:
     """A disk as ``--disk`` has it, its chain resolved, with an id that is not one of ``taken``."""
     table = _from_flag(text, _DISK_FLAG_KEYS, "path", "disk")
     return dbus_form.parse_disk(_disk({"id": _free("disk", taken), **table}, 0))
+
+
+def one_medium(text: str, drive: str) -> Disk:
+    """What goes into a CD-ROM drive, as PATH,format=F, its chain resolved; the drive with it."""
+    table = _from_flag(text, _MEDIUM_KEYS, "path", "medium")
+    return dbus_form.parse_disk(_disk({"id": drive, "cdrom": True, **table}, 0))
 
 
 def one_nic(text: str, taken: Collection[str]) -> Nic:
@@ -271,6 +279,9 @@ def _disk(table: dict[str, Any], index: int) -> dict[str, Any]:
                 )
         return disk
     where = f"disks[{index}]"
+    if disk.get("cdrom") and disk.get("source") != "fd" and not {"path", "format"} & disk.keys():
+        disk["layers"] = []
+        return disk
     image_format = disk.pop("format", None)
     if image_format is None:
         raise VmbusError(

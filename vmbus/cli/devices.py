@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from vmbus.cli import description, files, output
 from vmbus.cli.remote import Remote
 from vmbus.wire import dbus_form
-from vmbus.wire.definition import disk_slots
+from vmbus.wire.definition import Medium, disk_slots
 from vmbus.wire.errors import VmbusError
 
 Action = Callable[[Remote, argparse.Namespace], Awaitable[int]]
@@ -63,6 +63,21 @@ async def resize_disk(remote: Remote, arguments: argparse.Namespace) -> int:
     size = description.size(arguments.size, argument="SIZE")
     await remote.resize_disk(await remote.find(arguments.machine), arguments.id, size)
     return _changed(arguments, {"size": size})
+
+
+async def change_media(remote: Remote, arguments: argparse.Namespace) -> int:
+    """Another medium for a CD-ROM drive, or none."""
+    path = await remote.find(arguments.machine)
+    if arguments.medium is None:
+        await remote.change_media(path, arguments.id, Medium(), {}, force=arguments.force)
+        return _changed(arguments, {"medium": None})
+    drive = description.one_medium(arguments.medium, arguments.id)
+    wanted = files.of_slots(disk_slots(drive)) if arguments.pass_files else {}
+    with files.opened(wanted) as fds:
+        sent = description.disk_for_fds(drive) if arguments.pass_files else drive
+        medium = Medium(layers=sent.layers, source=sent.source)
+        await remote.change_media(path, arguments.id, medium, fds, force=arguments.force)
+    return _changed(arguments, {"medium": arguments.medium})
 
 
 async def _taken(remote: Remote, path: str) -> set[str]:

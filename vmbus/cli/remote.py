@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
-from vmbus.wire.definition import Definition, Disk, Nic
+from vmbus.wire.definition import Definition, Disk, Medium, Nic
 from vmbus.wire.errors import KINDS, VmbusError
 
 ROOT: Final = "/org/vmbus1"
@@ -51,7 +51,7 @@ class Connection(Protocol):
         """Return when vmbusd has left the bus, or the bus is gone."""
         ...
 
-    def form(self, described: Definition | Disk | Nic) -> dict[str, Any]:
+    def form(self, described: Definition | Disk | Medium | Nic) -> dict[str, Any]:
         """A definition, or one device of it, as an ``a{sv}``."""
         ...
 
@@ -162,6 +162,13 @@ class Remote:
     async def resize_disk(self, path: str, identifier: str, size: int) -> None:
         """Machine.ResizeDisk; returns when the guest has been told."""
         await self._call(path, "Machine.ResizeDisk", identifier, size)
+
+    async def change_media(
+        self, path: str, drive: str, medium: Medium, files: Mapping[str, int], *, force: bool
+    ) -> None:
+        """Machine.ChangeMedia; returns when the drive has the medium, or none."""
+        form, options = self._connection.form(medium), self._connection.flags(force=force)
+        await self._call(path, "Machine.ChangeMedia", drive, form, dict(files), options)
 
     async def console(self, path: str, *, write: bool, steal: bool) -> socket.socket:
         """Machine.OpenConsole; the caller closes the socket."""

@@ -10,6 +10,7 @@ OFD locks, which the core takes as QEMU does, are the same thing towards other p
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -69,6 +70,18 @@ class Claims:
     def release(self, uuid: str, prefix: str) -> None:
         """The machine's worker has closed the files of the slots that begin with ``prefix``."""
         held = [claim for claim in self._held.get(uuid, ()) if not claim.slot.startswith(prefix)]
+        durable.write(self._directory / uuid / FILE, held)
+        self._held[uuid] = held
+
+    def held(self, uuid: str, prefix: str) -> list[Claim]:
+        """What a machine holds for the slots that begin with ``prefix``."""
+        return [claim for claim in self._held.get(uuid, ()) if claim.slot.startswith(prefix)]
+
+    def give_up(self, uuid: str, claims: Iterable[Claim]) -> None:
+        """The machine's worker has closed these, or never had them; one of each goes."""
+        held = list(self._held.get(uuid, ()))
+        for claim in claims:
+            held.remove(claim)
         durable.write(self._directory / uuid / FILE, held)
         self._held[uuid] = held
 

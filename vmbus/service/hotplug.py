@@ -31,7 +31,17 @@ from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import Machine
 from vmbus.service.registry import Registry
 from vmbus.wire import worker as wire
-from vmbus.wire.definition import HOTPLUG_SLOTS, Definition, Disk, Nic, disk_slots, grants
+from vmbus.wire.definition import (
+    BLOCK_DISKS,
+    DISKS_MOST,
+    HOTPLUG_SLOTS,
+    Definition,
+    Disk,
+    Nic,
+    disk_slots,
+    grants,
+    is_scsi,
+)
 from vmbus.wire.errors import VmbusError
 
 log = logging.getLogger("vmbus.hotplug")
@@ -62,6 +72,12 @@ class Hotplug:
             if machine.changing:
                 raise VmbusError("InvalidState", "another device is being attached; try again")
             device = _placed(machine.definition, device)
+            if machine.state in LIVE and not device.slot:
+                raise VmbusError(
+                    "NotSupported",
+                    "a disk on the SCSI bus is attached while the machine is stopped; bus blk is at any time",
+                    argument="disk.bus",
+                )
             await self._check(machine, device)
             if machine.state in RESTING and files:
                 raise VmbusError("InvalidArgument", "files are passed to a running machine", argument="files")
@@ -222,8 +238,13 @@ def _placed(definition: Definition, device: Disk | Nic) -> Disk | Nic:
         raise VmbusError(
             "AlreadyExists", f"the machine has a device {device.id!r}; choose another id", argument="id"
         )
-    if len(definition.disks if isinstance(device, Disk) else definition.nics) >= 16:
-        raise VmbusError("QuotaExceeded", "a machine has at most 16 of a kind; detach one")
+    if isinstance(device, Disk) and is_scsi(device):
+        if len(definition.disks) >= DISKS_MOST:
+            raise VmbusError("QuotaExceeded", f"a machine has at most {DISKS_MOST} disks; detach one")
+        return device
+    block = [disk for disk in definition.disks if not is_scsi(disk)]
+    if len(block if isinstance(device, Disk) else definition.nics) >= BLOCK_DISKS:
+        raise VmbusError("QuotaExceeded", f"a machine has at most {BLOCK_DISKS} of a kind; detach one")
     taken = {other.slot for other in devices}
     free = [slot for slot in range(1, HOTPLUG_SLOTS + 1) if slot not in taken]
     if device.slot and device.slot not in free:

@@ -139,6 +139,7 @@ async def serve(options: argparse.Namespace) -> int:
         registry,
         lifecycle,
         hotplug,
+        Changes(hotplug, broker, claims, handover),
         definitions,
         jobs,
         parked,
@@ -207,6 +208,7 @@ def _on_the_bus(
     registry: Registry,
     lifecycle: Lifecycle,
     hotplug: Hotplug,
+    changes: Changes,
     definitions: Definitions,
     jobs: Jobs,
     parked: Parked,
@@ -228,7 +230,7 @@ def _on_the_bus(
     manager = ManagerApi(registry, definitions, lifecycle, subscribers)
     handlers = {
         "org.vmbus1.Manager": manager,
-        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, Changes(hotplug), definitions, parked, memory),
+        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, changes, definitions, parked, memory),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
         "org.vmbus1.HugePages": HugePagesApi(hugepages),

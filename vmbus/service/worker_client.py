@@ -163,6 +163,11 @@ class WorkerClient:
             lambda n: wire.Change(id=n, device=device, carrier=carrier, size=size), timeout=CHANGE_DEADLINE
         )
 
+    async def change_medium(self, drive: Disk, *, force: bool) -> None:
+        """Put the medium of ``drive`` into it, whose files were handed over before, or take its one out."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Media(id=n, disk=drive, force=force), timeout=BUILD_DEADLINE)
+
     async def stats(self) -> dict[str, Any]:
         """What the machine counts."""
         self._unrestricted()

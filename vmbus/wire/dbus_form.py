@@ -22,14 +22,17 @@ import msgspec
 from msgspec import inspect
 
 from vmbus.wire.definition import (
+    BLOCK_DISKS,
     BOOT_CLASSES,
     ID_PATTERN,
     NAME_PATTERN,
     Definition,
     Disk,
     Kernel,
+    Medium,
     Nic,
     huge_page_size,
+    is_scsi,
 )
 from vmbus.wire.errors import VmbusError
 
@@ -61,6 +64,14 @@ def parse_disk(form: Mapping[str, object]) -> Disk:
     disk = parse_struct(form, Disk, "disk")
     _check_disk(disk, "disk")
     return disk
+
+
+def parse_medium(form: Mapping[str, object], drive: Disk) -> Disk:
+    """``drive`` with another medium, or none; errors are about ``medium.KEY``."""
+    medium = parse_struct(form, Medium, "medium")
+    changed = msgspec.structs.replace(drive, layers=medium.layers, source=medium.source)
+    _check_disk(changed, "medium")
+    return changed
 
 
 def parse_nic(form: Mapping[str, object]) -> Nic:
@@ -230,6 +241,9 @@ def _check(definition: Definition) -> None:
         )
     for index, disk in enumerate(definition.disks):
         _check_disk(disk, f"disks[{index}]")
+    block = sum(not is_scsi(disk) for disk in definition.disks)
+    if block > BLOCK_DISKS:
+        raise _bad("disks", f"{block} have bus blk, and {BLOCK_DISKS} fit; give the others bus scsi")
     for index, nic in enumerate(definition.nics):
         _check_nic(nic, f"nics[{index}]")
     slots: set[int] = set()
@@ -315,6 +329,12 @@ def _check_kernel(kernel: Kernel) -> None:
 
 def _check_disk(disk: Disk, where: str) -> None:
     last = len(disk.layers) - 1
+    if not disk.layers and not disk.cdrom:
+        raise _bad(f"{where}.layers", "has no entry; only a cdrom may be without a medium")
+    if is_scsi(disk):
+        for key, given in (("slot", disk.slot), ("queues", disk.queues)):
+            if given:
+                raise _bad(f"{where}.{key}", "is for bus blk; all that is on the SCSI bus shares an adapter")
     for index, layer in enumerate(disk.layers):
         here = f"{where}.layers[{index}]"
         if disk.source == "fd":

@@ -33,6 +33,12 @@ MEMORY_MOST = 510 * 1024 * MIB
 PAGE_SIZES = {"2M": 2 * MIB, "1G": 1024 * MIB}
 
 
+BLOCK_DISKS = 16
+"""The most disks with a device of their own."""
+DISKS_MOST = 64
+"""The most disks and drives in all: as many as the SCSI host adapter has targets."""
+
+
 class Layer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """One image of a chain. ``path`` is None when the slot is filled by an fd (source="fd").
 
@@ -49,18 +55,30 @@ class Layer(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, froz
 
 
 class Disk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
-    """A virtio-blk disk: its whole chain, active layer first (at most 200 layers)."""
+    """A disk or CD-ROM drive: its whole chain, active layer first (at most 200 layers).
+
+    A disk is a virtio-blk device of its own, or on the bus of the machine's SCSI host adapter, where a CD-ROM
+    drive always is. That may have no medium: no layers.
+    """
 
     id: Id
-    layers: Annotated[list[Layer], Meta(min_length=1, max_length=200)]
+    layers: Annotated[list[Layer], Meta(max_length=200)]
     source: Literal["path", "fd"] = "path"
     read_only: bool = False
-    cdrom: bool = False  # read-only, and "cdrom" in the boot order
+    bus: Literal["blk", "scsi"] = "blk"
+    cdrom: bool = False  # a CD-ROM drive; "cdrom" in the boot order
     serial: Annotated[str, Meta(pattern=r"^[ -~]{0,20}$")] = ""
     queues: Annotated[int, Meta(ge=0, le=16)] = 0  # 0: one per vCPU
     slot: HotplugSlot = 0
     # Writes of zeros are written, or done by the image's mapping, or that and their space given back.
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
+
+
+class Medium(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """What is put into a CD-ROM drive: a disk's layers, or none."""
+
+    layers: Annotated[list[Layer], Meta(max_length=200)] = []
+    source: Literal["path", "fd"] = "path"
 
 
 class Kernel(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
@@ -105,14 +123,14 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     memory: Annotated[int, Meta(ge=MEMORY_LEAST, le=MEMORY_MOST, multiple_of=MIB)]
     kernel: Kernel | None = None  # direct boot; else firmware boots
     firmware: Literal["none", "bios", "uefi"] = "none"
-    boot: Annotated[list[Id], Meta(max_length=35)] = []  # see ``boot_order``
+    boot: Annotated[list[Id], Meta(max_length=DISKS_MOST + 19)] = []  # see ``boot_order``
     boot_menu: bool = False  # the BIOS offers its menu, for 2.5 s
     vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
     machine_type: Literal["vmbus-0"] = "vmbus-0"
     cpu_model: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,40}$")] = "host"
     memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
     page_size: Literal["2M", "1G"] | None = None  # of huge memory; None: 2M
-    disks: Annotated[list[Disk], Meta(max_length=16)] = []
+    disks: Annotated[list[Disk], Meta(max_length=DISKS_MOST)] = []
     nics: Annotated[list[Nic], Meta(max_length=16)] = []
     rng: bool = True
     balloon: bool = True  # virtio-balloon; see ``has_balloon``
@@ -139,6 +157,11 @@ def boot_order(definition: Definition) -> list[str]:
     for word in definition.boot or BOOT_CLASSES:
         order += ids[word] if word in ids else [known[word]]
     return list(dict.fromkeys(order))
+
+
+def is_scsi(disk: Disk) -> bool:
+    """Whether it is on the bus of the SCSI host adapter."""
+    return disk.cdrom or disk.bus == "scsi"
 
 
 def is_read_only(disk: Disk) -> bool:

@@ -155,6 +155,15 @@ class Change(_Request, tag="change", frozen=True, kw_only=True):
     size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
 
 
+class Media(_Request, tag="media", frozen=True, kw_only=True):
+    """Put the medium that the layers of ``disk`` are, delivered before, into that CD-ROM drive, or take its
+    medium out, if there are none. Result when it is done; InUse if the guest has locked it, unless
+    ``force``."""
+
+    disk: Disk
+    force: bool = False
+
+
 class Stats(_Request, tag="stats", frozen=True, kw_only=True):
     """Result ``stats``: counters of vCPUs and devices."""
 
@@ -197,6 +206,7 @@ Request = (
     | Save
     | Restore
     | CancelSave
+    | Media
 )
 
 

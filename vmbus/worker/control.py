@@ -40,6 +40,7 @@ from vmbus.wire.worker import (
     Detach,
     Hello,
     Keep,
+    Media,
     MemoryTarget,
     Prefault,
     Request,
@@ -81,6 +82,7 @@ _BEYOND_LIFELINE = (
     Change,
     Restore,
     CancelSave,
+    Media,
 )
 
 
@@ -305,7 +307,7 @@ class Control:
             self._files.add(request.slot, fds)
             reply.done()
         else:
-            if isinstance(request, Configure | Attach):
+            if isinstance(request, Configure | Attach | Media):
                 self.collect_files()
             self._desk.handle(request, fds, reply)
 

@@ -39,7 +39,7 @@ from vmbus.worker.loop import Loop
 ABI: Final = 2
 PROFILES: Final = {"plain": 0, "vfio": 1}
 ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4, "memory": 5, "crew": 6}
-SLOT_OPERATIONS: Final = {"attach-disk": 0, "attach-nic": 1, "detach": 2, "keep": 3}
+SLOT_OPERATIONS: Final = {"attach-disk": 0, "attach-nic": 1, "detach": 2, "keep": 3, "medium": 4}
 OPERATIONS: Final = {
     "run": 0,
     "pause": 1,
@@ -194,6 +194,8 @@ def disk_configuration(disk: Disk, files: Files) -> dict[str, Any]:
     return {
         "id": disk.id,
         "layers": layers,
+        "bus": disk.bus,
+        "cdrom": disk.cdrom,
         "read_only": is_read_only(disk),
         "serial": disk.serial,
         "queues": disk.queues,
@@ -316,7 +318,7 @@ class Core:
     def attach(
         self, operation: str, request: int, device: dict[str, Any], failed: Callable[[VmbusError], None]
     ) -> None:
-        """Attach a ``device`` ("attach-disk" or "attach-nic"), whose fds are gone either way.
+        """Attach a ``device`` ("attach-disk" or "attach-nic"), or change a "medium"; the fds are gone.
 
         An event done or failed with this id answers, or ``failed`` is called. Images are opened on the core
         thread."""

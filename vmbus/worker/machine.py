@@ -9,7 +9,7 @@
 | paused | Pause, Save, Restore | Resume, Reset, Save, Stop, Stats, Console, memory, links, devices |
 | ended | the guest, Stop, Save, an error, a build or a restore that failed | none |
 
-About devices are Attach, Detach, Keep and Change.
+About devices are Attach, Detach, Keep, Change and Media.
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
 stored that event, or when no control connection was there for LINGER_SECONDS. A machine that cannot be
@@ -35,6 +35,7 @@ from vmbus.wire.worker import (
     Console,
     Detach,
     Keep,
+    Media,
     MemoryTarget,
     Pause,
     Prefault,
@@ -137,6 +138,8 @@ class Machine:
             self._require(type(request).__name__, _PLUGGABLE)
             operation = "detach" if isinstance(request, Detach) else "keep"
             self.core.slot(operation, self._expect(operation, reply), request.device)
+        elif isinstance(request, Media):
+            self._media(request, reply)
         elif isinstance(request, Change):
             self._change(request, reply)
         elif isinstance(request, Save):
@@ -238,6 +241,17 @@ class Machine:
         if len(given) != 1:
             raise VmbusError("InvalidArgument", f"is one of {', '.join(wanted)}", argument="change")
         self.core.change(self._expect("change", reply), request.device, *given[0])
+
+    def _media(self, request: Media, reply: Reply) -> None:
+        try:
+            self._require("medium", _PLUGGABLE)
+            change = {"disk": disk_configuration(request.disk, self._files), "force": request.force}
+        except VmbusError:
+            self._files.close()
+            raise
+        self._files.hand_over([slot.name for slot in disk_slots(request.disk)])
+        number = self._expect("medium", reply)
+        self.core.attach("medium", number, change, lambda error: self._not_attached(number, error))
 
     def _attach(self, request: Attach, reply: Reply) -> None:
         """The device's files are given to the core; whatever else was delivered belongs to nobody."""

@@ -20,8 +20,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi;
 use crate::bus::Bus;
+use crate::config::DiskBus;
 use crate::cpu::model;
-use crate::devices::{DISKS_MAX, NICS_MAX, QUEUES_MAX};
+use crate::devices::{DISKS_MAX, NICS_MAX, QUEUES_MAX, SCSI};
 use crate::error::{Error, Kind, Result};
 use crate::firmware::{self, rom, shadow, smbios, BootDevice, Facts};
 use crate::irq::MsiMessage;
@@ -34,10 +35,12 @@ use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::RootPort;
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
+use crate::scsi::cdb::{self, Cdb};
+use crate::scsi::{Outcome, Unit, INQUIRY};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::net::PAIRS_MAX;
 use crate::virtio::pci::VirtioPci;
-use crate::virtio::{blk, net, rng, Activation, Backend, Model};
+use crate::virtio::{blk, net, rng, scsi, Activation, Backend, Model};
 
 /// A machine, as far as a guest can see what is said here.
 #[derive(Clone, Debug, Deserialize)]
@@ -73,6 +76,26 @@ pub struct Disk {
     read_only: bool,
     serial: String,
     queues: u16,
+    #[serde(default)]
+    bus: DiskBus,
+    #[serde(default)]
+    cdrom: bool,
+}
+
+impl Disk {
+    fn is_scsi(&self) -> bool {
+        self.cdrom || self.bus == DiskBus::Scsi
+    }
+
+    /// The same as [`crate::devices::ScsiSpec`] has, without an image.
+    fn unit(&self) -> Unit {
+        let name = crate::disks::scsi_name(&self.serial, &self.id);
+        if self.cdrom {
+            Unit::cdrom(&name, None)
+        } else {
+            Unit::disk(&name, 0, self.read_only)
+        }
+    }
 }
 
 /// A network interface.
@@ -171,7 +194,34 @@ pub fn describe(machine: &Machine) -> Result<Value> {
         "smbios": smbios_tables(&facts),
         "fw-cfg": fw_cfg(&facts, root),
         "cpuid": cpuid(machine)?,
+        "scsi": units(machine),
     }))
+}
+
+/// What the units of the SCSI host adapter say they are, by target: all that INQUIRY has.
+fn units(machine: &Machine) -> Value {
+    let scsi = machine.disks.iter().filter(|disk| disk.is_scsi());
+    let describe = |disk: &Disk| {
+        let mut unit = disk.unit();
+        let mut pages = Map::new();
+        let mut ask = |page: Option<u8>| {
+            let mut cdb = [0; cdb::LEN];
+            let start = [INQUIRY, u8::from(page.is_some()), page.unwrap_or(0), 1, 0];
+            cdb.iter_mut().zip(start).for_each(|(to, from)| *to = from);
+            match unit.command(&Cdb(cdb), &[]) {
+                Outcome::Good(bytes) => Some(hex(&bytes)),
+                _ => None,
+            }
+        };
+        let inquiry = ask(None);
+        for page in 0..=u8::MAX {
+            if let Some(bytes) = ask(Some(page)) {
+                pages.insert(format!("{page:02x}"), json!(bytes));
+            }
+        }
+        json!({ "id": disk.id, "inquiry": inquiry, "pages": pages })
+    };
+    scsi.map(describe).collect()
 }
 
 fn functions(machine: &Machine) -> Result<Vec<Described>> {
@@ -193,7 +243,9 @@ fn functions(machine: &Machine) -> Result<Vec<Described>> {
         )?;
         Ok::<Described, Error>((place, name, Arc::new(device), Some(model)))
     };
-    if machine.disks.len() > DISKS_MAX || machine.nics.len() > NICS_MAX {
+    let scsi = machine.disks.iter().filter(|disk| disk.is_scsi()).count();
+    let block = machine.disks.len().saturating_sub(scsi);
+    if scsi > scsi::TARGETS_MAX || block > DISKS_MAX || machine.nics.len() > NICS_MAX {
         return Err(Error::invalid(
             "disks",
             "more devices than there are places",
@@ -204,7 +256,8 @@ fn functions(machine: &Machine) -> Result<Vec<Described>> {
         wanted => wanted.min(most),
     };
     let mut all: Vec<Described> = Vec::new();
-    for (index, disk) in (0..).zip(&machine.disks) {
+    let block = machine.disks.iter().filter(|disk| !disk.is_scsi());
+    for (index, disk) in (0..).zip(block) {
         let model =
             blk::Disk::new(0, disk.read_only, &disk.serial).model(queues(disk.queues, QUEUES_MAX));
         all.push(virtio(
@@ -220,6 +273,10 @@ fn functions(machine: &Machine) -> Result<Vec<Described>> {
         let model = net::model(mac, queues(nic.queues, PAIRS_MAX), true);
         let name = format!("nic/{}", nic.id);
         all.push(virtio(Place::nic(index), name, model, rom.clone())?);
+    }
+    if machine.disks.iter().any(Disk::is_scsi) {
+        let model = scsi::model(u16::from(machine.vcpus).clamp(1, scsi::QUEUES_MAX));
+        all.push(virtio(Place::SCSI, SCSI.to_owned(), model, None)?);
     }
     if machine.rng {
         all.push(virtio(Place::RNG, "rng".to_owned(), rng::model(), None)?);
@@ -270,7 +327,15 @@ fn facts(machine: &Machine, functions: &[Described]) -> Result<Facts> {
         .iter()
         .map(|(place, name, _, _)| (name.as_str(), *place))
         .collect();
+    let targets = machine.disks.iter().filter(|disk| disk.is_scsi());
+    let targets: BTreeMap<String, u8> = targets
+        .zip(0..)
+        .map(|(disk, target)| (format!("disk/{}", disk.id), target))
+        .collect();
     let boot = machine.boot.iter().flatten().map(|id| {
+        if let Some(target) = targets.get(id) {
+            return Ok(BootDevice::Scsi(*target));
+        }
         let place = places.get(id.as_str()).copied();
         match (place, id.split_once('/')) {
             (Some(place), Some(("disk", _))) => Ok(BootDevice::Disk(Seat::Bus0(place))),

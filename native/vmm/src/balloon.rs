@@ -117,7 +117,7 @@ impl Server {
             Command::Add(_, sender) => {
                 let _ = sender.send(Err(Newcomer::misplaced()));
             }
-            Command::Change(_, change, answer) => answer.give(Err(change.misplaced())),
+            Command::Change(_, _, change, answer) => answer.give(Err(change.misplaced())),
             Command::Exit => self.exiting = true,
         }
         Ok(())

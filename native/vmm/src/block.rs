@@ -13,6 +13,9 @@
 //! (which is a matter of metadata) and the driver told.
 
 mod counters;
+mod scsi;
+#[cfg(test)]
+mod scsi_tests;
 mod server;
 
 use std::sync::Arc;
@@ -26,6 +29,7 @@ use crate::virtio::blk;
 use crate::virtio::live::ChangingConfig;
 
 pub use counters::Counters;
+pub use scsi::ScsiUnit;
 use server::Server;
 
 /// What an I/O thread serves.
@@ -41,6 +45,8 @@ pub enum Served {
         /// What has happened.
         counters: Arc<Counters>,
     },
+    /// A SCSI host adapter with these units, by target.
+    Scsi(Vec<ScsiUnit>),
     /// Random numbers.
     Rng,
 }
@@ -60,6 +66,18 @@ pub fn start(
     let name = format!("block-{index}");
     IoThread::start(&name, Role::Block, served.len(), hook, trouble, |mailbox| {
         Server::new(ring, served, mailbox)
+    })
+}
+
+/// Lets an image grow that nothing is in flight of.
+fn grow(image: &Image, size: u64) -> Result<()> {
+    if size % blk::SECTOR != 0 {
+        let message = format!("{size} is not a multiple of {}", blk::SECTOR);
+        return Err(Error::invalid("size", message));
+    }
+    vmbus_qcow2::resize(image, size, false).map_err(|error| Error {
+        argument: "size".to_owned(),
+        ..image_error(error)
     })
 }
 

@@ -151,8 +151,14 @@ pub struct Firmware {
 pub struct Disk {
     /// Names it in events and errors.
     pub id: String,
-    /// At least one.
+    /// At least one; none for a CD-ROM drive without a medium.
     pub layers: Vec<Layer>,
+    /// What it is connected by.
+    #[serde(default)]
+    pub bus: DiskBus,
+    /// A CD-ROM drive: on the SCSI bus.
+    #[serde(default)]
+    pub cdrom: bool,
     /// Whether the guest may write.
     #[serde(default)]
     pub read_only: bool,
@@ -168,6 +174,17 @@ pub struct Disk {
     /// What becomes of writes of zeros: `off` (also when empty), `on` or `unmap`.
     #[serde(default)]
     pub detect_zeroes: String,
+}
+
+/// What a disk is connected by.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBus {
+    /// A function of its own: virtio-blk.
+    #[default]
+    Blk,
+    /// The host adapter: virtio-scsi.
+    Scsi,
 }
 
 /// One image of a chain.
@@ -331,6 +348,16 @@ impl From<ChangeKind> for Change {
             ChangeKind::Size(bytes) => Change::Size(bytes),
         }
     }
+}
+
+/// Another medium for a CD-ROM drive.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MediumChange {
+    /// The drive with its new medium's layers, or with none.
+    pub disk: Disk,
+    /// Even if the guest has locked it.
+    pub force: bool,
 }
 
 /// The files of a machine, owned.

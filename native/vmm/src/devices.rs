@@ -5,7 +5,7 @@
 //! before their threads end.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde_json::json;
 use vm_memory::mmap::MmapRegion;
@@ -13,30 +13,34 @@ use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Image, Ring};
 
 use crate::balloon;
-use crate::block::{self, Counters, Served};
+use crate::block::{self, Counters, ScsiUnit, Served};
 use crate::bus::{Bus, BusDevice};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::hotplug::{Arrival, Hotplug};
-use crate::io::{Behind, Count, IoDevice, Port, Trouble};
+use crate::io::{Behind, Count, IoDevice, IoUnit, Port, Trouble};
 use crate::net::{self, Link};
 use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::{Ejected, RootPort};
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
+use crate::scsi::Unit;
 use crate::state::Stateful;
 use crate::thread::ThreadHook;
 use crate::virtio::balloon::Balloon;
 use crate::virtio::live::ChangingConfig;
 use crate::virtio::net::{self as virtio_net, MAC, PAIRS_MAX};
 use crate::virtio::pci::VirtioPci;
+use crate::virtio::scsi::{self, TARGETS_MAX};
 use crate::virtio::{blk, rng, Model};
 
 /// The most disks there are places for.
 pub const DISKS_MAX: usize = 16;
 /// The most network interfaces there are places for.
 pub const NICS_MAX: usize = 16;
+/// The name of the SCSI host adapter.
+pub const SCSI: &str = "scsi";
 /// The most queues of one disk.
 pub const QUEUES_MAX: u16 = 16;
 
@@ -54,6 +58,32 @@ pub struct DiskSpec {
     pub queues: u16,
     /// The hotplug slot it sits in, 1 to 8; None for a place on bus 0.
     pub slot: Option<u8>,
+}
+
+/// A disk or CD-ROM drive of the SCSI host adapter.
+pub struct ScsiSpec {
+    /// Names it in events, errors and statistics.
+    pub id: String,
+    /// Its chain, opened and active; None for a drive without a medium.
+    pub image: Option<Arc<Image>>,
+    /// A CD-ROM drive.
+    pub cdrom: bool,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// What it says its name is.
+    pub name: String,
+}
+
+impl ScsiSpec {
+    /// As its guest sees it.
+    fn unit(&self) -> Unit {
+        let size = self.image.as_ref().map(|image| image.size());
+        if self.cdrom {
+            Unit::cdrom(&self.name, size)
+        } else {
+            Unit::disk(&self.name, size.unwrap_or(0), self.read_only)
+        }
+    }
 }
 
 /// A network interface of the definition, with its link.
@@ -77,6 +107,8 @@ pub struct NicSpec {
 pub struct Parts {
     /// In the order of their places, at most [`DISKS_MAX`].
     pub disks: Vec<DiskSpec>,
+    /// By target, at most [`TARGETS_MAX`]; with any there is a host adapter.
+    pub scsi: Vec<ScsiSpec>,
     /// In the order of their places, at most [`NICS_MAX`].
     pub nics: Vec<NicSpec>,
     /// Whether there is a random number generator.
@@ -117,6 +149,8 @@ pub struct Devices {
     pub root: Arc<Root>,
     /// Where each is that was there at the start, by its id, such as `disk/root`.
     pub seats: BTreeMap<String, Seat>,
+    /// The targets of those that the SCSI host adapter has.
+    pub targets: BTreeMap<String, u8>,
 }
 
 /// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, one for
@@ -133,6 +167,7 @@ pub fn assemble(
 ) -> Result<Devices> {
     let Parts {
         disks,
+        scsi: units_wanted,
         nics,
         rng: with_rng,
         balloon,
@@ -147,6 +182,15 @@ pub fn assemble(
         return Err(Error::invalid(
             "nics",
             format!("{} interfaces; at most {NICS_MAX} have a place", nics.len()),
+        ));
+    }
+    if units_wanted.len() > TARGETS_MAX {
+        return Err(Error::invalid(
+            "disks",
+            format!(
+                "{} on the SCSI bus; at most {TARGETS_MAX} have a target",
+                units_wanted.len()
+            ),
         ));
     }
     let (plugged, disks): (Vec<_>, Vec<_>) = disks.into_iter().partition(|d| d.slot.is_some());
@@ -185,6 +229,42 @@ pub fn assemble(
             behind: Behind::default(),
         };
         share.push((Served::Rng, endpoint));
+    }
+
+    let targets: BTreeMap<_, _> = units_wanted
+        .iter()
+        .zip(0u8..)
+        .map(|(unit, target)| (format!("disk/{}", unit.id), target))
+        .collect();
+    let mut units: Vec<IoUnit> = Vec::new();
+    if let Some(share) = shares.last_mut().filter(|_| !units_wanted.is_empty()) {
+        let served = units_wanted.into_iter().map(|spec| {
+            let counters = Arc::new(Counters::default());
+            let medium = Arc::new(Mutex::new(spec.image.clone()));
+            let unit = spec.unit();
+            units.push(IoUnit {
+                id: format!("disk/{}", spec.id),
+                same: json!({ "read-only": spec.read_only, "cdrom": spec.cdrom, "name": spec.name }),
+                medium: medium.clone(),
+                counters: counters.clone(),
+            });
+            ScsiUnit {
+                unit,
+                medium,
+                counters,
+            }
+        });
+        let served = Served::Scsi(served.collect());
+        let queues = u16::from(board.vcpus).clamp(1, scsi::QUEUES_MAX);
+        let endpoint = Endpoint {
+            id: SCSI.to_owned(),
+            seat: Seat::Bus0(Place::SCSI),
+            model: scsi::model(queues),
+            counters: None,
+            rom: None,
+            behind: Behind::default(),
+        };
+        share.push((served, endpoint));
     }
 
     let mut functions: Vec<(Place, Arc<dyn Function>)> =
@@ -227,6 +307,10 @@ pub fn assemble(
             continue;
         };
         functions.push((place, endpoint.function(&board, &port)?));
+        if endpoint.id == SCSI {
+            let behind = units.drain(..).enumerate();
+            list.extend(behind.map(|(number, unit)| unit.device(port.clone(), number)));
+        }
         let device = IoDevice::new(endpoint.id, port, endpoint.counters, endpoint.behind);
         list.push(Arc::new(device));
     }
@@ -253,6 +337,7 @@ pub fn assemble(
         hotplug,
         root,
         seats,
+        targets,
     })
 }
 

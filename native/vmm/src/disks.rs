@@ -9,8 +9,8 @@ use std::sync::Arc;
 use vmbus_qcow2::{DetectZeroes, Format, Image, LayerFiles, OpenOptions, Secret};
 
 use crate::block::image_error;
-use crate::config::Disk;
-use crate::devices::DiskSpec;
+use crate::config::{Disk, DiskBus};
+use crate::devices::{DiskSpec, ScsiSpec};
 use crate::error::{Error, Result};
 
 /// The descriptors of one layer.
@@ -23,27 +23,37 @@ pub struct LayerFds {
     pub secret: Option<OwnedFd>,
 }
 
+/// The disks of a machine, opened.
+#[derive(Default)]
+pub struct Disks {
+    /// Those with a function of their own.
+    pub block: Vec<DiskSpec>,
+    /// Those of the host adapter, by target.
+    pub scsi: Vec<ScsiSpec>,
+}
+
 /// Opens all of them; `active`: for use at once. `files` has the descriptors of each disk's layers, in the same order.
 ///
 /// # Errors
 /// What is wrong with a chain, with the disk or, where it is one layer's, its slot as the argument.
-pub fn open(disks: &[Disk], files: Vec<Vec<LayerFds>>, active: bool) -> Result<Vec<DiskSpec>> {
+pub fn open(disks: &[Disk], files: Vec<Vec<LayerFds>>, active: bool) -> Result<Disks> {
     let mut ids = BTreeSet::new();
-    disks
-        .iter()
-        .zip(files)
-        .enumerate()
-        .map(|(index, (disk, files))| {
-            check(index, disk)?;
-            if !ids.insert(&disk.id) {
-                return Err(Error::invalid(
-                    format!("disks[{index}].id"),
-                    format!("{:?} is the id of another disk", disk.id),
-                ));
-            }
-            open_disk(disk, files, active)
-        })
-        .collect()
+    let mut opened = Disks::default();
+    for (index, (disk, files)) in disks.iter().zip(files).enumerate() {
+        check(index, disk)?;
+        if !ids.insert(&disk.id) {
+            return Err(Error::invalid(
+                format!("disks[{index}].id"),
+                format!("{:?} is the id of another disk", disk.id),
+            ));
+        }
+        if disk.cdrom || disk.bus == DiskBus::Scsi {
+            opened.scsi.push(open_scsi(disk, files, active)?);
+        } else {
+            opened.block.push(open_disk(disk, files, active)?);
+        }
+    }
+    Ok(opened)
 }
 
 fn check(index: usize, disk: &Disk) -> Result<()> {
@@ -73,6 +83,50 @@ fn check(index: usize, disk: &Disk) -> Result<()> {
 }
 
 fn open_disk(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<DiskSpec> {
+    Ok(DiskSpec {
+        id: disk.id.clone(),
+        image: open_image(disk, files, active)?,
+        read_only: disk.read_only,
+        serial: disk.serial.clone(),
+        queues: disk.queues,
+        slot: disk.slot,
+    })
+}
+
+fn open_scsi(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<ScsiSpec> {
+    if disk.slot.is_some() {
+        let message = "is for disks with a function of their own";
+        return Err(Error::invalid(format!("disk/{}", disk.id), message));
+    }
+    Ok(ScsiSpec {
+        id: disk.id.clone(),
+        image: open_medium(disk, files, active)?,
+        cdrom: disk.cdrom,
+        read_only: disk.read_only,
+        name: scsi_name(&disk.serial, &disk.id),
+    })
+}
+
+/// What a unit says its name is: its serial number, if it has one.
+pub(crate) fn scsi_name(serial: &str, id: &str) -> String {
+    match serial {
+        "" => id.to_owned(),
+        serial => serial.to_owned(),
+    }
+}
+
+/// The image of a disk; of a CD-ROM drive, if it has a medium.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_medium(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<Option<Arc<Image>>> {
+    if disk.cdrom && files.is_empty() {
+        return Ok(None);
+    }
+    open_image(disk, files, active).map(Some)
+}
+
+fn open_image(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<Arc<Image>> {
     let about = |error: vmbus_qcow2::Error| Error {
         argument: match error.layer() {
             Some(layer) => format!("disk/{}/{layer}", disk.id),
@@ -101,7 +155,7 @@ fn open_disk(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<DiskSpec
         })
         .collect::<Result<Vec<_>>>()?;
     let options = OpenOptions {
-        read_only: disk.read_only,
+        read_only: disk.read_only || disk.cdrom,
         detect_zeroes: match disk.detect_zeroes.as_str() {
             "" => DetectZeroes::Off,
             name => name.parse().map_err(about)?,
@@ -112,12 +166,5 @@ fn open_disk(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<DiskSpec
     if active {
         image.activate().map_err(about)?;
     }
-    Ok(DiskSpec {
-        id: disk.id.clone(),
-        image: Arc::new(image),
-        read_only: disk.read_only,
-        serial: disk.serial.clone(),
-        queues: disk.queues,
-        slot: disk.slot,
-    })
+    Ok(Arc::new(image))
 }

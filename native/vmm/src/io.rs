@@ -58,17 +58,24 @@ pub(crate) enum Command {
     Close(usize, Sender<Result<()>>),
     Add(Newcomer, Sender<Result<usize>>),
     Link(usize, String, OwnedFd, Sender<Result<()>>),
-    Change(usize, Change, Answer),
+    /// The device, and its unit where it has several.
+    Change(usize, usize, Change, Answer),
     Exit,
 }
 
 /// What the host changes of a device that its guest uses.
-#[derive(Debug, PartialEq, Eq)]
 pub enum Change {
     /// A network interface's cable is plugged in, or pulled.
     Carrier(bool),
     /// A disk has so many bytes from now on.
     Size(u64),
+    /// Another medium is put into a drive, or its medium taken out.
+    Medium {
+        /// An active image, read-only.
+        medium: Option<Arc<Image>>,
+        /// Even if the guest has locked it.
+        force: bool,
+    },
 }
 
 impl Change {
@@ -77,6 +84,7 @@ impl Change {
         let what = match self {
             Change::Carrier(_) => "a link",
             Change::Size(_) => "a size that can be changed",
+            Change::Medium { .. } => "a medium that can be changed",
         };
         Error::invalid("device", format!("has not {what}"))
     }
@@ -342,13 +350,6 @@ impl IoDevice {
         }
     }
 
-    fn about(&self, error: vmbus_qcow2::Error) -> Error {
-        Error {
-            argument: self.id.clone(),
-            ..block::image_error(error)
-        }
-    }
-
     fn gone(&self) -> Error {
         Error::new(
             Kind::Internal,
@@ -387,40 +388,25 @@ impl Device for IoDevice {
     }
 
     fn change(&self, change: Change, answer: Answer) {
-        let change = Command::Change(self.port.device, change, answer);
+        let change = Command::Change(self.port.device, 0, change, answer);
         self.port.mailbox.post(change);
     }
 
     fn facts(&self) -> Result<Option<facts::Device>> {
-        let image = self.behind.image.as_ref();
-        let stamps = image.map(|image| image.stamps()).transpose();
-        let stamps = stamps.map_err(|error| self.about(error))?;
-        let stamps = stamps.into_iter().flatten();
-        let files = stamps.map(|stamp| facts::FileStamp {
-            identity: stamp.identity,
-            len: stamp.len,
-            modified: stamp.modified,
-        });
-        let mut same = self.behind.same.clone();
-        if let (Some(image), Some(same)) = (image, same.as_object_mut()) {
-            same.insert("size".to_owned(), image.size().into());
-        }
-        Ok(Some(facts::Device {
-            same,
-            files: files.collect(),
-        }))
+        let image = self.behind.image.as_deref();
+        facts_of(&self.id, self.behind.same.clone(), image).map(Some)
     }
 
     fn let_go(&self) -> Result<()> {
         let image = self.behind.image.as_ref();
         let done = image.map_or(Ok(()), |image| image.inactivate());
-        done.map_err(|error| self.about(error))
+        done.map_err(|error| about(&self.id, error))
     }
 
     fn take_up(&self) -> Result<()> {
         let image = self.behind.image.as_ref();
         let done = image.map_or(Ok(()), |image| image.activate());
-        done.map_err(|error| self.about(error))
+        done.map_err(|error| about(&self.id, error))
     }
 
     fn stats(&self) -> serde_json::Value {
@@ -428,5 +414,99 @@ impl Device for IoDevice {
             Some(counters) => counters.to_json(),
             None => serde_json::Value::Null,
         }
+    }
+}
+
+/// What a device with an image is to a machine that is saved.
+fn facts_of(id: &str, mut same: State, image: Option<&Image>) -> Result<facts::Device> {
+    let stamps = image.map(Image::stamps).transpose();
+    let stamps = stamps.map_err(|error| about(id, error))?;
+    let stamps = stamps.into_iter().flatten();
+    let files = stamps.map(|stamp| facts::FileStamp {
+        identity: stamp.identity,
+        len: stamp.len,
+        modified: stamp.modified,
+    });
+    if let (Some(image), Some(same)) = (image, same.as_object_mut()) {
+        same.insert("size".to_owned(), image.size().into());
+    }
+    Ok(facts::Device {
+        same,
+        files: files.collect(),
+    })
+}
+
+fn about(id: &str, error: vmbus_qcow2::Error) -> Error {
+    Error {
+        argument: id.to_owned(),
+        ..block::image_error(error)
+    }
+}
+
+/// What is in a drive now, which its thread changes: a disk's image, or a medium.
+pub(crate) type Medium = Arc<Mutex<Option<Arc<Image>>>>;
+
+/// One of several units of a served device, which is paused and stopped as a whole: by another.
+pub(crate) struct IoUnit {
+    /// Its name in events and statistics.
+    pub(crate) id: String,
+    /// What must be the same where the machine goes on.
+    pub(crate) same: State,
+    /// What is in it.
+    pub(crate) medium: Medium,
+    /// What has happened.
+    pub(crate) counters: Arc<dyn Count>,
+}
+
+/// The same, behind a port.
+struct Unit {
+    unit: IoUnit,
+    port: Port,
+    number: usize,
+}
+
+impl IoUnit {
+    /// Unit `number` behind `port`.
+    pub(crate) fn device(self, port: Port, number: usize) -> Arc<dyn Device> {
+        Arc::new(Unit {
+            unit: self,
+            port,
+            number,
+        })
+    }
+
+    fn image(&self) -> Option<Arc<Image>> {
+        let medium = self.medium.lock().unwrap_or_else(|e| e.into_inner());
+        medium.clone()
+    }
+}
+
+impl Device for Unit {
+    fn id(&self) -> String {
+        self.unit.id.clone()
+    }
+
+    fn change(&self, change: Change, answer: Answer) {
+        let change = Command::Change(self.port.device, self.number, change, answer);
+        self.port.mailbox.post(change);
+    }
+
+    fn facts(&self) -> Result<Option<facts::Device>> {
+        let image = self.unit.image();
+        facts_of(&self.unit.id, self.unit.same.clone(), image.as_deref()).map(Some)
+    }
+
+    fn let_go(&self) -> Result<()> {
+        let done = self.unit.image().map_or(Ok(()), |image| image.inactivate());
+        done.map_err(|error| about(&self.unit.id, error))
+    }
+
+    fn take_up(&self) -> Result<()> {
+        let done = self.unit.image().map_or(Ok(()), |image| image.activate());
+        done.map_err(|error| about(&self.unit.id, error))
+    }
+
+    fn stats(&self) -> serde_json::Value {
+        self.unit.counters.to_json()
     }
 }

@@ -44,6 +44,7 @@ pub mod platform;
 mod poll;
 pub mod prefault;
 pub mod save;
+pub mod scsi;
 pub mod slots;
 pub mod state;
 pub mod thread;

@@ -24,7 +24,9 @@ use vmbus_qcow2::Ring;
 
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
-use crate::config::{Config, DeviceChange, Disk, Files, Nic, Peer, RestoreFrom, SaveTo};
+use crate::config::{
+    Config, DeviceChange, Disk, Files, MediumChange, Nic, Peer, RestoreFrom, SaveTo,
+};
 use crate::control::{Control, Keeping, VcpuThreads};
 use crate::cpu::entry::Entry;
 use crate::cpu::gate::{self, Cause, Gate};
@@ -39,6 +41,7 @@ use crate::firmware::flash::Flash;
 use crate::firmware::shadow::{self, Shadow};
 use crate::firmware::{self, rom, smbios, BootDevice, Facts};
 use crate::hotplug::Arrival;
+use crate::io::Change;
 use crate::irq::Line;
 use crate::layout;
 use crate::legacy::cmos::Cmos;
@@ -161,7 +164,8 @@ impl Machine {
         let balloon = config.balloon.then(|| Balloon::new(config.memory));
         let balloon = balloon.transpose()?;
         let parts = Parts {
-            disks,
+            disks: disks.block,
+            scsi: disks.scsi,
             nics,
             rng: config.rng,
             balloon: balloon.clone(),
@@ -253,7 +257,12 @@ impl Machine {
     pub fn attach_disk(&self, id: u64, disk: &Disk) -> Result<()> {
         let files = disk.take_files()?;
         let slot = named_slot(disk.slot)?;
-        for spec in disks::open(std::slice::from_ref(disk), vec![files], true)? {
+        let opened = disks::open(std::slice::from_ref(disk), vec![files], true)?;
+        if !opened.scsi.is_empty() {
+            let message = "a disk of the SCSI host adapter does not come while the machine runs";
+            return Err(Error::new(Kind::NotSupported, "bus", message));
+        }
+        for spec in opened.block {
             self.ask(id, Slot::Attach(slot, Arrival::Disk(spec)));
         }
         Ok(())
@@ -317,6 +326,25 @@ impl Machine {
             id,
             Slot::Link(peer.device.clone(), peer.peer.clone(), socket),
         );
+        Ok(())
+    }
+
+    /// Puts another medium into a CD-ROM drive, or takes its medium out; takes over the fds that the drive's layers name.
+    /// Answered by an event with this id.
+    ///
+    /// # Errors
+    /// What is wrong with the medium; then nothing was asked.
+    pub fn change_medium(&self, id: u64, change: &MediumChange) -> Result<()> {
+        let files = change.disk.take_files()?;
+        if !change.disk.cdrom {
+            return Err(Error::invalid("device", "is no CD-ROM drive"));
+        }
+        let what = Change::Medium {
+            medium: disks::open_medium(&change.disk, files, true)?,
+            force: change.force,
+        };
+        let device = format!("disk/{}", change.disk.id);
+        self.mailbox.inbox.push(Mail::Change(id, device, what));
         Ok(())
     }
 
@@ -399,6 +427,9 @@ fn host_bridge(vm: &Vm, code: Option<Arc<MmapRegion>>, gate: &Arc<Gate>) -> Host
 fn facts(config: &Config, devices: &Devices) -> Result<Facts> {
     let boot = config.firmware.iter().flat_map(|firmware| &firmware.boot);
     let boot = boot.map(|id| {
+        if let Some(target) = devices.targets.get(id) {
+            return Ok(BootDevice::Scsi(*target));
+        }
         let seat = devices.seats.get(id).copied();
         match (seat, id.split_once('/')) {
             (Some(seat), Some(("disk", _))) => Ok(BootDevice::Disk(seat)),

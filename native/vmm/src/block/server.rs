@@ -13,14 +13,17 @@ use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::{Completion, Engine, Image, Op, Request, Ring, Slot};
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
-use super::{image_error, Counters, Served};
+use super::scsi::{is_for_events, Adapter, Begun, Waiting};
+use super::{grow, image_error, Counters, Served};
 use crate::error::{Error, Result};
 use crate::io::{Answer, Change, Command, Mailbox, Newcomer, Serve};
 use crate::poll::{self, unwatch, watch};
+use crate::scsi::sense::Sense;
 use crate::virtio::blk::{self, BlkRequest, Work, STATUS_IOERR, STATUS_OK, STATUS_UNSUPPORTED};
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::live::ChangingConfig;
 use crate::virtio::queue::Fault;
+use crate::virtio::scsi::{write_event, Address};
 use crate::virtio::{self, rng, Activation, ActiveQueue};
 
 /// Epoll's data for the mailbox and for the engine; doorbells have device and queue.
@@ -53,7 +56,7 @@ struct ServedDevice {
     /// Who hears when nothing is in flight, and whether the queues go then.
     drains: Vec<(Sender<()>, bool)>,
     /// What is done as soon as nothing is in flight; nothing is begun before.
-    changes: VecDeque<(Change, Answer)>,
+    changes: VecDeque<(usize, Change, Answer)>,
 }
 
 enum Kinds {
@@ -64,6 +67,7 @@ enum Kinds {
         slot: Option<Slot>,
         counters: Arc<Counters>,
     },
+    Scsi(Adapter),
     Rng,
 }
 
@@ -92,10 +96,17 @@ struct Pending {
     device: usize,
     queue: usize,
     head: u16,
-    /// Guest address of the status byte.
-    status: u64,
+    to: To,
     op: Op,
     len: u64,
+}
+
+/// Who waits for a request.
+enum To {
+    /// A disk's driver, at the guest address of the status byte.
+    Status(u64),
+    /// A SCSI host adapter's.
+    Reply(Waiting),
 }
 
 impl Serve for Server {
@@ -172,6 +183,7 @@ impl Server {
                 image,
                 counters,
             },
+            Served::Scsi(units) => Kinds::Scsi(Adapter::new(units, &mut self.engine)?),
             Served::Rng => Kinds::Rng,
         };
         let device = ServedDevice {
@@ -224,9 +236,9 @@ impl Server {
             Command::Link(_, _, _, sender) => {
                 let _ = sender.send(Err(Newcomer::misplaced()));
             }
-            Command::Change(device, change, answer) => {
+            Command::Change(device, unit, change, answer) => {
                 if let Some(served) = self.devices.get_mut(device) {
-                    served.changes.push_back((change, answer));
+                    served.changes.push_back((unit, change, answer));
                     self.settle(device);
                 }
             }
@@ -255,6 +267,9 @@ impl Server {
         }
         // A driver that had broken the rules before the machine was saved is served no more.
         let broken = activation.interrupt.is_broken();
+        if let (Kinds::Scsi(adapter), Some(own)) = (&mut served.kind, &activation.restored) {
+            adapter.take(own);
+        }
         served.active = Some(Active {
             queues,
             activation: Shared {
@@ -276,7 +291,10 @@ impl Server {
             queues: queues
                 .map(|queue| (queue.inner.index, queue.inner.queue.position()))
                 .collect(),
-            own: virtio::State::Null,
+            own: match &self.devices.get(device)?.kind {
+                Kinds::Scsi(adapter) => adapter.saved().ok()?,
+                _ => virtio::State::Null,
+            },
         })
     }
 
@@ -309,12 +327,16 @@ impl Server {
         if served.in_flight > 0 {
             return;
         }
-        let changed = !served.changes.is_empty();
-        for (change, answer) in std::mem::take(&mut served.changes) {
-            answer.give(served.change(change));
+        let mut changed = !served.changes.is_empty();
+        for (unit, change, answer) in std::mem::take(&mut served.changes) {
+            answer.give(served.change(unit, change, &mut self.engine));
         }
+        changed |= served.release_held();
         for (sender, stop) in served.drains.drain(..) {
             if stop {
+                if let Kinds::Scsi(adapter) = &mut served.kind {
+                    adapter.forget();
+                }
                 for queue in served.active.take().iter().flat_map(|a| &a.queues) {
                     unwatch(&self.epoll, queue.inner.kick.as_raw_fd());
                 }
@@ -334,13 +356,17 @@ impl Server {
         };
         served.paused = true;
         served.closed = served.active.is_none();
-        if let Kinds::Disk { image, slot, .. } = &mut served.kind {
-            if let Some(slot) = slot.take() {
-                self.engine.detach(slot).map_err(image_error)?;
-                image.inactivate().map_err(image_error)?;
+        match &mut served.kind {
+            Kinds::Disk { image, slot, .. } => {
+                if let Some(slot) = slot.take() {
+                    self.engine.detach(slot).map_err(image_error)?;
+                    image.inactivate().map_err(image_error)?;
+                }
+                Ok(())
             }
+            Kinds::Scsi(adapter) => adapter.close(&mut self.engine),
+            Kinds::Rng => Ok(()),
         }
-        Ok(())
     }
 
     fn rung(&mut self, device: usize, queue: usize) {
@@ -363,16 +389,23 @@ impl Server {
         let Some(served) = self.devices.get_mut(device) else {
             return Ok(());
         };
-        let held = served.paused || !served.changes.is_empty();
+        let held = served.is_held();
         let Some(active) = served.active.as_mut().filter(|active| !active.halted) else {
             return Ok(());
         };
         let Some(queue) = active.queues.get_mut(place).filter(|_| !held) else {
             return Ok(());
         };
+        if let (Kinds::Scsi(adapter), true) = (&mut served.kind, is_for_events(queue.inner.index)) {
+            if adapter.has_missed() {
+                served.tell_event(None);
+            }
+            return Ok(());
+        }
         queue.inner.queue.disable_notifications()?;
         let memory = queue.inner.queue.memory().clone();
         let mut budget = queue.size;
+        let mut settle = false;
         loop {
             // A queue this full goes on when something completes.
             if queue.in_flight >= queue.size {
@@ -390,7 +423,44 @@ impl Server {
                 break;
             };
             budget -= 1;
-            match &served.kind {
+            match &mut served.kind {
+                Kinds::Scsi(adapter) => {
+                    let head = chain.head;
+                    match adapter.begin(queue.inner.index, place, chain, &memory)? {
+                        Begun::Done(written) => queue.inner.queue.push(head, written)?,
+                        Begun::Held => {
+                            settle = served.in_flight == 0;
+                            break;
+                        }
+                        Begun::Image {
+                            slot,
+                            work,
+                            data,
+                            waiting,
+                        } => {
+                            let buffers = data.iovecs(&memory)?;
+                            let id = self.pending.insert(Pending {
+                                device,
+                                queue: place,
+                                head,
+                                to: To::Reply(waiting),
+                                op: work.op,
+                                len: work.len,
+                            });
+                            queue.in_flight += 1;
+                            served.in_flight += 1;
+                            let request = Request {
+                                id,
+                                op: work.op,
+                                offset: work.offset,
+                                len: work.len,
+                                buffers,
+                            };
+                            // SAFETY: as below.
+                            unsafe { self.engine.submit(slot, request) };
+                        }
+                    }
+                }
                 Kinds::Rng => {
                     let written = rng::answer(&chain, &memory)?;
                     queue.inner.queue.push(chain.head, written)?;
@@ -410,7 +480,7 @@ impl Server {
                                 device,
                                 queue: place,
                                 head,
-                                status,
+                                to: To::Status(status),
                                 op: work.op,
                                 len: work.len,
                             });
@@ -444,6 +514,9 @@ impl Server {
         }
         if queue.inner.queue.wants_interrupt()? {
             active.activation.interrupt.used(queue.inner.index);
+        }
+        if settle {
+            self.settle(device);
         }
         Ok(())
     }
@@ -507,14 +580,23 @@ impl Server {
             Op::Read => pending.len as u32,
             _ => 0,
         };
-        // What was written is counted from the first byte: a read that failed may have left it as it was.
-        let (status, written) = match result {
-            Ok(()) => (STATUS_OK, read.saturating_add(1)),
-            Err(error) => (status_of(&error), u32::from(read == 0)),
-        };
         let ring = &mut queue.inner.queue;
-        ring.memory()
-            .write_obj(status, GuestAddress(pending.status))?;
+        let written = match (pending.to, &served.kind) {
+            (To::Reply(waiting), Kinds::Scsi(adapter)) => {
+                let done = (pending.op, pending.len);
+                adapter.complete(&waiting, ring.memory(), done, result.is_err())?
+            }
+            (To::Reply(_), _) => 0,
+            (To::Status(place), _) => {
+                // What was written is counted from the first byte: a read that failed may have left it as it was.
+                let (status, written) = match result {
+                    Ok(()) => (STATUS_OK, read.saturating_add(1)),
+                    Err(error) => (status_of(&error), u32::from(read == 0)),
+                };
+                ring.memory().write_obj(status, GuestAddress(place))?;
+                written
+            }
+        };
         ring.push(pending.head, written)
     }
 
@@ -533,8 +615,17 @@ impl Server {
 }
 
 impl ServedDevice {
+    /// Whether nothing is to be begun.
+    fn is_held(&self) -> bool {
+        let waiting = match &self.kind {
+            Kinds::Scsi(adapter) => adapter.holds(),
+            _ => false,
+        };
+        self.paused || waiting || !self.changes.is_empty()
+    }
+
     /// Nothing is in flight.
-    fn change(&mut self, change: Change) -> Result<()> {
+    fn change(&mut self, unit: usize, change: Change, engine: &mut Engine) -> Result<()> {
         match (change, &mut self.kind) {
             (
                 Change::Size(size),
@@ -546,14 +637,7 @@ impl ServedDevice {
                     ..
                 },
             ) => {
-                if size % blk::SECTOR != 0 {
-                    let message = format!("{size} is not a multiple of {}", blk::SECTOR);
-                    return Err(Error::invalid("size", message));
-                }
-                vmbus_qcow2::resize(image, size, false).map_err(|error| Error {
-                    argument: "size".to_owned(),
-                    ..image_error(error)
-                })?;
+                grow(image, size)?;
                 disk.capacity = size / blk::SECTOR;
                 let shown = config.set(blk::CAPACITY, &disk.capacity.to_le_bytes());
                 if let Some(active) = self.active.as_ref().filter(|_| shown) {
@@ -561,8 +645,83 @@ impl ServedDevice {
                 }
                 Ok(())
             }
+            (Change::Size(size), Kinds::Scsi(adapter)) => {
+                adapter.resize(unit, size)?;
+                let address = Address::of(unit as u8);
+                self.tell_event(Some((address, Sense::CAPACITY_CHANGED)));
+                Ok(())
+            }
+            (Change::Medium { medium, force }, Kinds::Scsi(adapter)) => {
+                adapter.change_medium(unit, medium, force, engine)
+            }
             (change, _) => Err(change.misplaced()),
         }
+    }
+
+    /// An event for the driver of a SCSI host adapter; None for one that only says that there were others.
+    fn tell_event(&mut self, about: Option<(Address, Sense)>) {
+        let Kinds::Scsi(adapter) = &mut self.kind else {
+            return;
+        };
+        let Some(active) = self.active.as_mut().filter(|active| !active.halted) else {
+            return;
+        };
+        let mut queues = active.queues.iter_mut();
+        let Some(queue) = queues.find(|queue| is_for_events(queue.inner.index)) else {
+            return;
+        };
+        let ring = &mut queue.inner.queue;
+        let written = (|| {
+            let Some(chain) = ring.pop()? else {
+                return Ok(false);
+            };
+            let written = write_event(&chain, ring.memory(), about, about.is_none())?;
+            ring.push(chain.head, written)?;
+            Ok::<_, Fault>(true)
+        })();
+        match written {
+            Ok(true) => active.activation.interrupt.used(queue.inner.index),
+            Ok(false) => adapter.miss(),
+            Err(_fault) => {
+                active.halted = true;
+                active.broken = true;
+                active.activation.interrupt.fail();
+            }
+        }
+    }
+
+    /// Nothing is in flight: task management that waited for that is answered. True if there was some.
+    fn release_held(&mut self) -> bool {
+        let Kinds::Scsi(adapter) = &mut self.kind else {
+            return false;
+        };
+        let Some(active) = self.active.as_mut().filter(|_| adapter.holds()) else {
+            return false;
+        };
+        if active.broken {
+            adapter.forget();
+            return false;
+        }
+        let memory = active
+            .queues
+            .first()
+            .map(|queue| queue.inner.queue.memory().clone());
+        let answered = memory.map_or(Ok(Vec::new()), |memory| adapter.release(&memory));
+        let given = answered.and_then(|answered| {
+            for (place, head, written) in answered {
+                if let Some(queue) = active.queues.get_mut(place) {
+                    queue.inner.queue.push(head, written)?;
+                    active.activation.interrupt.used(queue.inner.index);
+                }
+            }
+            Ok(())
+        });
+        if given.is_err() {
+            active.halted = true;
+            active.broken = true;
+            active.activation.interrupt.fail();
+        }
+        true
     }
 }
 

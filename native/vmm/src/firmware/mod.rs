@@ -52,6 +52,8 @@ pub struct Facts {
 pub enum BootDevice {
     /// virtio-blk.
     Disk(Seat),
+    /// This target of the SCSI host adapter.
+    Scsi(u8),
     /// virtio-net.
     Network(Seat),
 }
@@ -129,6 +131,10 @@ fn boot_order(devices: &[BootDevice]) -> Vec<u8> {
         .iter()
         .map(|device| match device {
             BootDevice::Disk(seat) => format!("{}/disk@0,0", node("scsi", *seat)),
+            BootDevice::Scsi(target) => {
+                let adapter = node("scsi", Seat::Bus0(Place::SCSI));
+                format!("{adapter}/channel@0/disk@{target:x},0")
+            }
             BootDevice::Network(seat) => format!("{}/ethernet-phy@0", node("ethernet", *seat)),
         })
         .collect();
@@ -162,10 +168,12 @@ mod tests {
             BootDevice::Network(Seat::Bus0(Place::nic(0))),
             BootDevice::Disk(Seat::Bus0(Place::disk(9))),
             BootDevice::Disk(Seat::Slot(1)),
+            BootDevice::Scsi(10),
         ]);
         let wanted = "/pci@i0cf8/ethernet@3/ethernet-phy@0\n\
             /pci@i0cf8/scsi@2,1/disk@0,0\n\
             /pci@i0cf8/pci-bridge@10,1/scsi@0/disk@0,0\n\
+            /pci@i0cf8/scsi@7/channel@0/disk@a,0\n\
             HALT\0";
         assert_eq!(String::from_utf8(order).unwrap(), wanted);
     }

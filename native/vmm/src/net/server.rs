@@ -208,11 +208,11 @@ impl Server {
             Command::Link(device, peer, socket, sender) => {
                 let _ = sender.send(self.link(device, peer, socket));
             }
-            Command::Change(device, Change::Carrier(up), answer) => {
+            Command::Change(device, _, Change::Carrier(up), answer) => {
                 self.set_carrier(device, up);
                 answer.give(Ok(()));
             }
-            Command::Change(_, change, answer) => answer.give(Err(change.misplaced())),
+            Command::Change(_, _, change, answer) => answer.give(Err(change.misplaced())),
             Command::Exit => self.exiting = true,
         }
         Ok(())

@@ -12,7 +12,9 @@
 //! | 03.0 – 04.7 | network interfaces 0 to 15 (virtio-net), in the definition's order |
 //! | 05.0 | random numbers (virtio-rng); the place is kept when there is none |
 //! | 06.0 | balloon (virtio-balloon); the place is kept when there is none |
-//! | 06.1 – 0f.7 | free |
+//! | 06.1 – 06.7 | free |
+//! | 07.0 | SCSI host adapter (virtio-scsi); the place is kept when there is none |
+//! | 08.0 – 0f.7 | free |
 //! | 10.0 – 10.7 | root ports for hotplug, slots 1 to 8, buses 1 to 8 |
 //! | 11.0 – 11.7 | kept for eight more root ports |
 //! | 12.0 – 1e.7 | free |
@@ -65,6 +67,8 @@ impl Place {
     pub const RNG: Place = Place::new(5, 0);
     /// The balloon.
     pub const BALLOON: Place = Place::new(6, 0);
+    /// The SCSI host adapter.
+    pub const SCSI: Place = Place::new(7, 0);
     /// The LPC bridge.
     pub const LPC: Place = Place::new(0x1f, 0);
 

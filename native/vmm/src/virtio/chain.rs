@@ -67,6 +67,31 @@ impl Segments {
         Ok(None)
     }
 
+    /// Takes the first `len` bytes off, as segments of their own; None, and nothing changes, when there are fewer.
+    pub fn split_front(&mut self, len: u32) -> Option<Segments> {
+        if self.len() < u64::from(len) {
+            return None;
+        }
+        let (mut front, mut left) = (Vec::new(), len);
+        let mut used = 0;
+        for segment in &mut self.0 {
+            if left == 0 {
+                break;
+            }
+            let part = left.min(segment.len);
+            front.push(Segment {
+                address: segment.address,
+                len: part,
+            });
+            left = left.wrapping_sub(part);
+            segment.address = segment.address.wrapping_add(u64::from(part));
+            segment.len = segment.len.wrapping_sub(part);
+            used += usize::from(segment.len == 0);
+        }
+        self.0.drain(..used);
+        Some(Segments(front))
+    }
+
     /// Takes the last byte off and returns its address; None when there is none.
     pub fn take_last_byte(&mut self) -> Option<u64> {
         let segment = self.0.last_mut()?;
@@ -206,6 +231,18 @@ mod tests {
         assert_eq!(list.take_front::<4>(&memory).unwrap(), Some([1, 2, 3, 4]));
         assert_eq!(list, segments(&[(0x41, 1)]));
         assert_eq!(list.take_front::<2>(&memory).unwrap(), None);
+    }
+
+    #[test]
+    fn the_front_is_split_off_across_any_cut() {
+        let mut list = segments(&[(0x10, 3), (0x40, 4)]);
+        assert_eq!(list.split_front(8), None);
+        let front = list.split_front(5);
+        assert_eq!(front, Some(segments(&[(0x10, 3), (0x40, 2)])));
+        assert_eq!(list, segments(&[(0x42, 2)]));
+        assert_eq!(list.split_front(2), Some(segments(&[(0x42, 2)])));
+        assert!(list.is_empty());
+        assert_eq!(list.split_front(0), Some(segments(&[])));
     }
 
     #[test]

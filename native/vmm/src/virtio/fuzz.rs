@@ -18,7 +18,8 @@ use vmbus_qcow2::Ring;
 
 use super::net;
 use super::queue::testing::{rings, Driver, MEMORY};
-use super::rig::{until, Guest, Rig, ALL_FEATURES, DISK_BYTES};
+use super::rig::{image, nameless_file, until, Guest, Rig, ALL_FEATURES, DISK_BYTES};
+use crate::io::Change;
 use crate::layout::ECAM_START;
 use crate::net::{Link, Stream};
 use crate::pci::Place;
@@ -134,6 +135,7 @@ fn random_register_accesses() {
             Place::disk(1),
             Place::nic(0),
             Place::BALLOON,
+            Place::SCSI,
             Place::root_port(3),
         ];
         for _ in 0..3000 {
@@ -446,6 +448,96 @@ fn random_balloons() {
         }
         still_works(&rig, seed);
     }
+}
+
+#[test]
+fn random_scsi_commands_harm_nothing() {
+    within_a_minute(random_scsi_commands);
+}
+
+fn random_scsi_commands() {
+    for seed in seeds(40) {
+        let rig = rig(seed);
+        let mut random = Random(seed.wrapping_mul(0x8ebc_6af0_9c88_c6e3));
+        let mut guest = Guest::probe(&rig, Place::SCSI);
+        for _ in 0..20 {
+            let features = random.pick(&[ALL_FEATURES, 1 << 32, 1 << 32 | 1 << 28]);
+            let queues: Vec<_> = (0..4)
+                .filter(|_| !random.one_in(8))
+                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), 8)))
+                .collect();
+            guest.start_queues(features, &queues);
+            let mut drivers: Vec<_> = queues
+                .iter()
+                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
+                .collect();
+            for _ in 0..40 {
+                if random.one_in(10) {
+                    let force = random.one_in(2);
+                    let medium = random.one_in(2).then(|| image(nameless_file(), true));
+                    // What the host does meanwhile; a drive that is locked keeps its medium.
+                    let _ = rig.change("disk/cd", Change::Medium { medium, force });
+                }
+                let place = random.below(drivers.len().max(1) as u64) as usize;
+                if let Some((index, driver)) = drivers.get_mut(place) {
+                    offer_command(&mut random, *index, driver);
+                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
+                }
+            }
+            if random.one_in(4) {
+                for device in &rig.devices.list {
+                    device.pause().unwrap();
+                    device.resume();
+                }
+            }
+        }
+        still_works(&rig, seed);
+    }
+}
+
+/// A command, task management or room for an event, but for a few things.
+fn offer_command(random: &mut Random, index: u16, driver: &mut Driver) {
+    const AT: u64 = 0x4_0000;
+    let opcodes = [
+        0x00, 0x03, 0x08, 0x12, 0x1a, 0x1b, 0x1e, 0x25, 0x28, 0x2a, 0x35, 0x41, 0x42, 0x43, 0x46,
+        0x4a, 0x51, 0x5a, 0x88, 0x8a, 0x93, 0x9e, 0xa0, 0xbd,
+    ];
+    let mut header = [0u8; 51];
+    if index == 0 {
+        header[0] = random.below(4) as u8;
+        header[4] = random.below(9) as u8;
+        header[8] = 1;
+        header[9] = random.below(4) as u8;
+    } else {
+        header[0] = 1;
+        header[1] = random.below(4) as u8;
+        header[2] = 0x40;
+        for byte in &mut header[19..] {
+            *byte = if random.one_in(3) {
+                random.next() as u8
+            } else {
+                0
+            };
+        }
+        header[19] = random.pick(&opcodes);
+    }
+    driver
+        .memory
+        .write_slice(&header, GuestAddress(AT))
+        .unwrap();
+    let write = random.one_in(2);
+    let data = (AT + 0x4000, random.pick(&[16u32, 512, 2048, 0x8000]));
+    let answer = (AT + 0x1000, 108, 2 | if write { 0 } else { 1 });
+    let chain = match index {
+        0 => vec![(AT, 24, 1), (AT + 0x1000, 8, 2)],
+        1 => vec![(AT + 0x2000, 16, 2)],
+        _ if write => vec![(AT, 51, 1), (data.0, data.1, 1), answer],
+        _ => vec![(AT, 51, 1), answer, (data.0, data.1, 2)],
+    };
+    for (place, meant) in chain.into_iter().enumerate() {
+        describe(random, driver, place as u16, meant, (16, 24));
+    }
+    offer_head(random, driver, 20);
 }
 
 /// Page numbers, figures or free pages, but for a few things. The disk's rings and requests may be among the pages.

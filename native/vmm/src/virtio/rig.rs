@@ -20,7 +20,7 @@ use super::queue::testing::{self, memory};
 use super::queue::Rings;
 use crate::bus::Bus;
 use crate::device::Device;
-use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts};
+use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts, ScsiSpec};
 use crate::error::Result;
 use crate::io::{Answer, Change};
 use crate::layout::ECAM_START;
@@ -47,7 +47,8 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// Two disks on one file's worth of space each (the second read-only), a network interface with two queue
+    /// Two disks on one file's worth of space each (the second read-only), a disk and two CD-ROM drives (the second
+    /// empty) on a SCSI host adapter, a network interface with two queue
     /// pairs, a random number generator and a balloon.
     pub fn new(ring: Option<Ring>) -> Rig {
         let (ours, theirs): (Vec<_>, Vec<_>) =
@@ -93,6 +94,11 @@ impl Rig {
         let balloon = Balloon::new(testing::MEMORY).unwrap();
         let parts = Parts {
             disks,
+            scsi: vec![
+                scsi("system", Some(nameless_file()), false),
+                scsi("cd", Some(nameless_file()), true),
+                scsi("empty", None, true),
+            ],
             nics: vec![nic],
             rng: true,
             balloon: Some(balloon.clone()),
@@ -151,7 +157,7 @@ impl Drop for Rig {
     }
 }
 
-fn nameless_file() -> File {
+pub fn nameless_file() -> File {
     // SAFETY: the name is a C string; the fd that comes back is ours.
     let file =
         unsafe { File::from_raw_fd(libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC)) };
@@ -159,7 +165,8 @@ fn nameless_file() -> File {
     file
 }
 
-fn disk(id: &str, file: File, read_only: bool) -> DiskSpec {
+/// An active raw image on a file.
+pub fn image(file: File, read_only: bool) -> Arc<Image> {
     let layer = LayerFiles {
         format: Format::Raw,
         file,
@@ -175,9 +182,23 @@ fn disk(id: &str, file: File, read_only: bool) -> DiskSpec {
     };
     let image = Image::open_chain(vec![layer], options).unwrap();
     image.activate().unwrap();
+    Arc::new(image)
+}
+
+fn scsi(id: &str, file: Option<File>, cdrom: bool) -> ScsiSpec {
+    ScsiSpec {
+        id: id.to_owned(),
+        image: file.map(|file| image(file, cdrom)),
+        cdrom,
+        read_only: cdrom,
+        name: id.to_owned(),
+    }
+}
+
+fn disk(id: &str, file: File, read_only: bool) -> DiskSpec {
     DiskSpec {
         id: id.to_owned(),
-        image: Arc::new(image),
+        image: image(file, read_only),
         read_only,
         serial: format!("serial-{id}"),
         queues: 0,

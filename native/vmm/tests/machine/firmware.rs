@@ -75,6 +75,29 @@ fn bootable(directory: &Path, text: &str, wait: bool) -> Value {
     json!({ "id": text, "layers": [{ "fd": disk.into_raw_fd(), "format": "raw" }] })
 }
 
+/// A CD whose boot code is that of [`bootable`], by El Torito without emulation (version 1.0, figures 2 to 5).
+fn bootable_cd(directory: &Path, text: &str) -> Value {
+    let mut disk = bootable(directory, text, false);
+    let path = directory.join(text);
+    let code = std::fs::read(&path).unwrap()[..512].to_vec();
+    let mut cd = vec![0; 64 * 2048];
+    let mut put = |block: usize, offset: usize, bytes: &[u8]| {
+        let at = block * 2048 + offset;
+        cd[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    put(16, 0, b"\x01CD001\x01");
+    put(17, 0, b"\0CD001\x01EL TORITO SPECIFICATION");
+    put(17, 0x47, &20u32.to_le_bytes());
+    put(20, 0, &[1, 0]);
+    put(20, 30, &[0x55, 0xaa]);
+    // Bootable, no emulation, one sector of 512 bytes from block 21.
+    put(20, 32, &[0x88, 0, 0, 0, 0, 0, 1, 0, 21, 0, 0, 0]);
+    put(21, 0, &code);
+    std::fs::write(&path, &cd).unwrap();
+    disk["cdrom"] = true.into();
+    disk
+}
+
 fn firmware(path: impl AsRef<Path>, boot: &[&str]) -> Value {
     json!({ "code_fd": fd(path), "boot": boot })
 }
@@ -98,6 +121,31 @@ fn seabios_boots_the_disk_that_comes_first_in_the_order() {
         "{printed}"
     );
     assert_eq!(guest.end(), (EndReason::GuestPoweroff, String::new()));
+}
+
+#[test]
+fn seabios_boots_disks_and_cds_of_the_scsi_host_adapter_in_the_order() {
+    requires_seabios!();
+    let directory = Directory::new("seabios-scsi");
+    for (boot, wanted) in [
+        (["disk/cd", "disk/disk"], "cd"),
+        (["disk/disk", "disk/cd"], "disk"),
+    ] {
+        let mut disk = bootable(&directory.0, "disk", false);
+        disk["bus"] = "scsi".into();
+        let empty = json!({ "id": "empty", "layers": [], "cdrom": true });
+        let disks = json!([empty, disk, bootable_cd(&directory.0, "cd")]);
+        let firmware = firmware(SEABIOS, &boot);
+        let mut guest = run(
+            "",
+            json!({ "kernel": null, "disks": disks, "firmware": firmware }),
+        );
+        let end = guest.end();
+        assert_eq!(end, (EndReason::GuestPoweroff, String::new()));
+        let printed = guest.drain();
+        let last = printed.lines().last().unwrap_or_default();
+        assert!(last.ends_with(wanted), "{boot:?}: {printed}");
+    }
 }
 
 #[test]
