@@ -43,6 +43,9 @@ pub(crate) enum Class {
     Header,
     /// An L2 or L1 table in use.
     Mapping,
+    /// An L2 table in use of which only entries for clusters have changed that are counted on disk, were never
+    /// used and are mapped where zeros were (alloc/reserve.rs).
+    Fresh,
 }
 
 struct Entry {
@@ -128,6 +131,15 @@ impl Cache {
     pub(crate) fn peek(&self, layer: usize, offset: HostOffset) -> Option<&Block> {
         let place = *self.places.get(&(layer, offset.0))?;
         self.entries.get(place)?.as_ref()?.block.as_ref()
+    }
+
+    /// Whether the disk has a block as it is here: it was not changed since the last commit that wrote it ended.
+    pub(crate) fn on_disk(&self, layer: usize, offset: HostOffset) -> bool {
+        let entry = self
+            .places
+            .get(&(layer, offset.0))
+            .and_then(|place| self.entries.get(*place)?.as_ref());
+        entry.is_none_or(|entry| entry.dirty.is_none() && !entry.committing)
     }
 
     /// What was read for a `Stop::Load`.

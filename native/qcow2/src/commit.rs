@@ -7,7 +7,8 @@
 //!
 //! | phase | writes                                             | relies on being on disk before        |
 //! |-------|----------------------------------------------------|---------------------------------------|
-//! | 1     | refcount blocks; new tables nothing points to; the sync covers the guest's data too | –    |
+//! | 1     | refcount blocks; new tables nothing points to; L2 entries for fresh clusters that   | –    |
+//! |       | are counted on disk (alloc/reserve.rs); the sync covers the guest's data too        |      |
 //! | 2     | entries of the refcount table                      | the refcount blocks they point to     |
 //! | 3     | the header                                         | the new tables it points to           |
 //! | 4     | L2 and L1 entries                                  | refcounts, new L2 tables, and the data |
@@ -78,6 +79,9 @@ impl State {
     pub(crate) fn commit_begin(&mut self) -> CommitStep {
         let taken = self.cache.take_dirty();
         let given_back = self.freed_at_begin();
+        if let Some(writer) = &mut self.writer {
+            writer.reserve.at_begin();
+        }
         let mut phases = VecDeque::new();
         let (image, data) = self.written_files();
         let sync = |files: &[Option<usize>]| -> Vec<CommitIo> {
@@ -92,14 +96,14 @@ impl State {
             let punch = |(offset, len)| CommitIo::Punch { file, offset, len };
             phases.push_back(given_back.into_iter().map(punch).collect());
         }
-        for class in [
-            Class::Unreferenced,
-            Class::RefcountTable,
-            Class::Header,
-            Class::Mapping,
+        for classes in [
+            &[Class::Unreferenced, Class::Fresh][..],
+            &[Class::RefcountTable],
+            &[Class::Header],
+            &[Class::Mapping],
         ] {
-            let writes = writes(&taken, class, image.unwrap_or(0));
-            let first = class == Class::Unreferenced;
+            let writes = writes(&taken, classes, image.unwrap_or(0));
+            let first = classes.contains(&Class::Unreferenced);
             if writes.is_empty() && !first {
                 continue;
             }
@@ -137,6 +141,9 @@ impl State {
         let ended = self.commits.running.take().unwrap_or_default();
         self.cache.committed(&ended.taken, result.is_ok());
         self.freed_at_end(result.is_ok());
+        if let Some(writer) = &mut self.writer {
+            writer.reserve.at_end(result.is_ok());
+        }
         ended
             .waiters
             .into_iter()
@@ -153,11 +160,11 @@ impl State {
     }
 }
 
-/// The blocks of one class, neighbours joined into one write.
-fn writes(taken: &[Dirty], class: Class, file: usize) -> Vec<CommitIo> {
+/// The blocks of some classes, neighbours joined into one write.
+fn writes(taken: &[Dirty], classes: &[Class], file: usize) -> Vec<CommitIo> {
     let mut result: Vec<CommitIo> = Vec::new();
     let mut end = None;
-    for dirty in taken.iter().filter(|dirty| dirty.class == class) {
+    for dirty in taken.iter().filter(|dirty| classes.contains(&dirty.class)) {
         let here = dirty.key.1;
         if let (true, Some(CommitIo::Write { blocks, .. })) = (end == Some(here), result.last_mut())
         {

@@ -202,6 +202,7 @@ impl Image {
         crate::blocking::settle(self)?;
         // A bitmap that cannot be stored is lost, and marked so; the disk itself is closed all the same.
         let stored = bitmaps::store(self);
+        crate::blocking::run(self, |state, waiter| state.give_back_reserve(waiter))?;
         crate::blocking::settle(self)?;
         let mut state = self.lock();
         state.inactivate(&self.files)?;
@@ -303,6 +304,22 @@ impl Image {
         let step = state.plan_zero(&self.files, at, len, how, waiter)?;
         state.mark_dirty(at, step.len());
         Ok(step)
+    }
+
+    /// Whether the disk has everything that leads to the data of a range, as it is mapped now.
+    pub(crate) fn on_disk(&self, at: u64, len: u64) -> bool {
+        self.lock().on_disk(at, len)
+    }
+
+    /// A write that was to be durable has failed. Unless it was for want of room, what others have written may
+    /// be lost as well: as after a failed fdatasync (commit.rs).
+    pub(crate) fn durable_write_failed(&self, error: &Error) {
+        if !matches!(
+            error.errno(),
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG)
+        ) {
+            self.lock().failed.get_or_insert(error.clone());
+        }
     }
 
     pub(crate) fn finish(&self, ticket: u64, ok: bool) {

@@ -388,6 +388,23 @@ impl State {
         }
     }
 
+    /// Whether the disk has everything that leads to the data of a range: the tables as they are here, and so what
+    /// their commit put before them.
+    pub(crate) fn on_disk(&self, at: u64, len: u64) -> bool {
+        if !self.sync || self.failed.is_some() {
+            return false;
+        }
+        match self.layers.first() {
+            Some(Layer::Raw(_)) => true,
+            Some(Layer::Qcow2(qcow2)) => {
+                let clusters = at >> qcow2.geometry.cluster_bits
+                    ..(at + len).div_ceil(qcow2.geometry.cluster());
+                self.mapped_on_disk(&qcow2.geometry, clusters)
+            }
+            None => false,
+        }
+    }
+
     pub(crate) fn plan_zero(
         &mut self,
         files: &[BlockFile],

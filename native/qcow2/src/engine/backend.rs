@@ -15,10 +15,22 @@ use crate::ring::Ring;
 /// One operation on one file.
 #[derive(Debug)]
 pub(crate) enum IoOp {
-    Read { pieces: IoVecs, offset: u64 },
-    Write { pieces: IoVecs, offset: u64 },
+    Read {
+        pieces: IoVecs,
+        offset: u64,
+    },
+    /// With `durable` it has ended when the data is on the disk.
+    Write {
+        pieces: IoVecs,
+        offset: u64,
+        durable: bool,
+    },
     Sync,
-    Fallocate { mode: i32, offset: u64, len: u64 },
+    Fallocate {
+        mode: i32,
+        offset: u64,
+        len: u64,
+    },
 }
 
 /// Where operations go.
@@ -165,11 +177,14 @@ impl Uring {
                     .offset(*offset)
                     .build()
             }
-            IoOp::Write { pieces, offset } => {
-                opcode::Writev::new(file, pieces.as_ptr().cast(), pieces.len() as u32)
-                    .offset(*offset)
-                    .build()
-            }
+            IoOp::Write {
+                pieces,
+                offset,
+                durable,
+            } => opcode::Writev::new(file, pieces.as_ptr().cast(), pieces.len() as u32)
+                .offset(*offset)
+                .rw_flags(if *durable { libc::RWF_DSYNC } else { 0 })
+                .build(),
             IoOp::Sync => opcode::Fsync::new(file)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
@@ -300,10 +315,21 @@ unsafe fn execute(fd: RawFd, op: &IoOp) -> i32 {
             IoOp::Read { pieces, offset } => unsafe {
                 libc::preadv64(fd, pieces.as_ptr(), pieces.len() as i32, *offset as i64)
             },
-            // SAFETY: as above.
-            IoOp::Write { pieces, offset } => unsafe {
-                libc::pwritev64(fd, pieces.as_ptr(), pieces.len() as i32, *offset as i64)
-            },
+            IoOp::Write {
+                pieces,
+                offset,
+                durable,
+            } => {
+                let (list, count) = (pieces.as_ptr(), pieces.len() as i32);
+                // SAFETY: as above.
+                let moved = unsafe { libc::pwritev64(fd, list, count, *offset as i64) };
+                // A call of its own: the sandbox knows no pwritev2.
+                // SAFETY: no pointers.
+                match moved >= 0 && *durable && unsafe { libc::fdatasync(fd) } < 0 {
+                    true => -1,
+                    false => moved,
+                }
+            }
             // SAFETY: no pointers.
             IoOp::Sync => unsafe { libc::fdatasync(fd) as isize },
             // SAFETY: no pointers.

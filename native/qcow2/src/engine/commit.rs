@@ -86,6 +86,7 @@ impl Engine {
                     IoOp::Write {
                         pieces,
                         offset: offset.0,
+                        durable: false,
                     },
                     expected,
                 )

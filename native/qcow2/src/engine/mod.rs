@@ -18,6 +18,10 @@
 //! a regular image file is lengthened with ftruncate in steps of many clusters, which is a matter of
 //! the inode only.)
 //!
+//! A flush, and a write that is to be on the disk when it ends, end with a commit; but a write to an O_DIRECT file
+//! in place, where the disk has all that leads there, is written with RWF_DSYNC instead: such writes wait for
+//! nothing and nobody.
+//!
 //! Requests on overlapping ranges are unordered, as on a disk. No guest memory is kept beyond a
 //! request's completion, and none is registered with the kernel.
 //!
@@ -181,6 +185,7 @@ impl Engine {
                 slot: slot.0,
                 op,
                 durable: matches!(request.op, Op::Flush | Op::Write { fua: true }),
+                direct: 0,
                 offset: request.offset,
                 len: request.len,
                 pieces: request.buffers,

@@ -28,7 +28,7 @@ impl Engine {
                     // SAFETY: as for the read itself. Past the end of a file there are zeros.
                     unsafe { buffer::fill_zero(&buffer::subrange(pieces, moved, rest)) };
                 }
-                IoOp::Read { pieces, offset } | IoOp::Write { pieces, offset } if moved > 0 => {
+                IoOp::Read { pieces, offset } | IoOp::Write { pieces, offset, .. } if moved > 0 => {
                     *pieces = buffer::subrange(pieces, moved, rest);
                     *offset += moved;
                     io.expected = rest;
@@ -43,7 +43,13 @@ impl Engine {
             }
         }
         let outcome = if result < 0 {
-            Err(Error::os(describe(&io.op), result))
+            let error = Error::os(describe(&io.op), result);
+            if let IoOp::Write { durable: true, .. } = io.op {
+                if let Some(attached) = self.slots.get(io.slot) {
+                    attached.image.durable_write_failed(&error);
+                }
+            }
+            Err(error)
         } else {
             Ok(())
         };

@@ -27,8 +27,10 @@ pub(crate) struct Task {
     pub(crate) committing: bool,
     /// The commit it asked for has ended.
     pub(crate) committed: bool,
-    /// It ends with a commit.
+    /// It ends when all of it is on the disk.
     pub(crate) durable: bool,
+    /// Bytes of it that go there by themselves, and need no commit.
+    pub(crate) direct: u64,
     /// What `Image::enter` gave.
     pub(crate) epoch: u64,
     pub(crate) error: Option<Error>,
@@ -42,7 +44,7 @@ impl Task {
 
     /// Whether the request ends with a commit.
     pub(crate) fn wants_commit(&self) -> bool {
-        self.durable
+        self.durable && (self.direct < self.len || self.op == Op::Flush)
     }
 }
 

@@ -10,6 +10,7 @@ use crate::crypt::cipher::SECTOR;
 use crate::crypt::Sealer;
 use crate::error::{Error, Result};
 use crate::plan::{Allocation, Extents, FileId, Source, WriteStep};
+use crate::request::Op;
 
 /// Encrypted data is read and written in stretches of this size.
 const STRETCH: u64 = 256 << 10;
@@ -40,12 +41,18 @@ impl Engine {
         let slot = task.slot;
         match step {
             WriteStep::InPlace { file, offset, len } => {
+                let at = task.offset + task.planned;
+                let wanted = task.durable && matches!(task.op, Op::Write { .. });
                 task.planned += len;
+                let durable = wanted && self.on_disk(slot, file, at, len);
+                if let Some(task) = self.tasks.get_mut(key).filter(|_| durable) {
+                    task.direct += len;
+                }
                 let Some(alignment) = self.alignment(slot, file) else {
                     return;
                 };
                 if self.sealer(slot, file).is_ok() && len > STRETCH {
-                    return self.write_stretches(key, slot, file, offset.0, &pieces);
+                    return self.write_stretches(key, (slot, file, offset.0), &pieces, durable);
                 }
                 if self.bounces(slot, file, &pieces, alignment) {
                     let mut buffer = self.bounce(slot, file, offset.0, &pieces);
@@ -53,6 +60,7 @@ impl Engine {
                     let op = IoOp::Write {
                         pieces,
                         offset: offset.0,
+                        durable,
                     };
                     let after = After::Bounced {
                         task: key,
@@ -69,6 +77,7 @@ impl Engine {
                 let op = IoOp::Write {
                     pieces,
                     offset: offset.0,
+                    durable,
                 };
                 self.start(Io {
                     slot,
@@ -90,10 +99,9 @@ impl Engine {
     fn write_stretches(
         &mut self,
         key: u64,
-        slot: u64,
-        file: FileId,
-        offset: u64,
+        (slot, file, offset): (u64, FileId, u64),
         pieces: &[libc::iovec],
+        durable: bool,
     ) {
         let len = buffer::total(pieces).unwrap_or(0);
         let mut done = 0;
@@ -104,6 +112,7 @@ impl Engine {
             let op = IoOp::Write {
                 pieces: IoVecs::from_slice(&[buffer.iovec(0, take as usize)]),
                 offset: at,
+                durable,
             };
             self.counted_on(Owner::Task(key));
             let after = After::Bounced {
@@ -120,6 +129,14 @@ impl Engine {
             done += take;
         }
         self.counted_off(Owner::Task(key), Ok(()));
+    }
+
+    /// Whether data written in place there is durable once it is on the disk itself, and can be got there alone.
+    fn on_disk(&self, slot: u64, file: FileId, at: u64, len: u64) -> bool {
+        self.slots.get(slot).is_some_and(|attached| {
+            let file = attached.image.files().get(file);
+            file.is_some_and(|file| file.alignment > 1) && attached.image.on_disk(at, len)
+        })
     }
 
     /// Whether data must not be written from where it is.
@@ -198,7 +215,11 @@ impl Engine {
         self.start(Io {
             slot,
             file,
-            op: IoOp::Write { pieces, offset },
+            op: IoOp::Write {
+                pieces,
+                offset,
+                durable: false,
+            },
             expected,
             after,
         });

@@ -6,6 +6,8 @@
 //! metadata merely shows the guest metadata; nothing is ever written through an entry without the
 //! COPIED flag, nor over metadata (overlap.rs), and check finds the rest.
 
+use std::ops::Range;
+
 use crate::bytes::{be64, put64};
 use crate::cache::Class;
 use crate::error::Error;
@@ -104,11 +106,20 @@ impl State {
         index: u64,
         entry: L2Entry,
     ) {
+        self.set_l2_entry_as(geometry, table, index, entry, Class::Mapping);
+    }
+
+    /// The same; `class` says what must be on disk before.
+    pub(crate) fn set_l2_entry_as(
+        &mut self,
+        geometry: &Geometry,
+        table: HostOffset,
+        index: u64,
+        entry: L2Entry,
+        class: Class,
+    ) {
         let (need, at) = l2_place(geometry, table, index);
-        if let Some(bytes) = self
-            .cache
-            .modify(geometry.layer, need.offset, Class::Mapping)
-        {
+        if let Some(bytes) = self.cache.modify(geometry.layer, need.offset, class) {
             put64(bytes, at, entry.word);
             if geometry.extended_l2 {
                 put64(bytes, at + 8, entry.bitmap);
@@ -147,6 +158,37 @@ impl State {
         let index = cluster.0 % geometry.l2_entries();
         let entry = self.l2_entry(geometry, table.offset, index, waiter)?;
         Ok(entry.decode(geometry)?)
+    }
+}
+
+impl State {
+    /// Whether the header and the table entries of guest clusters are on disk as they are in the cache. Those whose
+    /// tables are not in the cache are taken for changed.
+    pub(crate) fn mapped_on_disk(&self, geometry: &Geometry, clusters: Range<u64>) -> bool {
+        let Some((l1, _)) = self.l1(geometry.layer) else {
+            return false;
+        };
+        let clean = |offset| self.cache.on_disk(geometry.layer, offset);
+        let mut cluster = clusters.start;
+        while cluster < clusters.end {
+            let place = l1.0.saturating_add(cluster / geometry.l2_entries() * 8);
+            let need = block_of(geometry, place);
+            let table = self
+                .cache
+                .peek(geometry.layer, need.offset)
+                .and_then(|block| be64(block.bytes(), (place - need.offset.0) as usize))
+                .and_then(|entry| decode_l1(geometry, entry).ok().flatten());
+            let Some(table) = table.filter(|_| clean(need.offset)) else {
+                return false;
+            };
+            let (need, _) = l2_place(geometry, table.offset, cluster % geometry.l2_entries());
+            if !clean(need.offset) {
+                return false;
+            }
+            let per_block = geometry.l2_per_block();
+            cluster = (cluster / per_block + 1) * per_block;
+        }
+        clean(HostOffset(0))
     }
 }
 

@@ -9,8 +9,9 @@
 //! bits of the new entry; only what was data in a cluster that is not ours alone must move with it.
 //!
 //! One case is mapped at once, so that small writes into a new cluster need not wait for each other:
-//! a fresh cluster (alloc.rs) for a range that reads as zeros now. Before the data is written, and
-//! after a power cut that loses it, the cluster's zeros are what the guest saw before.
+//! a fresh cluster (alloc) for a range that reads as zeros now. Before the data is written, and
+//! after a power cut that loses it, the cluster's zeros are what the guest saw before. If its count is on
+//! disk already (alloc/reserve.rs), the mapping may go there together with the data, under one sync.
 
 use crate::cache::Class;
 use crate::error::Error;
@@ -267,11 +268,15 @@ impl State {
         if let Some(host) = target.kept {
             self.check_data(geometry, host)?;
         }
+        let mut class = Class::Mapping;
         let (host, count, fresh) = match target.kept {
             Some(host) => (host, 1, false),
             None if geometry.external_data() => (HostOffset(start), target.count, false),
             None => {
                 let run = self.allocate(files, target.count, waiter)?;
+                if run.counted {
+                    class = Class::Fresh;
+                }
                 // What was never written is not zeros once it is decrypted.
                 let zeros = run.fresh && !geometry.sealed();
                 (run.offset(geometry), run.count, zeros)
@@ -289,7 +294,9 @@ impl State {
             for n in 0..count {
                 let entry = L2Entry::data(geometry, host.plus(n * geometry.cluster()));
                 let index = (target.first.0 + n) % geometry.l2_entries();
-                self.replace(geometry, table, index, entry, true);
+                let old = self.mapped(geometry, table, index);
+                self.set_l2_entry_as(geometry, table, index, entry, class);
+                self.free_mapping(geometry, old);
             }
             return Ok(WriteStep::InPlace {
                 file: geometry.data,

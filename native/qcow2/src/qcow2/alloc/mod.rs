@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Host clusters: finding free ones (here), giving them back (`freed`), and growing the refcount structures
-//! (`reftable`).
+//! Host clusters: finding free ones (here), counting some ahead (`reserve`), giving them back (`freed`), and
+//! growing the refcount structures (`reftable`).
 //!
 //! Free clusters below the image's end are found by scanning the refcounts from a cursor; behind the
 //! end the file grows (block devices end at their capacity). A cluster taken from behind the end of
@@ -12,6 +12,7 @@
 //! | state     | refcount on disk | who may point to it on disk | leaves it when                                   |
 //! |-----------|------------------|------------------------------|--------------------------------------------------|
 //! | free      | 0                | nobody                       | allocated: count 1 in memory                     |
+//! | reserved  | 0 or 1           | nobody                       | handed out; given back at the end (`reserve`)    |
 //! | allocated | 0 or 1           | nobody                       | a commit wrote the count, a later phase the link |
 //! | used      | ≥ 1              | a table                      | unlinked in memory: `freed`                      |
 //! | freed     | ≥ 1              | perhaps the table still      | a commit wrote the table without it              |
@@ -23,6 +24,7 @@
 
 mod freed;
 mod reftable;
+mod reserve;
 
 use std::collections::HashMap;
 
@@ -37,6 +39,7 @@ use crate::qcow2::{refcount, Geometry};
 use crate::state::State;
 use crate::types::{GuestCluster, HostCluster, HostOffset};
 use freed::Freed;
+use reserve::Reserve;
 
 /// The file is lengthened by at least this many bytes, and by at most `GROW_MAX`.
 const GROW_MIN: u64 = 1 << 20;
@@ -52,7 +55,7 @@ pub(crate) struct Writer {
     reftable_offset: HostOffset,
     /// For the overlap check.
     pub(crate) metadata: Metadata,
-    /// The next cluster behind all that were ever used.
+    /// The next cluster behind all that were ever used or are counted ahead.
     end: u64,
     /// The file's length, in bytes.
     file_len: u64,
@@ -62,6 +65,7 @@ pub(crate) struct Writer {
     /// Where the next packed cluster may go.
     pub(crate) packed_tail: Option<HostOffset>,
     pub(crate) freed: Freed,
+    pub(crate) reserve: Reserve,
     pub(crate) tickets: HashMap<u64, crate::qcow2::write::Ticket>,
     pub(crate) next_ticket: u64,
     /// Guest clusters with an allocation under way, and its ticket.
@@ -74,6 +78,8 @@ pub(crate) struct Run {
     pub(crate) first: HostCluster,
     pub(crate) count: u64,
     pub(crate) fresh: bool,
+    /// Their counts are on disk.
+    pub(crate) counted: bool,
 }
 
 impl Run {
@@ -110,6 +116,7 @@ impl Writer {
             cursor: 0,
             packed_tail: None,
             freed: Freed::default(),
+            reserve: Reserve::default(),
             tickets: HashMap::new(),
             next_ticket: 1,
             busy: HashMap::new(),
@@ -171,14 +178,23 @@ impl State {
         }
         self.release_freed(waiter)?;
         loop {
-            let run = self.find(max, waiter)?;
+            let Some(run) = self.find(max, waiter)? else {
+                match self.take_reserved(files, max)? {
+                    Some(run) => return Ok(run),
+                    None => continue,
+                }
+            };
             let geometry = self.geometry()?;
             if self.ensure_counted(files, run.first, run.first, waiter)? {
                 continue;
             }
             // All counts of the run stand in one cached block: fetch it before anything changes.
             self.refcount(&geometry, run.first, waiter)?;
-            return self.take(files, run);
+            let run = self.take(files, run)?;
+            if run.fresh {
+                self.count_ahead(files)?;
+            }
+            return Ok(run);
         }
     }
 
@@ -221,6 +237,7 @@ impl State {
                 first: HostCluster(start),
                 count,
                 fresh: false,
+                counted: false,
             },
         )
     }
@@ -246,12 +263,15 @@ impl State {
         Ok(Run { fresh, ..run })
     }
 
-    /// A free run whose counts stand in one cached block.
-    fn find(&mut self, max: u64, waiter: &Waiter) -> Planned<Run> {
+    /// A free run whose counts stand in one cached block; None when the reserve is next.
+    fn find(&mut self, max: u64, waiter: &Waiter) -> Planned<Option<Run>> {
         let geometry = self.geometry()?;
         loop {
             let writer = self.writer()?;
             let (end, at) = (writer.end, writer.cursor);
+            if at >= end && !writer.reserve.is_empty() {
+                return Ok(None);
+            }
             if at >= end && !writer.regular {
                 return Err(Stop::Fail(full()));
             }
@@ -259,11 +279,12 @@ impl State {
             let (start, free) = self.scan(&geometry, at, limit, max, waiter)?;
             self.writer()?.cursor = start;
             if free > 0 {
-                return Ok(Run {
+                return Ok(Some(Run {
                     first: HostCluster(start),
                     count: free.min(max),
                     fresh: false,
-                });
+                    counted: false,
+                }));
             }
         }
     }
