@@ -28,14 +28,14 @@ _vmbusctl() {
             return
             ;;
         define)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         abi)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         run)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --prefault --no-balloon --on-reset --no-rng --detach --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --detach --secret --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         list)
@@ -162,7 +162,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --boot" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --bus-address" | "define --bus-name")
+        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --boot" | "define --disk" | "define --nic" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --memory-node" | "define --bus-address" | "define --bus-name")
             return
             ;;
         "abi --kernel")
@@ -191,7 +191,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "abi --name" | "abi --memory" | "abi --vcpus" | "abi --cmdline" | "abi --boot" | "abi --disk" | "abi --nic" | "abi --cpu-model" | "abi --machine-type" | "abi --memory-minimum" | "abi --uuid" | "abi --bus-address" | "abi --bus-name")
+        "abi --name" | "abi --memory" | "abi --vcpus" | "abi --cmdline" | "abi --boot" | "abi --disk" | "abi --nic" | "abi --cpu-model" | "abi --machine-type" | "abi --memory-minimum" | "abi --memory-node" | "abi --uuid" | "abi --bus-address" | "abi --bus-name")
             return
             ;;
         "run --kernel")
@@ -225,7 +225,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -f -- "${current#*=}"))
             return
             ;;
-        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --boot" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --bus-address" | "run --bus-name")
+        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --boot" | "run --disk" | "run --nic" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --memory-node" | "run --bus-address" | "run --bus-name")
             return
             ;;
         "list --bus-address" | "list --bus-name")

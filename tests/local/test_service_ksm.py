@@ -328,6 +328,24 @@ def test_where_the_kernel_has_an_advisor_the_tuner_sets_it_up(found: dict[str, s
         assert ksm.settings() == found
 
 
+@pytest.mark.long
+@pytest.mark.skipif(not (ksm.KSM / "advisor_mode").exists(), reason="the kernel has no advisor")
+def test_with_the_advisor_machines_merge_and_ksmd_stays_below_its_bound(found: dict[str, str]) -> None:
+    """However long ksmd has run before: see the note of service/tuner.py."""
+    config = "[ksm.tuner]\non = true\nmost-cpu = 15\nscan-time = 10\n"
+    with System(policy=POLICY, config=config) as system:
+        content = Content(system, 2048)
+        for name in ("first", "second"):
+            content.run(name, "advised")
+        pids = [pid_of(system, "first"), pid_of(system, "second")]
+        began, used = time.monotonic(), ksmd_seconds()
+        ksm.until(lambda: min(ksm.merging(pids)) >= 2000, 150)
+        assert (ksmd_seconds() - used) / max(1, time.monotonic() - began) <= 0.15
+        assert ctl(system, "ksm")["tuner"] == "advisor"
+        system.service.stop()
+        assert ksm.settings() == found
+
+
 @pytest.mark.skipif(not (ksm.KSM / "advisor_mode").exists(), reason="the kernel has no advisor")
 def test_a_tuner_without_the_advisor_takes_over_from_one_that_is_on_and_gives_back(
     found: dict[str, str],

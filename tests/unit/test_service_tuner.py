@@ -12,7 +12,7 @@ import pytest
 
 from vmbus.service.config import TunerConfig
 from vmbus.service.ksm import Value
-from vmbus.service.tuner import TICK, Plan, Sample
+from vmbus.service.tuner import TICK, Plan, Sample, advised
 
 WANTED = TunerConfig(on=True, most_cpu=20, fast_pages=8000, slow_pages=100)
 
@@ -86,6 +86,23 @@ def test_a_machine_that_starts_makes_it_fast_again_and_the_last_s_end_stops_it()
     assert plan.state == "stopped"
 
 
+def test_the_first_scan_brings_nothing_and_after_the_last_growth_one_is_enough() -> None:
+    plan = Plan(WANTED)
+    rows = [  # sharing, full scans, machines: what is decided
+        (0, 0, 2, "fast"),
+        (0, 1, 2, "fast"),  # every page was seen once
+        (9000, 1, 2, "fast"),
+        (20000, 2, 2, "fast"),
+        (20000, 3, 2, "slow"),
+        (20000, 3, 3, "fast"),  # another machine begins anew
+        (20000, 4, 3, "fast"),
+        (20000, 5, 3, "slow"),
+    ]
+    for second, (sharing, scans, machines, state) in enumerate(rows):
+        plan.decide(Sample(second, sharing, scans, second / 100, machines))
+        assert plan.state == state, rows[second]
+
+
 @pytest.mark.parametrize("cost", [2e-7, 1e-6, 5e-6, 2e-5])
 def test_ksmd_s_share_stays_below_its_bound_once_it_has_been_measured(cost: float) -> None:
     plan, host = Plan(WANTED), Host(3_000_000, cost)
@@ -100,6 +117,19 @@ def test_a_fast_host_is_scanned_at_the_full_rate() -> None:
     host.machines(2)
     play(plan, host, 20)
     assert plan.decide(host.sample)["pages-to-scan"] == WANTED.fast_pages
+
+
+def test_while_the_advisor_scans_fewer_pages_than_its_least_ksmd_sleeps_less() -> None:
+    settings: dict[str, Value] = {"advisor-mode": "scan-time", "advisor-min-pages-to-scan": 500}
+    sleeps = [
+        advised(WANTED, {**settings, "pages-to-scan": n}, 20)["sleep-millisecs"] for n in (20, 250, 500)
+    ]
+    assert sleeps == [1, 10, 20]
+    before = {**settings, "advisor-mode": "none", "pages-to-scan": 100}
+    assert advised(WANTED, before, 20) == {
+        **{"advisor-max-cpu": 20, "advisor-target-scan-time": 60, "advisor-mode": "scan-time"},
+        **{"sleep-millisecs": 20, "run": 1},
+    }
 
 
 def test_figures_that_go_backwards_do_no_harm() -> None:

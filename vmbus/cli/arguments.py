@@ -168,6 +168,18 @@ def _description(to: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="the least the guest is asked to get by with (default a quarter)",
     )
+    add(
+        "--memory-node",
+        metavar="N",
+        type=int,
+        action="append",
+        help="a NUMA node that memory may come from; repeat for several (default any)",
+    )
+    add(
+        "--locked",
+        action="store_true",
+        help="memory stays in RAM, never in swap; takes locked in broker.toml",
+    )
     add("--prefault", action="store_true", help="touch all memory before the guest runs")
     add("--no-balloon", action="store_true", help="no virtio balloon: the guest gives no memory back")
     add("--on-reset", choices=("restart", "end"), help="what a reset by the guest does (default restart)")

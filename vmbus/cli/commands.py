@@ -303,6 +303,8 @@ def _flags(arguments: argparse.Namespace) -> description.Flags:
         memory_kind=arguments.memory_kind,
         page_size=arguments.page_size,
         memory_minimum=arguments.memory_minimum,
+        memory_nodes=arguments.memory_node,
+        locked=True if arguments.locked else None,
         prefault=True if arguments.prefault else None,
         balloon=False if arguments.no_balloon else None,
         on_reset=arguments.on_reset,

@@ -66,6 +66,8 @@ class Flags:
     memory_kind: str | None = None
     page_size: str | None = None
     memory_minimum: str | None = None
+    memory_nodes: Sequence[int] | None = None
+    locked: bool | None = None
     prefault: bool | None = None
     balloon: bool | None = None
     on_reset: str | None = None
@@ -198,6 +200,8 @@ def _apply(tree: dict[str, Any], flags: Flags) -> None:
         ("memory-kind", flags.memory_kind),
         ("page-size", flags.page_size),
         ("memory-minimum", flags.memory_minimum),
+        ("memory-nodes", flags.memory_nodes),
+        ("locked", flags.locked),
         ("prefault", flags.prefault),
         ("balloon", flags.balloon),
         ("on-reset", flags.on_reset),

@@ -5,18 +5,26 @@ Off unless vmbusd.toml says otherwise. Where the kernel has an advisor (6.8 and 
 and only stops and starts KSM; elsewhere, or with ``advisor = false``, it decides itself, by a sample every
 few seconds (``Plan``, which knows no clock and no file and is tested against a recording):
 
-    stopped ── a machine is offered ──► fast ── two full scans without growth ──► slow
+    stopped ── a machine is offered ──► fast ── a full scan without growth ─────► slow
        ▲                                  ▲                                         │
        └── no machine is offered          └── a machine started, or saving grows ───┘
 
-*Fast* begins at a sixteenth of its rate and doubles while ksmd stays below its bound; whatever the state, the
-rate follows the share of a CPU that ksmd was measured to take, so that it stays below ``most-cpu``.
+A page merges when a scan finds it as the scan before it did. So the first scan of *fast* brings nothing, and
+that it does not counts only from the second on. *Fast* begins at a sixteenth of its rate and doubles while
+ksmd stays below its bound; whatever the state, the rate follows the share of a CPU that ksmd was measured to
+take, so that it stays below ``most-cpu``.
+
+The advisor reckons a scan's CPU time from what ksmd had at the scan before it, and at its first one from the
+boot (scan_time_advisor() of mm/ksm.c, seen on Linux 6.18). Where ksmd has run for a minute before, that seems
+to be several CPUs, and pages_to_scan falls to 20 or so, far below advisor_min_pages_to_scan, until the next
+scan has ended, which may then be hours. So while it is below that, ksmd sleeps as much less.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -29,14 +37,15 @@ log = logging.getLogger("vmbus.tuner")
 
 State = Literal["off", "advisor", "stopped", "fast", "slow"]
 
-TICK: Final = {"fast": 2.0, "slow": 10.0, "advisor": 10.0, "stopped": 10.0, "off": 60.0}
+TICK: Final = {"fast": 1.0, "slow": 10.0, "advisor": 10.0, "stopped": 10.0, "off": 60.0}
 """Seconds until the next sample; a machine that starts brings it forward."""
 GROWTH: Final = 0.005
 """Saving grows when a sample has so much more of it than the one before."""
 GROWTH_LEAST: Final = 64
 """Pages; a growth that is less is none."""
 QUIET_SCANS: Final = 2
-AIM: Final = 0.8
+"""Full scans without growth before there was any, after which there will be none; later, one is enough."""
+AIM: Final = 0.75
 """Of the bound on ksmd's CPU: what the rate is steered to."""
 
 
@@ -65,6 +74,7 @@ class Plan:
         """Of one CPU, what ksmd took between the last two samples."""
         self._pages = 0
         self._quiet = 0
+        self._grown = False
         self._last: Sample | None = None
 
     def decide(self, sample: Sample) -> dict[str, Value]:
@@ -77,19 +87,19 @@ class Plan:
         if self.state == "stopped":
             self._enter_fast()
         elif last is not None and (sample.offered > last.offered or _grows(last, sample)):
-            self._quiet = 0
+            self._quiet, self._grown = 0, sample.offered <= last.offered
             if self.state == "slow":
                 self._enter_fast()
         elif last is not None:
             self._quiet += sample.full_scans - last.full_scans
-            if self._quiet >= QUIET_SCANS:
+            if self._quiet >= (1 if self._grown else QUIET_SCANS):
                 self.state = "slow"
         self._steer()
         sleep = 20 if self.state == "fast" else 200
         return {"pages-to-scan": self._pages, "sleep-millisecs": sleep, "run": 1}
 
     def _enter_fast(self) -> None:
-        self.state, self._quiet = "fast", 0
+        self.state, self._quiet, self._grown = "fast", 0, False
         self._pages = max(self._wanted.slow_pages, self._wanted.fast_pages // 16)
 
     def _steer(self) -> None:
@@ -147,9 +157,11 @@ class Tuner:
 
     async def _step(self) -> None:
         offered = len(list(self._ksm.offered()))
-        advisor = self._ksm.settings().get("advisor-mode")
+        settings = self._ksm.settings()
+        advisor = settings.get("advisor-mode")
         if self._wanted.advisor and advisor is not None:
-            await self._put(_advised(self._wanted) if offered else {"run": 0})
+            usual = self._ksm.found.get("sleep-millisecs", settings["sleep-millisecs"])
+            await self._put(advised(self._wanted, settings, int(usual)) if offered else {"run": 0})
             self.state = "advisor" if offered else "stopped"
             return
         seen = await self._broker.look()
@@ -168,10 +180,15 @@ class Tuner:
             self._in_force.update(news)
 
 
-def _advised(wanted: TunerConfig) -> dict[str, Value]:
+def advised(wanted: TunerConfig, settings: Mapping[str, Value], sleep: int) -> dict[str, Value]:
+    """What sets the advisor up, by the settings as they are; ``sleep`` milliseconds are the usual."""
+    pages, least = int(settings["pages-to-scan"]), int(settings.get("advisor-min-pages-to-scan", 1))
+    if settings["advisor-mode"] != "none" and pages < least:
+        sleep = max(1, sleep * pages // least)
     return {
         "advisor-max-cpu": wanted.most_cpu,
         "advisor-target-scan-time": wanted.scan_time,
         "advisor-mode": "scan-time",
+        "sleep-millisecs": sleep,
         "run": 1,
     }

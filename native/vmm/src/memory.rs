@@ -15,8 +15,10 @@ use vm_memory::{
 };
 
 use crate::config::{MemoryKind, NODES_MAX};
+use crate::crew::{Chunk, Work as _};
 use crate::error::{Error, Kind, Result};
 use crate::layout;
+use crate::prefault::Touch;
 use crate::slots::{self, Slots, Source, View};
 
 /// How much of `memory` lies below the 32-bit hole, and how much above.
@@ -124,6 +126,9 @@ fn region(
     if plan.locked {
         lock(&mapping)?;
     }
+    if matches!(plan.kind, MemoryKind::Huge) && !plan.nodes.is_empty() {
+        take(&mapping, &plan.nodes)?;
+    }
     GuestRegionMmap::new(mapping, GuestAddress(address))
         .ok_or_else(|| Error::internal("a memory region wraps around"))
 }
@@ -171,6 +176,20 @@ fn bind(mapping: &MmapRegion, nodes: &[u16]) -> Result<()> {
         )),
         _ => Err(Error::kernel("mbind of the guest's memory", error)),
     }
+}
+
+/// Huge pages are reserved on the host, not on a node: the first touch of one that its nodes have not would be a
+/// SIGBUS. So they are taken here, or not at all.
+fn take(mapping: &MmapRegion, nodes: &[u16]) -> Result<()> {
+    let whole = Chunk {
+        address: mapping.as_ptr() as usize,
+        len: mapping.size() as u64,
+        offset: 0,
+    };
+    Touch.chunk(whole).map_err(|_| {
+        let message = format!("the NUMA nodes {nodes:?} have too few free huge pages");
+        Error::new(Kind::Unavailable, "memory_nodes", message)
+    })
 }
 
 /// Its pages stay in RAM once they are there (mlock2(2), MLOCK_ONFAULT).

@@ -101,6 +101,11 @@ def test_flags_alone_are_enough(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [slot.writable for slot in slots(found)] == [False, False, True]
 
 
+def test_where_memory_comes_from_and_that_it_stays_there_are_flags(place: Path) -> None:
+    found = description.build(str(place / "web.toml"), Flags(memory_nodes=[0, 3], locked=True))
+    assert (found.memory_nodes, found.locked) == ([0, 3], True)
+
+
 def test_a_comma_in_a_path_is_written_twice(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     (place / "a,b=c").write_bytes(bytes(512))
