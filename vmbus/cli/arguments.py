@@ -147,8 +147,8 @@ def _description(to: argparse.ArgumentParser) -> None:
         metavar="PATH,format=F[,...]",
         action="append",
         default=[],
-        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, detect-zeroes=, bus=scsi, "
-        "read-only, cdrom; may be repeated, in order; a comma in a path is written twice",
+        help="a disk: path, format=qcow2|raw, backing-format=, id=, serial=, queues=, slot=, detect-zeroes=, "
+        "bus=scsi, read-only, cdrom; may be repeated, in order; a comma in a path is written twice",
     )
     add(
         "--nic",
