@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from tests.lab import ahead as running_ahead
-from tests.lab import capabilities, namespace, system
+from tests.lab import capabilities, namespace, scratch, system
 from tests.lab.remote import RemoteSession, ReportWriter
 from tests.lab.system import System
 
@@ -44,6 +44,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(ReportWriter(config, config.getoption("--reports")))
     if os.geteuid() == 0:
         namespace.enter()
+    scratch.enter()
+
+
+def pytest_unconfigure() -> None:
+    scratch.leave()
 
 
 # -- which items, and where

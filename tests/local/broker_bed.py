@@ -174,7 +174,7 @@ class Bed:
         import_deadline: float = 60,
     ) -> None:
         """``worker``: a KIND of broker_worker.py, or "real"; ``import_deadline``: seconds."""
-        self.place = Path(tempfile.mkdtemp(prefix="vmbus-broker-", dir="/var/tmp"))
+        self.place = Path(tempfile.mkdtemp(prefix="vmbus-broker-"))
         self.place.chmod(0o755)
         self.run, self.state = self.place / "run", self.place / "state"
         self.home = self.place / "home"

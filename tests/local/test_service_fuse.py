@@ -85,7 +85,7 @@ async def test_kill_9_frees_the_name_although_closes_hang(bed: Bed, tmp_path: Pa
             os.kill(bed.service_pid, 9)
             begin = time.monotonic()
             while await _has_owner(alice.client.bus):
-                assert time.monotonic() - begin < 2, "the name is not freed"
+                assert time.monotonic() - begin < 20, "the name is not freed"  # a busy host; else never
                 await asyncio.sleep(0.01)
 
 

@@ -26,7 +26,7 @@ GRANTED = b'[ksm]\nmanage = true\n[hugepages]\ngrow = "20M"\n'
 @pytest.fixture
 def sys() -> Iterator[Path]:
     """A /sys that nobody may read and write."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+    with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         root = Path(place)
         node, whole = (root / POOL).parent, root / "kernel/mm/hugepages/hugepages-2048kB"
