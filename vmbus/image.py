@@ -37,6 +37,8 @@ Format = Literal["qcow2", "raw"]
 FORMATS: Final[tuple[Format, ...]] = ("qcow2", "raw")
 DetectZeroes = Literal["off", "on", "unmap"]
 DETECT_ZEROES: Final[tuple[DetectZeroes, ...]] = ("off", "on", "unmap")
+Preallocation = Literal["off", "metadata", "falloc", "full"]
+PREALLOCATIONS: Final[tuple[Preallocation, ...]] = ("off", "metadata", "falloc", "full")
 MAX_LAYERS: Final = 200
 _DISCARD, _ZERO, _ZERO_UNMAP = 0, 1, 2
 
@@ -102,7 +104,7 @@ def create(
     backing_format: Format | None = None,
     data_file: str | None = None,
     data_raw: bool = False,
-    preallocation: Literal["off", "metadata", "falloc", "full"] = "off",
+    preallocation: Preallocation = "off",
     encrypt: Encryption | None = None,
 ) -> None:
     """Make an image of ``size`` bytes at ``path``; what was there is gone.
@@ -361,9 +363,10 @@ class Image:
         """Let the range read as zeros; with ``unmap`` its space is given back."""
         _call(lib.vmbus_image_range(self._open(), _ZERO_UNMAP if unmap else _ZERO, offset, length))
 
-    def resize(self, size: int, *, shrink: bool = False) -> None:
-        """Change the disk's size. Shrinking loses data and must be asked for."""
-        self._perform({"op": "resize", "size": size, "shrink": shrink})
+    def resize(self, size: int, *, shrink: bool = False, preallocation: Preallocation = "off") -> None:
+        """Change the disk's size. Shrinking loses data and must be asked for. What a growing disk gains is
+        preallocated as asked; if that fails it has not grown."""
+        self._perform({"op": "resize", "size": size, "shrink": shrink, "preallocation": preallocation})
 
     def amend(
         self,
@@ -387,6 +390,16 @@ class Image:
                 "data_raw": data_raw,
             }
         )
+
+    def commit_into(self, target: Image, depth: int, *, rate: int = 0, report: Report | None = None) -> None:
+        """Let ``target``, layer ``depth`` of this image's chain with those below it, hold all that the layers
+        above it do. It grows if it is shorter. ``rate`` is the most bytes of the disk a second."""
+        self._perform({"op": "commit-into", "depth": depth, "rate": rate}, other=target, report=report)
+
+    def rebase(self, new: Image | None, *, compress: bool = False, report: Report | None = None) -> None:
+        """Hold what reads otherwise in ``new`` (zeros, for None) than below this image now; then
+        ``set_backing`` may name that one."""
+        self._perform({"op": "rebase", "compress": compress}, other=new, report=report)
 
     def empty(self) -> None:
         """Hold nothing any more: everything reads as in the backing file."""
@@ -466,12 +479,14 @@ class Image:
         threads: int | None = None,
         salvage: bool = False,
         rate: int = 0,
+        shift: int = 0,
         report: Report | None = None,
     ) -> int:
         """Let ``target`` hold what this image holds, or with ``above`` what its first layers have.
 
-        With ``salvage`` sectors that cannot be read become zeros; gives how many bytes did. ``rate`` is the
-        most bytes of the disk a second, 0 for no limit.
+        The first byte goes to byte ``shift`` of the target. With ``salvage`` sectors that cannot be read
+        become zeros; gives how many bytes did. ``rate`` is the most bytes of the disk a second, 0 for no
+        limit.
         """
         request = {
             "op": "copy",
@@ -482,6 +497,7 @@ class Image:
             "threads": threads,
             "salvage": salvage,
             "rate": rate,
+            "shift": shift,
         }
         return cast(int, self._perform(request, other=target, report=report))
 

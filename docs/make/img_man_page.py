@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""man/vmbus-img.1, from the parser of vmbus-img."""
+"""man/vmbus-img.1, from the tables of vmbus-img's options."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 from docs.make import roff
-from vmbus.cli import img
+from vmbus.cli import img_options
+from vmbus.cli.img_options import Option
 
 OUTPUT = "man/vmbus-img.1"
 
 _HEAD = """\
 .\\" SPDX-License-Identifier: Apache-2.0
-.\\" Made from vmbus/cli/img.py by docs/make/img_man_page.py (`make docs`); not to be edited.
+.\\" Made from vmbus/cli/img_options.py by docs/make/img_man_page.py (`make docs`); not to be edited.
 .TH VMBUS\\-IMG 1 "" "vmbus" "User Commands"
 .SH NAME
 vmbus\\-img \\- disk images of vmbus
@@ -26,10 +26,10 @@ vmbus\\-img makes, examines and changes qcow2 and raw images. It has the sub-com
 exit codes of
 .BR qemu\\-img (1),
 so that a script works by changing the name. It needs no service and no rights but those on the files.
-What it does not have is refused by name: persistent bitmaps, subclusters, other formats.
-.PP
-Sizes are bytes, or carry b, k, M, G, T, P or E (powers of 1024).
-.SH COMMANDS
+What it does not have is refused by name: formats other than qcow2 and raw, and making images with the old
+AES. .PP A source or target of convert that is .BR \\- , or a pipe, is a stream of raw bytes. Without \\-p the
+progress is shown whenever SIGUSR1 comes. .PP Sizes are bytes, or carry b, k, M, G, T, P or E (powers of
+1024). .SH COMMANDS
 """
 _TAIL = """\
 .SH EXIT STATUS
@@ -57,20 +57,18 @@ check: the format cannot be checked.
 
 def text() -> str:
     """The whole page."""
-    top = img._arguments()
-    verbs = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction))
-    summaries = {choice.dest: choice.help or "" for choice in verbs._choices_actions}
     lines = [_HEAD.rstrip("\n")]
-    for name, parser in verbs.choices.items():
-        lines.extend(_command(name, summaries.get(name, ""), parser))
+    for name, command in img_options.COMMANDS.items():
+        words = f"vmbus-img {name} [options] {command.operands}"
+        lines += [f".SS {roff.escaped(words)}", roff.escaped(roff.sentence(command.summary))]
+        for option in command.options:
+            lines.extend(_option(option))
     lines.append(_TAIL.rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 
-def _command(name: str, summary: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    positionals = [roff.metavar(action) for action in parser._actions if not action.option_strings]
-    yield f".SS {roff.escaped(' '.join(['vmbus-img', name, '[options]', *positionals]))}"
-    yield roff.escaped(roff.sentence(summary))
-    for action in parser._actions:
-        if action.option_strings and action.dest != "help":
-            yield from roff.option(action)
+def _option(option: Option) -> Iterator[str]:
+    yield ".TP"
+    flags = ", ".join(f"\\fB{roff.escaped(flag)}\\fR" for flag in option.flags.split())
+    yield f"{flags} \\fI{roff.escaped(option.value)}\\fR" if option.value else flags
+    yield roff.escaped(roff.sentence(option.help))

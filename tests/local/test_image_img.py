@@ -73,7 +73,6 @@ def test_info_says_what_qemu_says(tmp_path: Path, capsys: pytest.CaptureFixture[
     theirs = json.loads(qemu("qemu-img", "info", "--output=json", path))
     ours("info", "--output=json", path)
     mine = json.loads(capsys.readouterr().out)
-    del theirs["children"]  # a view of QEMU's block graph
     assert mine == theirs
     ours("info", path)
     assert "virtual size: 3 MiB (3145728 bytes)" in capsys.readouterr().out
@@ -388,7 +387,7 @@ def test_an_image_that_was_not_closed_is_repaired_before_it_is_written(tmp_path:
 @pytest.mark.parametrize(
     ("offset", "value", "said"),
     [
-        (0, b"QFI\xfa", "magic"),
+        (0, b"QFI\xfa", "not in qcow2 format"),
         (4, b"\0\0\0\x04", "version 4"),
         (20, b"\0\0\0\x40", "cluster size"),
         (36, b"\x7f\xff\xff\xff", "L1 table"),

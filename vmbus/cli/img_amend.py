@@ -18,15 +18,14 @@ The last active slot is erased, and an active one overwritten, only with ``--for
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Final
 
 from vmbus import image
-from vmbus.cli import img_source
-from vmbus.cli.img_size import size
+from vmbus.cli import img_options, img_settings, img_size, img_source
+from vmbus.cli.img_progress import progress
 from vmbus.cli.img_source import Secrets, Source
-from vmbus.image import Report, Secret
+from vmbus.image import Secret
 from vmbus.wire.errors import VmbusError
 
 CREATION: Final = frozenset(
@@ -35,24 +34,44 @@ CREATION: Final = frozenset(
 VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
-def amend(
-    source: Source, listed: Sequence[str], known: Secrets, *, force: bool, report: Report | None
-) -> None:
+def run(options: SimpleNamespace) -> int:
     """Change the image as the ``-o`` options say."""
+    img_source.cache(options.cache_t)
+    listed = options.options
+    if img_settings.wants_help(listed) and options.format is not None and not options.words:
+        print(_listing(options.format))
+        return 0
+    if not listed:
+        raise img_options.UsageError("Must specify options (-o)", "amend")
+    if len(options.words) != 1:
+        raise VmbusError("InvalidArgument", "Expecting one image file name")
+    [text] = options.words
+    known = img_source.secrets(options.objects)
+    source = img_source.of(options, text, options.format)
     if source.format == "raw":
+        if source.guessed:
+            img_source.warn_of_guess(text)
         raise VmbusError("NotSupported", "Format driver 'raw' does not support option amendment")
+    if img_settings.wants_help(listed):
+        print(_listing(source.format))
+        return 0
     given = img_source.pairs(",".join(listed))
-    if not given:
-        raise VmbusError("InvalidArgument", "Must specify options (-o)")
-    report = report or (lambda _done, _total: None)
-    report(0, 100)
-    others = {name: value for name, value in given.items() if not name.startswith("encrypt.")}
-    _options(source, others)
-    report(50, 100)
-    keys = {name.removeprefix("encrypt."): value for name, value in given.items() if name not in others}
-    if keys:
-        _key_slots(source, keys, known, force=force)
-    report(1, 1)
+    with progress(options) as report:
+        others = {name: value for name, value in given.items() if not name.startswith("encrypt.")}
+        _options(source, others)
+        report(50, 100)
+        keys = {name.removeprefix("encrypt."): value for name, value in given.items() if name not in others}
+        if keys:
+            _key_slots(source, keys, known, force=options.force)
+        report(100, 100)
+    return 0
+
+
+def _listing(format: str) -> str:
+    if format == "raw":
+        raise VmbusError("NotSupported", "Format driver 'raw' does not support option amendment")
+    img_settings.known_format(format)
+    return img_settings.listing(f"Amend options for '{format}':", img_settings.AMENDED)
 
 
 def _options(source: Source, given: dict[str, str]) -> None:
@@ -75,7 +94,7 @@ def _options(source: Source, given: dict[str, str]) -> None:
     if "compat" in given and version is None:
         raise VmbusError("InvalidArgument", f"Unknown compatibility level {given['compat']}")
     lazy, raw = flag("lazy_refcounts"), flag("data_file_raw")
-    length = _length(given.get("size"))
+    length = img_size.parameter("size", given["size"]) if "size" in given else None
     bits = given.get("refcount_bits")
     if bits is not None and (not bits.isdecimal() or int(bits) not in {1, 2, 4, 8, 16, 32, 64}):
         message = "Refcount width must be a power of two and may not exceed 64 bits"
@@ -93,7 +112,7 @@ def _options(source: Source, given: dict[str, str]) -> None:
             "Refcount widths other than 16 bits require compatibility level 1.1 or above "
             "(use compat=1.1 or greater)",
         )
-    path, format, secrets = source
+    path, format, secrets = source.path, source.format, source.secrets
     if version == 3:
         with image.open(path, format, secrets=secrets, guess=True) as disk:
             disk.amend(version=3)
@@ -105,13 +124,6 @@ def _options(source: Source, given: dict[str, str]) -> None:
             disk.resize(length, shrink=True)
         if version == 2:
             disk.amend(version=2)
-
-
-def _length(text: str | None) -> int | None:
-    try:
-        return None if text is None else size(text)
-    except argparse.ArgumentTypeError as error:
-        raise VmbusError("InvalidArgument", str(error)) from None
 
 
 def _version(source: Source) -> int:

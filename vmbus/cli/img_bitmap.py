@@ -5,76 +5,61 @@ the room that ``measure`` plans for them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
-from vmbus import image
-from vmbus.cli.img_source import Source
+from vmbus.cli import img_size, img_source
 from vmbus.image import Image
 from vmbus.wire.errors import VmbusError
 
-
-class Then(argparse.Action):
-    """Append what is to be done to ``actions``: the order of the options is that of the work."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option: str | None = None,
-    ) -> None:
-        done = [*namespace.actions, ((option or "").removeprefix("--"), values)]
-        namespace.actions = done
+ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 
 
-def arguments(one: argparse.ArgumentParser) -> None:
-    """The options of ``bitmap`` beside those that all sub-commands have."""
-    one.set_defaults(actions=[])
-    one.add_argument("--add", nargs=0, action=Then, help="add it, enabled")
-    one.add_argument("--remove", nargs=0, action=Then, help="remove it")
-    one.add_argument("--clear", nargs=0, action=Then, help="let it say that nothing was written")
-    one.add_argument("--enable", nargs=0, action=Then, help="record writes")
-    one.add_argument("--disable", nargs=0, action=Then, help="record writes no more")
-    one.add_argument("--merge", metavar="SOURCE", action=Then, help="add what another bitmap says")
-    one.add_argument("-b", "--source-file", dest="source_file", help="the image with the other bitmap")
-    one.add_argument("-F", "--source-format", dest="source_format", choices=image.FORMATS, help="its format")
-    one.add_argument("file")
-    one.add_argument("bitmap")
-
-
-def run(source: Source, options: argparse.Namespace, merged: Source | None) -> None:
+def run(options: SimpleNamespace) -> int:
     """Do what the options say, one after the other."""
-    names = [name for name, _ in options.actions]
+    granularity = None
+    if options.granularity is not None:
+        granularity = img_size.number(options.granularity, "granularity", 1)
+    actions = [(name, value) for name, value in options.given if name in ACTIONS]
+    names = [name for name, _ in actions]
     if not names:
         raise VmbusError(
             "InvalidArgument",
             "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge",
         )
-    if options.granularity is not None and "add" not in names:
+    if granularity is not None and "add" not in names:
         raise VmbusError("InvalidArgument", "granularity only supported with --add")
     if options.source_file is not None and "merge" not in names:
         raise VmbusError("InvalidArgument", "Merge bitmap source file only supported with --merge")
     if options.source_format is not None and options.source_file is None:
         raise VmbusError("InvalidArgument", "-F only supported with -b")
+    if len(options.words) != 2:
+        raise VmbusError("InvalidArgument", "Expecting filename and bitmap name")
+    text, bitmap = options.words
+    source = img_source.of(options, text, options.format)
     with contextlib.ExitStack() as stack:
-        path, format, secrets = source
-        disk = stack.enter_context(image.open(path, format, secrets=secrets, guess=True))
+        disk = stack.enter_context(img_source.opened(source, write=True))
         other = None
-        if merged is not None:
-            path, format, secrets = merged
-            opened = image.open(path, format, secrets=secrets, read_only=True, guess=True)
-            other = stack.enter_context(opened)
-        for name, value in options.actions:
+        if options.source_file is not None:
+            known = img_source.secrets(options.objects)
+            merged = img_source.source(options.source_file, options.source_format, known)
+            other = (
+                disk if _same(merged.path, source.path) else stack.enter_context(img_source.opened(merged))
+            )
+        for name, value in actions:
             try:
-                _one(disk, name, options.bitmap, value, options.granularity, other)
+                _one(disk, name, bitmap, value, granularity, other)
             except VmbusError as error:
-                raise VmbusError(
-                    error.kind, f"Operation {name} on bitmap {options.bitmap} failed: {error}"
-                ) from None
+                raise VmbusError(error.kind, f"Operation {name} on bitmap {bitmap} failed: {error}") from None
+    return 0
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.exists(one) and os.path.samefile(one, other)
 
 
 def _one(
@@ -101,7 +86,7 @@ def to_copy(source: Image, *, skip_broken: bool) -> list[dict[str, Any]]:
         raise VmbusError(
             "InvalidState",
             f"Cannot copy inconsistent bitmap '{broken[0]}'\n"
-            "Try --skip-broken-bitmaps, or use 'vmbus-img bitmap --remove'",
+            'Try --skip-broken-bitmaps, or use "vmbus-img bitmap --remove"',
         )
     for name in broken:
         print(f"vmbus-img: warning: Skipping inconsistent bitmap '{name}'", file=sys.stderr)

@@ -5,17 +5,28 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any
 
-from vmbus.image import Layer, Report, beside
+from vmbus.image import Layer, beside
+from vmbus.wire.errors import VmbusError
 
 
 def info(layer: Layer, found: dict[str, Any]) -> dict[str, Any]:
     """What ``qemu-img info --output=json`` says of one image."""
+    child: dict[str, Any] = {
+        "children": [],
+        "virtual-size": found["file-size"],
+        "filename": layer.path,
+        "format": "file" if found["regular"] else "host_device",
+        "actual-size": found["actual-size"],
+        "dirty-flag": False,
+    }
+    if found["regular"]:
+        child["format-specific"] = {"type": "file", "data": {}}
     described: dict[str, Any] = {
+        "children": [{"name": "file", "info": child}],
         "virtual-size": found["virtual-size"],
         "filename": layer.path,
         "format": layer.format,
@@ -40,6 +51,12 @@ def info(layer: Layer, found: dict[str, Any]) -> dict[str, Any]:
     return described
 
 
+_ENCRYPT = (
+    "ivgen-alg", "ivgen-hash-alg", "detached-header", "hash-alg", "cipher-alg", "uuid", "format",
+    "cipher-mode", "slots", "payload-offset", "master-key-iters",
+)  # fmt: skip
+
+
 def _specific(qcow2: dict[str, Any]) -> dict[str, Any]:
     """What only qcow2 has, in the order in which qemu-img prints it."""
     version2 = qcow2["version"] == 2
@@ -50,15 +67,14 @@ def _specific(qcow2: dict[str, Any]) -> dict[str, Any]:
     if qcow2["bitmaps"]:
         keys = ("flags", "name", "granularity")
         data["bitmaps"] = [{key: one[key] for key in keys} for one in qcow2["bitmaps"]]
-    if qcow2["data-name"] is not None:
-        data["data-file"] = qcow2["data-name"]
     data["refcount-bits"] = qcow2["refcount-bits"]
     if qcow2["encrypt"] is not None:
-        data["encrypt"] = qcow2["encrypt"]
+        data["encrypt"] = {key: qcow2["encrypt"][key] for key in _ENCRYPT if key in qcow2["encrypt"]}
+    if qcow2["data-name"] is not None:
+        data["data-file"] = qcow2["data-name"]
+        data["data-file-raw"] = qcow2["data-raw"]
     if not version2:
         data["corrupt"] = qcow2["corrupt"]
-        if qcow2["data-name"] is not None:
-            data["data-file-raw"] = qcow2["data-raw"]
         data["extended-l2"] = qcow2["extended-l2"]
     return data
 
@@ -88,6 +104,16 @@ def info_for_people(described: dict[str, Any]) -> str:
     if "format-specific" in described:
         lines.append("Format specific information:")
         lines += _nested(described["format-specific"]["data"], "    ")
+    for child in described["children"]:
+        inner = child["info"]
+        length = inner["virtual-size"]
+        lines += [
+            f"Child node '/{child['name']}':",
+            f"    filename: {inner['filename']}",
+            f"    protocol type: {inner['format']}",
+            f"    file length: {_size(length)} ({length} bytes)",
+            f"    disk size: {_size(inner['actual-size'])}",
+        ]
     return "\n".join(lines)
 
 
@@ -136,12 +162,13 @@ def check(path: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def check_for_people(found: dict[str, Any]) -> str:
     """The findings in words."""
-    lines = list(found["messages"])
+    lines = []
     if found["corruptions-fixed"] or found["leaks-fixed"]:
         lines.append("The following inconsistencies were found and repaired:\n")
         lines.append(
             f"    {found['leaks-fixed']} leaked clusters\n    {found['corruptions-fixed']} corruptions\n"
         )
+        lines.append("Double checking the fixed image now...")
     if not found["corruptions"] and not found["leaks"]:
         lines.append("No errors were found on the image.")
     if found["corruptions"]:
@@ -174,23 +201,17 @@ def map_for_people(ranges: Iterable[dict[str, Any]], paths: list[str]) -> None:
     """Print the ranges with data. Compressed ones have no place in a file and are refused, as by qemu-img."""
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
     for one in ranges:
-        if one["data"] and one["compressed"]:
-            print("vmbus-img: File contains external, encrypted or compressed clusters.", file=sys.stderr)
-            raise SystemExit(1)
+        if one["data"] and "offset" not in one:
+            message = "File contains external, encrypted or compressed clusters."
+            raise VmbusError("NotSupported", message)
         if one["data"] and not one["zero"]:
-            print(f"{one['start']:<#16x}{one['length']:<#16x}{one['offset']:<#16x}{paths[one['depth']]}")
+            places = "".join(f"{_hex(one[key]):<16}" for key in ("start", "length", "offset"))
+            print(f"{places}{paths[one['depth']]}")
 
 
-def progress(*, shown: bool) -> Report | None:
-    """Something that shows how far an operation is, on one line."""
-    if not shown:
-        return None
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done >= total > 0 and total == 1 else ""
-        print(f"    ({done / total if total else 0:.2%}/100%)".replace("%/", "/"), end=f"\r{end}", flush=True)
-
-    return show
+def _hex(number: int) -> str:
+    """As printf's %#x has it."""
+    return f"{number:#x}" if number else "0"
 
 
 def _size(length: int) -> str:

@@ -12,12 +12,12 @@ use std::time::Duration;
 
 use serde_json::{json, Value};
 use vmbus_qcow2::{
-    amend as amend_options, amend_keys, bench, bitmaps, check_within, compare, copy, create_qcow2,
-    empty, first_nonzero, info, looks_like_qcow2, range_at, resize, serve, set_backing,
-    set_refcount_bits, snapshot, AmendOptions, BenchOptions, Bitmap, BitmapView, CheckReport,
-    CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error, Format, Image, ImageInfo,
-    KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair, Secret, ServeOptions,
-    Snapshot, CHECK_MEMORY,
+    amend as amend_options, amend_keys, bench, bitmaps, check_within, commit_into, compare, copy,
+    create_qcow2, empty, first_nonzero, info, looks_like_qcow2, range_at, rebase, resize_with,
+    serve, set_backing, set_refcount_bits, snapshot, AmendOptions, BenchOptions, Bitmap,
+    BitmapView, CheckReport, CopyOptions, CreateOptions, Disk, EncryptOptions, Encryption, Error,
+    Format, Image, ImageInfo, KeyChange, LayerFiles, OpenOptions, Preallocation, Progress, Repair,
+    Secret, ServeOptions, Snapshot, CHECK_MEMORY,
 };
 
 use crate::error::{borrowed, guard, Failure};
@@ -313,15 +313,34 @@ fn perform(
             Ok(Value::Null)
         }
         "resize" => {
-            resize(
+            resize_with(
                 &*needed(&image)?,
                 number(request, "size")?,
                 flag(request, "shrink"),
+                preallocation(request)?,
             )?;
             Ok(Value::Null)
         }
         "empty" => {
             empty(&*needed(&image)?)?;
+            Ok(Value::Null)
+        }
+        "commit-into" => {
+            let (overlay, target) = (needed(&image)?, needed(&other)?);
+            let options = CopyOptions {
+                rate: request["rate"].as_u64().unwrap_or(0),
+                ..CopyOptions::default()
+            };
+            let depth = number(request, "depth")? as usize;
+            commit_into(&overlay, &target, depth, &options, progress)?;
+            Ok(Value::Null)
+        }
+        "rebase" => {
+            let options = CopyOptions {
+                compress: flag(request, "compress"),
+                ..CopyOptions::default()
+            };
+            rebase(&needed(&image)?, other.as_ref(), &options, progress)?;
             Ok(Value::Null)
         }
         "map" => map(&needed(&image)?, request),
@@ -401,6 +420,7 @@ fn perform(
                 above: request["above"].as_u64().map(|above| above as usize),
                 salvage: flag(request, "salvage"),
                 rate: request["rate"].as_u64().unwrap_or(0),
+                shift: request["shift"].as_u64().unwrap_or(0),
                 ..CopyOptions::default()
             };
             if let Some(sparse) = request["sparse"].as_u64() {
@@ -458,20 +478,21 @@ fn perform(
     }
 }
 
+fn preallocation(request: &Value) -> Outcome<Preallocation> {
+    match request["preallocation"].as_str().unwrap_or("off") {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Falloc),
+        "full" => Ok(Preallocation::Full),
+        _ => Err(Failure::about(
+            "InvalidArgument",
+            "preallocation",
+            "off, metadata, falloc or full",
+        )),
+    }
+}
+
 fn create(request: &Value) -> Outcome<Value> {
-    let preallocation = match request["preallocation"].as_str().unwrap_or("off") {
-        "off" => Preallocation::Off,
-        "metadata" => Preallocation::Metadata,
-        "falloc" => Preallocation::Falloc,
-        "full" => Preallocation::Full,
-        _ => {
-            return Err(Failure::about(
-                "InvalidArgument",
-                "preallocation",
-                "off, metadata, falloc or full",
-            ))
-        }
-    };
     let backing = match (
         request["backing_name"].as_str(),
         request["backing_format"].as_str(),
@@ -504,7 +525,7 @@ fn create(request: &Value) -> Outcome<Value> {
         backing,
         data_name: request["data_name"].as_str().map(str::to_owned),
         data_raw: flag(request, "data_raw"),
-        preallocation,
+        preallocation: preallocation(request)?,
         encryption: encryption(&request["encrypt"])?,
     };
     let data = if request["data_fd"].is_null() {
@@ -540,7 +561,11 @@ fn map(image: &Arc<Image>, request: &Value) -> Outcome<Value> {
 }
 
 fn describe(info: &ImageInfo) -> Value {
-    let mut value = json!({ "virtual-size": info.size, "actual-size": info.allocated });
+    // QEMU counts a file's bytes in sectors.
+    let mut value = json!({
+        "virtual-size": info.size, "actual-size": info.allocated,
+        "file-size": info.file_len.next_multiple_of(512), "regular": info.regular,
+    });
     if let Some(qcow2) = &info.qcow2 {
         value["qcow2"] = json!({
             "version": qcow2.version, "cluster-size": qcow2.cluster_size, "refcount-bits": qcow2.refcount_bits,

@@ -48,6 +48,8 @@ pub struct CopyOptions {
     pub salvage: bool,
     /// Bytes of the disk a second at most; 0 for as fast as it goes.
     pub rate: u64,
+    /// The source's first byte goes to this byte of the target: for compressed copies the start of a cluster.
+    pub shift: u64,
 }
 
 impl Default for CopyOptions {
@@ -63,6 +65,7 @@ impl Default for CopyOptions {
             threads,
             salvage: false,
             rate: 0,
+            shift: 0,
         }
     }
 }
@@ -75,7 +78,7 @@ pub fn copy(
     options: &CopyOptions,
     progress: &Progress,
 ) -> Result<u64> {
-    if target.size() < source.size() {
+    if target.size().checked_sub(options.shift) < Some(source.size()) {
         return Err(Error::new(
             Kind::InvalidArgument,
             "the target is smaller than the source",
@@ -90,6 +93,12 @@ pub fn copy(
         return Err(Error::new(
             Kind::InvalidArgument,
             "only qcow2 images can be compressed",
+        ));
+    }
+    if options.compress && cluster.is_some_and(|(size, _)| options.shift % size != 0) {
+        return Err(Error::new(
+            Kind::InvalidArgument,
+            "compressed clusters are whole ones: the copy begins within one",
         ));
     }
     let piece = PIECE.max(cluster.map_or(0, |(size, _)| size));
@@ -182,7 +191,7 @@ fn difference(one: &mut Disk, other: &mut Disk, at: u64, len: u64) -> Result<Opt
 }
 
 /// Call a worker of each thread for the pieces of `size` bytes until one fails or wants no more.
-fn on_threads<W>(
+pub(crate) fn on_threads<W>(
     size: u64,
     piece: u64,
     (threads, rate): (usize, u64),
@@ -223,6 +232,9 @@ where
         }
         Ok(())
     };
+    if threads <= 1 {
+        return body();
+    }
     std::thread::scope(|scope| {
         for _ in 0..threads.clamp(1, 64) {
             scope.spawn(|| {
@@ -284,6 +296,7 @@ impl Worker<'_> {
     }
 
     fn zeros(&mut self, at: u64, len: u64) -> Result<()> {
+        let at = at + self.options.shift;
         let below = self.to.image().lock().layers.len() > 1;
         if self.options.sparse == 0 {
             self.buffer.clear();
@@ -328,7 +341,7 @@ impl Worker<'_> {
     fn plain(&mut self, at: u64, data: &[u8]) -> Result<()> {
         let unit = self.options.sparse as usize;
         if unit == 0 {
-            return self.to.write(at, data);
+            return self.write(at, data);
         }
         let mut start = 0;
         while start < data.len() {
@@ -341,11 +354,15 @@ impl Worker<'_> {
             if zero {
                 self.zeros(at + start as u64, run.len() as u64)?;
             } else {
-                self.to.write(at + start as u64, run)?;
+                self.write(at + start as u64, run)?;
             }
             start = end;
         }
         Ok(())
+    }
+
+    fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+        self.to.write(at + self.options.shift, data)
     }
 
     fn pack(&mut self, at: u64, data: &[u8]) -> Result<()> {
@@ -353,7 +370,7 @@ impl Worker<'_> {
             return self.zeros(at, data.len() as u64);
         }
         let Some((cluster, packer)) = &mut self.packing else {
-            return self.to.write(at, data);
+            return self.write(at, data);
         };
         // The disk's last cluster may be cut short; it is packed as if zeros followed.
         let mut whole = std::borrow::Cow::Borrowed(data);
@@ -361,8 +378,11 @@ impl Worker<'_> {
             whole.to_mut().resize(*cluster as usize, 0);
         }
         match packer.pack(&whole) {
-            Some(packed) => write_packed(self.to.image(), at / *cluster, &packed),
-            None => self.to.write(at, data),
+            Some(packed) => {
+                let place = (at + self.options.shift) / *cluster;
+                write_packed(self.to.image(), place, &packed)
+            }
+            None => self.write(at, data),
         }
     }
 }
@@ -386,7 +406,7 @@ fn unit_at(data: &[u8], start: usize, unit: usize) -> &[u8] {
         .unwrap_or(&[])
 }
 
-fn is_zero(data: &[u8]) -> bool {
+pub(crate) fn is_zero(data: &[u8]) -> bool {
     let (before, words, after) = {
         // SAFETY: every bit pattern is a valid u128.
         unsafe { data.align_to::<u128>() }

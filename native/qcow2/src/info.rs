@@ -22,6 +22,10 @@ pub struct ImageInfo {
     pub size: u64,
     /// Bytes that the file takes on the host.
     pub allocated: u64,
+    /// Bytes that it is long.
+    pub file_len: u64,
+    /// A file, not a block device.
+    pub regular: bool,
     /// What only qcow2 has.
     pub qcow2: Option<Qcow2Info>,
 }
@@ -82,6 +86,8 @@ fn describe(file: &BlockFile, format: Format) -> Result<ImageInfo> {
         return Ok(ImageInfo {
             size: file.len()?,
             allocated: file.allocated(),
+            file_len: file.len()?,
+            regular: file.regular,
             qcow2: None,
         });
     }
@@ -108,6 +114,8 @@ fn describe(file: &BlockFile, format: Format) -> Result<ImageInfo> {
     Ok(ImageInfo {
         size: header.size,
         allocated: file.allocated(),
+        file_len: file.len()?,
+        regular: file.regular,
         qcow2: Some(qcow2),
     })
 }

@@ -23,7 +23,21 @@ thread_local! {
     static STRUCK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Called before each operation on a file that is not an engine's.
+/// Let operation `at` of `body` fail, and with `lasting` all that follow; tells whether it came to that.
+pub(crate) fn failing<T>(at: u64, lasting: bool, body: impl FnOnce() -> T) -> (T, bool) {
+    STRUCK.set(false);
+    FAULT.set(Some((at, lasting)));
+    let result = body();
+    FAULT.set(None);
+    (result, STRUCK.get())
+}
+
+/// Whether an error is to come: then this thread's operations must be its own.
+pub(crate) fn pending() -> bool {
+    FAULT.get().is_some()
+}
+
+/// Called before each operation on a file that is not an io_uring's.
 pub(crate) fn strike(what: &str) -> Result<()> {
     match FAULT.get() {
         None => Ok(()),
@@ -183,6 +197,15 @@ fn deleting_a_snapshot_may_fail_anywhere() {
 fn going_back_to_a_snapshot_may_fail_anywhere() {
     for cluster_size in [1024, 16384] {
         everywhere("apply", cluster_size, |image| snapshot::apply(image, "one"));
+    }
+}
+
+#[test]
+fn shrinking_may_fail_anywhere() {
+    for cluster_size in [1024, 16384] {
+        everywhere("shrink", cluster_size, |image| {
+            resize(image, SIZE / 4 - 512, true)
+        });
     }
 }
 

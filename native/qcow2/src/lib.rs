@@ -57,6 +57,9 @@ mod locks;
 mod mailbox;
 mod map;
 mod nbd;
+mod overlay;
+#[cfg(test)]
+mod overlay_cuts;
 mod plan;
 #[cfg(test)]
 mod powercut;
@@ -81,11 +84,12 @@ pub use image::{DetectZeroes, Image, LayerFiles, OpenOptions, MAX_LAYERS};
 pub use info::{info, looks_like_qcow2, set_backing, ImageInfo, Qcow2Info};
 pub use map::{range_at, Range};
 pub use nbd::{serve, serve_client, ServeOptions};
+pub use overlay::{commit_into, rebase};
 pub use qcow2::amend::{amend, set_refcount_bits, AmendOptions};
 pub use qcow2::bitmaps::{self, Bitmap, BitmapView};
 pub use qcow2::check::{check, check_within, CheckReport, Repair, CHECK_MEMORY};
 pub use qcow2::create::{create_qcow2, CreateOptions, Preallocation};
-pub use qcow2::resize::{empty, resize};
+pub use qcow2::resize::{empty, resize, resize_with};
 pub use qcow2::snapshot::{self, Snapshot};
 pub use request::{Completion, Op, Request};
 pub use ring::Ring;

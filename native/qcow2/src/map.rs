@@ -125,15 +125,15 @@ impl State {
             let (part, run) = mapping.run(&geometry, at % size);
             len = len.min(run);
             range.len = len;
+            // Nobody can use the place of encrypted data.
+            let place = mapping.host().filter(|_| !geometry.sealed());
+            range.offset = place.map(|(host, _)| host.0 + at % size);
             if part == Part::Below {
                 continue;
             }
             (range.present, range.zero, range.data) =
                 (true, part == Part::Zero, part == Part::Data);
             range.compressed = matches!(mapping, Mapping::Compressed { .. });
-            // Nobody can use the place of encrypted data.
-            let place = mapping.host().filter(|_| !geometry.sealed());
-            range.offset = place.map(|(host, _)| host.0 + at % size);
             return Ok(range);
         }
         range.len = len;

@@ -60,8 +60,29 @@ pub(crate) enum Event {
 }
 
 struct Recorder {
-    fds: Vec<RawFd>,
+    /// Inodes: a file may be opened more than once.
+    files: Vec<u64>,
     events: Vec<Event>,
+    /// Which of the files each event is about.
+    of: Vec<usize>,
+}
+
+impl Recorder {
+    fn new(fds: &[RawFd]) -> Recorder {
+        Recorder {
+            files: fds.iter().map(|fd| inode(*fd)).collect(),
+            events: Vec::new(),
+            of: Vec::new(),
+        }
+    }
+}
+
+fn inode(fd: RawFd) -> u64 {
+    // SAFETY: an all-zero stat is a valid value of the plain C struct.
+    let mut status: libc::stat64 = unsafe { std::mem::zeroed() };
+    // SAFETY: `status` outlives the call.
+    assert_eq!(unsafe { libc::fstat64(fd, &mut status) }, 0);
+    status.st_ino
 }
 
 thread_local! {
@@ -70,12 +91,14 @@ thread_local! {
 
 fn note(fd: Option<RawFd>, event: impl FnOnce() -> Event) {
     RECORDER.with_borrow_mut(|recorder| {
-        if let Some(recorder) = recorder
-            .as_mut()
-            .filter(|recorder| fd.is_none_or(|fd| recorder.fds.contains(&fd)))
-        {
-            let event = event();
-            recorder.events.push(event);
+        let Some(recorder) = recorder else { return };
+        let file = match fd {
+            None => Some(0),
+            Some(fd) => recorder.files.iter().position(|file| *file == inode(fd)),
+        };
+        if let Some(file) = file {
+            recorder.events.push(event());
+            recorder.of.push(file);
         }
     });
 }
@@ -122,12 +145,21 @@ pub(crate) fn note_op(fd: RawFd, op: &IoOp, moved: u64) {
 
 /// What `body` writes to a file, and its syncs.
 pub(crate) fn recorded(fd: RawFd, body: impl FnOnce()) -> Vec<Event> {
-    RECORDER.set(Some(Recorder {
-        fds: vec![fd],
-        events: Vec::new(),
-    }));
+    let events = recorded_of(&[fd], body).into_iter();
+    events.map(|(_, event)| event).collect()
+}
+
+/// The same for several files: which one, and what.
+pub(crate) fn recorded_of(fds: &[RawFd], body: impl FnOnce()) -> Vec<(usize, Event)> {
+    RECORDER.set(Some(Recorder::new(fds)));
     body();
-    RECORDER.take().unwrap().events
+    let recorder = RECORDER.take().unwrap();
+    recorder.of.into_iter().zip(recorder.events).collect()
+}
+
+/// Whether this thread's operations are recorded: then they must be its own.
+pub(crate) fn recording() -> bool {
+    RECORDER.with_borrow(Option::is_some)
 }
 
 /// A request under way: offset, length, its memory, and for a flush what was completed before.
@@ -302,16 +334,7 @@ impl Bed {
             bitmaps::add(&image, "recording", 4096, true).unwrap();
         }
         let start = std::fs::read(&path).unwrap();
-        let fds = image
-            .files()
-            .iter()
-            .take(1)
-            .map(|file| file.as_raw_fd())
-            .collect();
-        RECORDER.set(Some(Recorder {
-            fds,
-            events: Vec::new(),
-        }));
+        RECORDER.set(Some(Recorder::new(&[image.files()[0].as_raw_fd()])));
         for part in 0..3 {
             self.requests(&image, part * 1000, random);
             if self.snapshots() {

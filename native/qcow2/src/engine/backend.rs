@@ -309,6 +309,10 @@ impl Reordering {
 /// # Safety
 /// The pieces are valid memory.
 unsafe fn execute(fd: RawFd, op: &IoOp) -> i32 {
+    #[cfg(test)]
+    if crate::interrupted::strike("engine").is_err() {
+        return -libc::EIO;
+    }
     loop {
         let result = match op {
             // SAFETY: the caller's promise; the list of pieces is borrowed for the call.

@@ -325,9 +325,7 @@ fn compare_counts(report: &mut CheckReport, cluster: u64, stored: u64, used: Opt
     match used {
         Some(used) if stored > used => {
             report.leaks += 1;
-            report.say(|| {
-                format!("leaked cluster {cluster:#x}: refcount {stored}, used {used} times")
-            });
+            report.say(|| format!("Leaked cluster {cluster} refcount={stored} reference={used}"));
         }
         Some(used) if stored < used => {
             report.corrupt(|| format!("cluster {cluster:#x}: refcount {stored}, used {used} times"))

@@ -10,14 +10,14 @@ use crate::crypt::keyslot::Area;
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
 use crate::image::{Image, LayerFiles, OpenOptions};
-use crate::plan::{Codec, Stop, WriteStep, ZeroStep};
+use crate::plan::{Codec, Stop};
 use crate::qcow2::entry::{L2Entry, Subclusters};
 use crate::qcow2::header::{
     autoclear, extension, feature_names, incompatible, l1_entries, CryptMethod, Extension, Header,
     LAZY_REFCOUNTS, MIN_EXTENDED_BITS,
 };
+use crate::qcow2::preallocate::preallocate;
 use crate::qcow2::refcount;
-use crate::qcow2::zero::Zeroing;
 use crate::state::Layer;
 use crate::types::{Format, GuestCluster};
 
@@ -89,32 +89,47 @@ impl CreateOptions {
     fn header(&self) -> Result<Header> {
         let refuse = |message: String| Err(Error::new(Kind::InvalidArgument, message));
         if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
-            return refuse("cluster_size must be a power of two between 512 and 2M".into());
+            return refuse("Cluster size must be a power of two between 512 and 2048k".into());
         }
         if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
-            return refuse("refcount_bits must be a power of two, at most 64".into());
+            return refuse(
+                "Refcount width must be a power of two and may not exceed 64 bits".into(),
+            );
         }
-        let v3_only = self.refcount_bits != 16
-            || self.lazy_refcounts
-            || self.extended_l2
-            || self.zstd
-            || self.data_name.is_some();
-        match self.version {
-            3 => {}
-            2 if v3_only => {
-                return refuse(
-                    "refcount_bits, lazy_refcounts, extended_l2, compression_type and data_file need compat 1.1"
-                        .into(),
-                )
+        let newer = [
+            (
+                self.refcount_bits != 16,
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above",
+            ),
+            (
+                self.lazy_refcounts,
+                "Lazy refcounts only supported with compatibility level 1.1 and above",
+            ),
+            (
+                self.extended_l2,
+                "Extended L2 entries are only supported with compatibility level 1.1 and above",
+            ),
+            (
+                self.zstd,
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above",
+            ),
+            (
+                self.data_name.is_some(),
+                "External data files are only supported with compatibility level 1.1 and above",
+            ),
+        ];
+        match (self.version, newer.iter().find(|(asked, _)| *asked)) {
+            (3, _) | (2, None) => {}
+            (2, Some((_, message))) => {
+                return refuse(format!("{message} (use version=v3 or greater)"))
             }
-            2 => {}
-            n => return refuse(format!("version {n} is neither 2 nor 3")),
+            (n, _) => return refuse(format!("version {n} is neither 2 nor 3")),
         }
         if self.extended_l2 && self.cluster_size < 1 << MIN_EXTENDED_BITS {
             return refuse("extended_l2 needs a cluster_size of at least 16k".into());
         }
         if self.data_raw && self.data_name.is_none() {
-            return refuse("data_file_raw needs data_file".into());
+            return refuse("data-file-raw requires data-file".into());
         }
         if self.encryption.is_some()
             && self.preallocation != Preallocation::Off
@@ -225,7 +240,15 @@ pub fn create_qcow2(file: &File, data_file: Option<&File>, options: &CreateOptio
     let image = Arc::new(Image::open_chain(vec![layer], OpenOptions::default())?);
     image.activate()?;
     let prepared = crate::qcow2::resize::resize(&image, size, false)
-        .and_then(|()| preallocate(&image, options))
+        .and_then(|()| {
+            preallocate(
+                &image,
+                &[],
+                0,
+                options.preallocation,
+                options.encryption.is_some(),
+            )
+        })
         .and_then(|()| match &options.backing {
             Some(_) if options.preallocation != Preallocation::Off => show_backing(&image),
             _ => Ok(()),
@@ -285,47 +308,6 @@ fn encrypt(image: &Arc<Image>, options: &CreateOptions) -> Result<Option<(u64, u
     Ok(Some((offset, len)))
 }
 
-/// Map every cluster of the disk. In an encrypted image they are zero clusters that keep their place:
-/// what was never written is not zeros once it is decrypted.
-fn preallocate(image: &Arc<Image>, options: &CreateOptions) -> Result<()> {
-    let how = options.preallocation;
-    if how == Preallocation::Off {
-        return Ok(());
-    }
-    let mut at = 0;
-    while at < image.size() {
-        let rest = image.size() - at;
-        let step = crate::blocking::run(image, |state, waiter| {
-            state.plan_write(image.files(), at, rest, waiter)
-        })?;
-        // A fresh cluster is mapped already, and reads as zeros; others are written with zeros.
-        if let WriteStep::Allocate(allocation) = &step {
-            let zeros = vec![0u8; allocation.len as usize];
-            let file = image
-                .files()
-                .get(allocation.file)
-                .ok_or_else(|| Error::invalid("no such file"))?;
-            let written = file.write_at(&zeros, allocation.offset.0);
-            image.finish(allocation.ticket, written.is_ok());
-            written?;
-        }
-        if options.encryption.is_some() {
-            keep_as_zeros(image, at, step.len())?;
-        }
-        at += step.len();
-    }
-    crate::blocking::settle(image)?;
-    for file in image.files().iter().filter(|file| file.regular) {
-        let len = file.len()?;
-        match how {
-            Preallocation::Falloc => file.fallocate(0, 0, len)?,
-            Preallocation::Full => write_zeros_into_holes(file, len)?,
-            Preallocation::Off | Preallocation::Metadata => {}
-        }
-    }
-    Ok(())
-}
-
 /// Let every subcluster be the backing file's, in the clusters that they have now.
 fn show_backing(image: &Arc<Image>) -> Result<()> {
     let geometry = match image.lock().layers.first() {
@@ -353,43 +335,6 @@ fn show_backing(image: &Arc<Image>) -> Result<()> {
         })?;
     }
     crate::blocking::settle(image)
-}
-
-fn keep_as_zeros(image: &Arc<Image>, mut at: u64, len: u64) -> Result<()> {
-    let how = Zeroing {
-        required: true,
-        unmap: false,
-    };
-    let end = at + len;
-    while at < end {
-        let step = crate::blocking::run(image, |state, waiter| {
-            state.plan_zero(image.files(), at, end - at, how, waiter)
-        })?;
-        match step {
-            ZeroStep::Done { len } => at += len,
-            ZeroStep::Write { .. } | ZeroStep::Fallocate { .. } => {
-                return Err(Error::unsupported(
-                    "preallocation cannot keep clusters as zeros",
-                ))
-            }
-        }
-    }
-    Ok(())
-}
-
-fn write_zeros_into_holes(file: &BlockFile, len: u64) -> Result<()> {
-    let zeros = vec![0u8; 1 << 20];
-    let mut at = 0;
-    while at < len {
-        let (data, end) = file.next_data(at, len).unwrap_or((len, len));
-        while at < data {
-            let step = (data - at).min(zeros.len() as u64);
-            file.write_at(zeros.get(..step as usize).unwrap_or(&[]), at)?;
-            at += step;
-        }
-        at = end.max(at);
-    }
-    Ok(())
 }
 
 fn clone(file: &File) -> Result<File> {

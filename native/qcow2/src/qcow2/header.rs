@@ -161,7 +161,7 @@ impl Header {
         let mut start = [0u8; OUR_LENGTH as usize];
         file.read_at(&mut start, 0)?;
         if be32(&start, 0) != Some(MAGIC) {
-            return Err(Error::invalid("not a qcow2 image: the magic is missing"));
+            return Err(Error::invalid("Image is not in qcow2 format"));
         }
         let cluster_bits = be32(&start, 20).unwrap_or(0);
         if !(9..=21).contains(&cluster_bits) {
@@ -180,7 +180,7 @@ impl Header {
         let word = |at: usize| be32(cluster, at).ok_or_else(short);
         let long = |at: usize| be64(cluster, at).ok_or_else(short);
         if word(0)? != MAGIC {
-            return Err(Error::invalid("not a qcow2 image: the magic is missing"));
+            return Err(Error::invalid("Image is not in qcow2 format"));
         }
         let version = word(4)?;
         if !(2..=3).contains(&version) {

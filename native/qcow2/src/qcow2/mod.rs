@@ -11,7 +11,7 @@
 //! | `alloc`    | finding clusters; `freed`: giving them back; `reftable`: room for more counts |
 //! | `create`   | making images                                        |
 //! | `amend`    | changing an image's options                          |
-//! | `resize`   | growing and shrinking                                |
+//! | `resize`   | growing and shrinking; `preallocate`: clusters before they are written |
 //! | `bitmaps`  | persistent bitmaps                                   |
 //! | `snapshot` | internal snapshots; `table`: the list of them, `tree`: what lies below one |
 //! | `switch`   | changing counts, flags and tables all at once, for snapshots |
@@ -30,6 +30,7 @@ pub(crate) mod header;
 pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod packed;
+pub(crate) mod preallocate;
 pub(crate) mod refcount;
 pub(crate) mod repair;
 pub(crate) mod resize;

@@ -11,12 +11,15 @@ use crate::blocking::{commit, run, settle};
 use crate::bytes::{put32, put64};
 use crate::cache::Class;
 use crate::error::{Error, Kind, Result};
+use crate::file::BlockFile;
 use crate::image::Image;
 use crate::plan::{Planned, WriteStep, ZeroStep};
+use crate::qcow2::create::Preallocation;
 use crate::qcow2::entry::L2Entry;
 use crate::qcow2::header::{field, l1_entries};
 use crate::qcow2::mapping::{block_of, decode_l1};
 use crate::qcow2::overlap::Holds;
+use crate::qcow2::preallocate::{preallocate, reserve};
 use crate::qcow2::zero::Zeroing;
 use crate::qcow2::{refcount, Geometry};
 use crate::state::{Layer, State};
@@ -25,6 +28,50 @@ use crate::types::HostOffset;
 /// Change an active image's size to `size` bytes. No request may be under way. Shrinking loses data
 /// and must be asked for.
 pub fn resize(image: &Image, size: u64, shrink: bool) -> Result<()> {
+    resize_with(image, size, shrink, Preallocation::Off)
+}
+
+/// The same, and what a growing disk gains is preallocated; if that fails it does not grow.
+pub fn resize_with(
+    image: &Image,
+    size: u64,
+    shrink: bool,
+    preallocation: Preallocation,
+) -> Result<()> {
+    let old = image.size();
+    if preallocation != Preallocation::Off && size < old {
+        return Err(Error::new(
+            Kind::InvalidArgument,
+            "Preallocation can only be used for growing images",
+        ));
+    }
+    let (raw, encrypted) = match image.lock().layers.first() {
+        Some(Layer::Qcow2(_)) => (false, image.encrypted()),
+        _ => (true, false),
+    };
+    if raw && preallocation == Preallocation::Metadata {
+        return Err(Error::new(
+            Kind::InvalidArgument,
+            "Unsupported preallocation mode: metadata",
+        ));
+    }
+    let lengths: Vec<u64> = image
+        .files()
+        .iter()
+        .map(BlockFile::len)
+        .collect::<Result<_>>()?;
+    change(image, size, shrink)?;
+    let done = match image.files().first() {
+        Some(file) if raw => reserve(file, old, preallocation),
+        _ => preallocate(image, &lengths, old, preallocation, encrypted),
+    };
+    if done.is_err() && size > old {
+        change(image, old, true)?;
+    }
+    done
+}
+
+fn change(image: &Image, size: u64, shrink: bool) -> Result<()> {
     image.writable()?;
     let size = size
         .checked_next_multiple_of(512)
@@ -176,7 +223,7 @@ fn zero_step(image: &Image, at: u64, len: u64) -> Result<u64> {
     }
 }
 
-fn write_zeros(image: &Image, step: &WriteStep) -> Result<()> {
+pub(crate) fn write_zeros(image: &Image, step: &WriteStep) -> Result<()> {
     let missing = || Error::invalid("no such file");
     match step {
         WriteStep::InPlace { file, offset, len } => image
