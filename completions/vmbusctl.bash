@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume console attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore console attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -71,6 +71,14 @@ _vmbusctl() {
             ;;
         resume)
             options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        save)
+            options="-h --help --keep --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        restore)
+            options="-h --help --paused --changed-disks --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         console)
@@ -263,6 +271,22 @@ _vmbusctl() {
             return
             ;;
         "resume --bus-address" | "resume --bus-name")
+            return
+            ;;
+        "save --bus-address" | "save --bus-name")
+            return
+            ;;
+        "restore --file")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "restore --secret")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "restore --bus-address" | "restore --bus-name")
             return
             ;;
         "console --bus-address" | "console --bus-name")

@@ -61,7 +61,9 @@ async def test_another_s_machine_is_refused_in_every_method(bed: Bed) -> None:
     nic = variants(dbus_form.build(Nic("nic0", "52:54:00:00:00:01", kind="user")))
     disk = variants(dbus_form.build(Disk("data", [Layer("raw", "/data")])))
     named = {"nic": nic, "disk": disk}
-    plain = {"s": "nic0", "t": 0, "u": 0, "a{sv}": {}, "a{sh}": {}}
+    with open("/etc/hostname", "rb") as file:
+        passed = os.dup(file.fileno())
+    plain = {"s": "nic0", "t": 0, "u": 0, "b": True, "h": passed, "a{sv}": {}, "a{sh}": {}}
     async with bed.caller(ALICE) as alice, bed.caller(BOB) as bob:
         machine = await alice.define()
         for name, method in contract.load()["org.vmbus1.Machine"].methods.items():

@@ -11,11 +11,13 @@ from vmbus.service.changes import Changes
 from vmbus.service.definitions import Definitions
 from vmbus.service.dispatcher import Reply
 from vmbus.service.files import PassedFile
+from vmbus.service.handover import close_all
 from vmbus.service.hotplug import Hotplug
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
 from vmbus.service.memory import Memory
 from vmbus.service.parked import Parked
+from vmbus.service.saving import Saving, resumption
 from vmbus.service.standard import Caller
 from vmbus.wire.dbus_form import build, parse_disk, parse_nic
 from vmbus.wire.definition import Disk, Nic, brought
@@ -91,6 +93,7 @@ class MachineApi:
         definitions: Definitions,
         parked: Parked,
         memory: Memory,
+        saving: Saving,
     ) -> None:
         self._lifecycle = lifecycle
         self._hotplug = hotplug
@@ -98,6 +101,7 @@ class MachineApi:
         self._definitions = definitions
         self._parked = parked
         self._memory = memory
+        self._saving = saving
 
     def brings(self, method: str, args: list[Any]) -> set[str]:
         """What a device that is attached asks for beyond the machine."""
@@ -199,6 +203,37 @@ class MachineApi:
         for file in files.values():
             file.claimed = True
         await self._changes.change_media(item.machine, identifier, form, files, force=force)
+
+    def save(self, caller: Caller, item: MachineObject, file: PassedFile, options: dict[str, Any]) -> str:
+        """Save."""
+        wanted = booleans(options, keep=False)
+        file.claimed = True
+        return job_path(self._saving.save(item.machine, file, keep=wanted["keep"]).number)
+
+    async def restore(
+        self,
+        caller: Caller,
+        item: MachineObject,
+        file: PassedFile,
+        options: dict[str, Any],
+        files: dict[str, PassedFile],
+    ) -> None:
+        """Restore."""
+        wanted = booleans(options, **{"paused": False, "changed-disks": False})
+        item.machine.require("Restore", "stopped", "crashed")
+        parked = self._parked.take(item.machine, caller.name)
+        for slot, given in files.items():
+            given.claimed = True
+            if slot in parked:
+                parked[slot].close()
+        everything = {**parked, **files}
+        file.claimed = True
+        try:
+            saved = resumption(file, changed_disks=wanted["changed-disks"])
+        except VmbusError:
+            close_all(everything)
+            raise
+        await self._lifecycle.start(item.machine, everything, paused=wanted["paused"], saved=saved)
 
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""

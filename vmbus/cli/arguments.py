@@ -256,6 +256,33 @@ def _start(to: argparse.ArgumentParser) -> None:
     to.add_argument("--console", action="store_true", help="attach to its console (one machine only)")
 
 
+def _save(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    _completed(to.add_argument("to", metavar="FILE", help="a new file"), "file")
+    to.add_argument("--keep", action="store_true", help="the machine goes on")
+
+
+def _restore(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    _completed(to.add_argument("source", metavar="FILE", help="what save wrote"), "file")
+    to.add_argument("--paused", action="store_true", help="stop where it was saved")
+    to.add_argument(
+        "--changed-disks",
+        action="store_true",
+        help="even if its disks are other files (copies), or were written to since",
+    )
+    action = to.add_argument(
+        "--file",
+        metavar="SLOT=PATH",
+        action="append",
+        default=[],
+        dest="files",
+        help='open PATH here and pass it for a slot with source = "fd"',
+    )
+    _completed(action, "file")
+    _secrets(to)
+
+
 def _stop(to: argparse.ArgumentParser) -> None:
     _machines(to)
     to.add_argument(
@@ -491,6 +518,24 @@ COMMANDS: Final[Sequence[Command]] = (
     Command("reset", "pull the reset line", "", (("vmbusctl reset web", "as the reset button"),), _machines),
     Command("pause", "stop the vCPUs", "", (("vmbusctl pause web", "until resume"),), _machines),
     Command("resume", "let paused machines go on", "", (("vmbusctl resume web", "go on"),), _machines),
+    Command(
+        "save",
+        "write a machine to a file and end it",
+        "restore goes on from there. Its disks are not in the file: leave them as they are. "
+        "^C, or a full disk, leaves the machine running and no file.",
+        (
+            ("vmbusctl save web web.saved", "and shut the host down"),
+            ("vmbusctl save web web.saved --keep", "leave it running"),
+        ),
+        _save,
+    ),
+    Command(
+        "restore",
+        "start a machine where it was saved",
+        "All of the file is checked before the guest goes on.",
+        (("vmbusctl restore web web.saved", "go on"),),
+        _restore,
+    ),
     Command(
         "console",
         "attach to the serial console; ^] leaves",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
-from vmbus.cli import chain, console, description, devices, files, host_memory, memory, output
+from vmbus.cli import chain, console, description, devices, files, host_memory, memory, output, saving
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
 from vmbus.wire import dbus_form
 from vmbus.wire.definition import Definition, slots
@@ -247,6 +247,8 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "reset": simple("Reset", "reset"),
     "pause": simple("Pause", "paused"),
     "resume": simple("Resume", "resumed"),
+    "save": saving.save,
+    "restore": saving.restore,
     "attach-nic": devices.attach_nic,
     "detach-nic": devices.detach("Nic"),
     "attach-disk": devices.attach_disk,

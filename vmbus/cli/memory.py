@@ -95,16 +95,20 @@ async def set_memory(remote: Remote, arguments: argparse.Namespace) -> int:
 
 async def prefault(remote: Remote, arguments: argparse.Namespace) -> int:
     """Machine.Prefault, until it is done; interrupted, it is cancelled."""
-    job = await remote.prefault(await remote.find(arguments.machine))
+    await until_done(remote, await remote.prefault(await remote.find(arguments.machine)))
+    if arguments.json:
+        output.print_json({"machine": arguments.machine, "done": "touched"})
+    return 0
+
+
+async def until_done(remote: Remote, job: str) -> None:
+    """Wait for a job; interrupted, it is cancelled."""
     try:
         await remote.finish(job)
     except asyncio.CancelledError:
         with contextlib.suppress(VmbusError):
             await remote.cancel(job)
         raise
-    if arguments.json:
-        output.print_json({"machine": arguments.machine, "done": "touched"})
-    return 0
 
 
 async def _watched(remote: Remote, arguments: argparse.Namespace, looks: int) -> AsyncIterator[Sample]:

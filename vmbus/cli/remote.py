@@ -141,6 +141,17 @@ class Remote:
         """Machine.Stop; the path of its job."""
         return str(await self._call(path, "Machine.Stop", round(deadline_seconds * 1e6)))
 
+    async def save(self, path: str, file: int, *, keep: bool) -> str:
+        """Machine.Save; the path of its job. ``file`` stays the caller's."""
+        return str(await self._call(path, "Machine.Save", file, self._connection.flags(keep=keep)))
+
+    async def restore(
+        self, path: str, file: int, files: Mapping[str, int], *, paused: bool, changed_disks: bool
+    ) -> None:
+        """Machine.Restore; returns when the guest goes on."""
+        options = self._connection.flags(**{"paused": paused, "changed-disks": changed_disks})
+        await self._call(path, "Machine.Restore", file, options, dict(files))
+
     async def attach_nic(self, path: str, nic: Nic) -> int:
         """Machine.AttachNic; its slot."""
         return int(await self._call(path, "Machine.AttachNic", self._connection.form(nic)))

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -28,7 +29,7 @@ from vmbus.service.files import PassedFile
 from vmbus.service.handover import Handover, check_passed, close_all
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import CLEAN_ENDS, Machine, Run
-from vmbus.service.memory import touch
+from vmbus.service.memory import touch, watched
 from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.service.worker_client import WorkerClient
@@ -45,6 +46,15 @@ CONSOLE_INTERVAL: Final = 0.95
 """Seconds between two signals of console activity: one, less what a timer may be early."""
 RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 """Seconds before each attempt to connect to a living worker again; the last is repeated."""
+
+
+@dataclasses.dataclass
+class Resumption:
+    """A start that goes on from a saved machine: its file, closed with the start, and whether the files of
+    its disks may be others, or were written since."""
+
+    file: PassedFile
+    changed_disks: bool
 
 
 class Lifecycle:
@@ -79,28 +89,37 @@ class Lifecycle:
 
     # -- start
 
-    async def start(self, machine: Machine, files: dict[str, PassedFile], *, paused: bool) -> None:
-        """From stopped or crashed to running (or paused, before the first instruction).
+    async def start(
+        self,
+        machine: Machine,
+        files: dict[str, PassedFile],
+        *,
+        paused: bool,
+        saved: Resumption | None = None,
+    ) -> None:
+        """From stopped or crashed to running (or paused: at the first instruction, or where it was saved).
 
-        Takes over ``files`` (by slot). Raises what the failing step raised; nothing is left then.
+        Takes over ``files`` (by slot), ``saved``. Raises what the failing step raised; nothing is left then.
         """
         try:
-            machine.require("Start", "stopped", "crashed")
+            machine.require("Restore" if saved else "Start", "stopped", "crashed")
             check_passed(slots(machine.definition), files)
         except VmbusError:
-            close_all(files)
+            _close(files, saved)
             raise
         machine.killed = False
         machine.set_state("starting")
         job = self._jobs.start(
-            "start", machine.owner, machine.uuid, self._start(machine, files, paused=paused)
+            "start", machine.owner, machine.uuid, self._start(machine, files, saved, paused=paused)
         )
         machine.job = job
         await job.wait()
 
-    async def _start(self, machine: Machine, files: dict[str, PassedFile], *, paused: bool) -> None:
+    async def _start(
+        self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None, *, paused: bool
+    ) -> None:
         try:
-            for name, step in self._steps(machine, files, paused=paused):
+            for name, step in self._steps(machine, files, saved, paused=paused):
                 machine.set_state("starting", name)
                 try:
                     await step()
@@ -109,13 +128,13 @@ class Lifecycle:
                         raise _died(machine, name) from None
                     raise
             self._registry.write_run(
-                machine, msgspec.structs.replace(_run(machine), started=True, first_run=paused)
+                machine, msgspec.structs.replace(_run(machine), started=True, first_run=paused and not saved)
             )
         except BaseException as error:
             await self._undo_start(machine, error)
             raise
         finally:
-            close_all(files)
+            _close(files, saved)
             machine.job = None
         if machine.gone.is_set():  # the guest was quicker than this start
             self._finish_by_record(machine)
@@ -123,18 +142,21 @@ class Lifecycle:
             self._store_quietly(machine)
 
     def _steps(
-        self, machine: Machine, files: dict[str, PassedFile], *, paused: bool
+        self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None, *, paused: bool
     ) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
+        prefault = machine.definition.prefault and saved is None
         return [
             ("record", lambda: self._record(machine)),
             ("spawn", lambda: self._spawn(machine)),
             ("files", lambda: self._hand_over_files(machine, files)),
             ("firmware", lambda: self._handover.firmware(machine)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
-            ("build", lambda: self._build(machine)),
-            *([("prefault", lambda: touch(machine, machine.job))] if machine.definition.prefault else []),
+            *([("file", lambda: self._hand_over_saved(machine, saved))] if saved else []),
+            ("build", lambda: self._build(machine, restore=saved is not None)),
+            *([("prefault", lambda: touch(machine, machine.job))] if prefault else []),
             ("links", lambda: self._networks.join(machine, machine.definition.nics)),
-            ("run", lambda: self._let_go(machine, paused=paused)),
+            *([("restore", lambda: self._restore(machine, saved))] if saved else []),
+            ("run", lambda: self._let_go(machine, paused=paused, restored=saved is not None)),
         ]
 
     async def _record(self, machine: Machine) -> None:
@@ -186,22 +208,31 @@ class Lifecycle:
                 task.cancel()
             await asyncio.gather(*meanwhile, return_exceptions=True)
 
-    async def _build(self, machine: Machine) -> None:
+    async def _hand_over_saved(self, machine: Machine, saved: Resumption) -> None:
+        await machine.connection().add_file("restore", saved.file.fd)
+
+    async def _restore(self, machine: Machine, saved: Resumption) -> None:
+        worker = machine.connection()
+        work = worker.restore(changed_disks=saved.changed_disks)
+        await watched(machine, machine.job, work, worker.cancel_save, worker)
+
+    async def _build(self, machine: Machine, *, restore: bool) -> None:
         self._registry.write_run(
             machine, msgspec.structs.replace(_run(machine), merging=self.admit_to_merging(machine))
         )
         machine.on_change(machine, machine.state, ("Merging",))
         await machine.connection().configure(
-            machine.uuid, machine.definition, merge=machine.merging != "other-domain"
+            machine.uuid, machine.definition, merge=machine.merging != "other-domain", restore=restore
         )
 
-    async def _let_go(self, machine: Machine, *, paused: bool) -> None:
+    async def _let_go(self, machine: Machine, *, paused: bool, restored: bool) -> None:
         machine.set_memory(machine.definition.memory, machine.definition.memory)
         if paused:
             machine.guest = "paused"
             machine.set_state("paused")
             return
-        await machine.connection().run()
+        worker = machine.connection()
+        await (worker.resume() if restored else worker.run())
         machine.guest = "running"
         machine.set_state("running")
 
@@ -243,15 +274,19 @@ class Lifecycle:
         machine.require("Stop", "running", "paused")
         machine.connection()
         ask = deadline > 0 and machine.state == "running"
+        before = machine.job
         machine.set_state("stopping", "stop")
         job = self._jobs.start(
-            "stop", machine.owner, machine.uuid, self._stop(machine, deadline if ask else 0)
+            "stop", machine.owner, machine.uuid, self._stop(machine, deadline if ask else 0, before)
         )
         machine.job = job
         return job
 
-    async def _stop(self, machine: Machine, deadline: float) -> None:
+    async def _stop(self, machine: Machine, deadline: float, before: Job | None) -> None:
         try:
+            if before is not None and before.kind == "save":
+                with contextlib.suppress(VmbusError):
+                    await before.cancel()
             if deadline:
                 with contextlib.suppress(VmbusError):  # a worker that cannot press it is ended all the same
                     await machine.connection().shutdown()
@@ -557,6 +592,12 @@ class Lifecycle:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("what was done on the side failed", exc_info=error)
+
+
+def _close(files: Mapping[str, PassedFile], saved: Resumption | None) -> None:
+    close_all(files)
+    if saved is not None:
+        saved.file.close()
 
 
 async def _nothing_more(machine: Machine) -> None:

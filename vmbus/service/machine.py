@@ -35,7 +35,7 @@ State = Literal["stopped", "starting", "running", "paused", "stopping", "crashed
 Guest = Literal["running", "paused"]
 
 ALIVE: Final = frozenset({"starting", "running", "paused", "stopping"})
-CLEAN_ENDS: Final = frozenset({"guest-poweroff", "guest-reset", "stopped", "killed"})
+CLEAN_ENDS: Final = frozenset({"guest-poweroff", "guest-reset", "stopped", "killed", "saved"})
 """Reasons after which a machine is stopped; after all others it has crashed."""
 
 

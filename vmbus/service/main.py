@@ -47,6 +47,7 @@ from vmbus.service.parked import Parked
 from vmbus.service.polkit import Polkit
 from vmbus.service.pressure import PressurePolicy
 from vmbus.service.registry import Registry
+from vmbus.service.saving import Saving
 from vmbus.service.tuner import Tuner
 from vmbus.wire import contract
 from vmbus.wire.errors import VmbusError
@@ -230,7 +231,9 @@ def _on_the_bus(
     manager = ManagerApi(registry, definitions, lifecycle, subscribers)
     handlers = {
         "org.vmbus1.Manager": manager,
-        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, changes, definitions, parked, memory),
+        "org.vmbus1.Machine": MachineApi(
+            lifecycle, hotplug, changes, definitions, parked, memory, Saving(jobs)
+        ),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
         "org.vmbus1.HugePages": HugePagesApi(hugepages),

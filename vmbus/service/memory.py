@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import Machine
+from vmbus.service.worker_client import WorkerClient
 from vmbus.wire.definition import has_balloon, memory_floor
 from vmbus.wire.errors import VmbusError
 
@@ -164,8 +165,22 @@ class Memory:
 
 async def touch(machine: Machine, job: Job | None) -> None:
     """Have the worker touch all of the machine's memory; ``job`` shows how far it is. Cancelled, it stops."""
-    worker, size = machine.connection(), machine.definition.memory
-    asking = asyncio.ensure_future(worker.prefault())
+    worker = machine.connection()
+    await watched(machine, job, worker.prefault(), worker.cancel_prefault, worker)
+
+
+async def watched(
+    machine: Machine,
+    job: Job | None,
+    work: Coroutine[Any, Any, None],
+    cancel: Callable[[], Awaitable[None]],
+    worker: WorkerClient,
+) -> None:
+    """Await ``work``, for which the worker goes over all the machine's memory; ``job`` shows how far it is.
+
+    Cancelled, it is stopped by ``cancel``, and this waits until it has."""
+    size = machine.definition.memory
+    asking = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({asking}, timeout=PROGRESS))[0]:
             memory = (await worker.stats()).get("memory")
@@ -174,7 +189,7 @@ async def touch(machine: Machine, job: Job | None) -> None:
         await asking
     except asyncio.CancelledError:
         with contextlib.suppress(VmbusError):
-            await worker.cancel_prefault()
+            await cancel()
             await asking
         raise
     finally:

@@ -31,6 +31,8 @@ EVENTS: Final = 100
 """Events that are taken from a worker in a second; each is written down and sent on."""
 PREFAULT_DEADLINE: Final = 3600.0
 """Seconds for a guest's memory to be touched: a TiB takes some minutes."""
+SAVE_DEADLINE: Final = 86400.0
+"""Seconds for a machine to be written to a file, or read: the client cancels what takes too long."""
 BUILD_DEADLINE: Final = 60.0
 CHANGE_DEADLINE: Final = 60.0
 """Seconds for a machine to be built: images are opened, huge pages are touched."""
@@ -104,11 +106,13 @@ class WorkerClient:
         self._unrestricted()
         await self._ask(lambda n: wire.AddLink(id=n, device=device, peer=peer), fds=[fd])
 
-    async def configure(self, uuid: str, definition: Definition, *, merge: bool) -> None:
-        """Build the machine. ``merge``: whether mergeable memory is offered to KSM."""
+    async def configure(
+        self, uuid: str, definition: Definition, *, merge: bool, restore: bool = False
+    ) -> None:
+        """Build the machine. ``merge``: its memory is offered to KSM; ``restore``: it is restored then."""
         self._unrestricted()
         await self._ask(
-            lambda n: wire.Configure(id=n, uuid=uuid, definition=definition, merge=merge),
+            lambda n: wire.Configure(id=n, uuid=uuid, definition=definition, merge=merge, restore=restore),
             timeout=BUILD_DEADLINE,
         )
 
@@ -186,6 +190,19 @@ class WorkerClient:
     async def cancel_prefault(self) -> None:
         """Stop that."""
         await self._ask(lambda n: wire.CancelPrefault(id=n))
+
+    async def save(self, fd: int, *, end: bool) -> None:
+        """Write the machine to a file; returns when that is done. ``fd`` stays the caller's."""
+        await self._ask(lambda n: wire.Save(id=n, end=end), fds=[fd], timeout=SAVE_DEADLINE)
+
+    async def restore(self, *, changed_disks: bool) -> None:
+        """Go on from the file in slot ``restore``; returns when the machine is paused where it was."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Restore(id=n, changed_disks=changed_disks), timeout=SAVE_DEADLINE)
+
+    async def cancel_save(self) -> None:
+        """Stop a save or a restore."""
+        await self._ask(lambda n: wire.CancelSave(id=n))
 
     def close(self) -> None:
         """Close the connection and the files."""

@@ -12,7 +12,7 @@
 //! |---|---|
 //! | header, facts, states are read and compared | control |
 //! | memory | crew |
-//! | vCPUs, board, devices; the use mark; disks are taken up | control |
+//! | vCPUs, board, devices; disks are taken up; the use mark | control |
 //!
 //! A machine that cannot be restored is at its end: it is half another's. Nothing else is done meanwhile.
 
@@ -270,7 +270,7 @@ impl Control {
                 states,
                 passed,
             }) => {
-                let result = result.and_then(|_| self.go_on_from(saved, &states, passed));
+                let result = result.and_then(|_| self.go_on_from(&saved, &states, passed));
                 self.after_restore(id, result);
             }
             None => {}
@@ -311,11 +311,10 @@ impl Control {
             let message = "only a machine that was built to be restored is";
             return Err(Error::new(Kind::InvalidState, "", message));
         }
-        let begun = self.read_up(id, file, changed_disks);
-        if let Err(error) = &begun {
-            self.end(EndReason::Error, error.to_string());
+        if let Err(error) = self.read_up(id, file, changed_disks) {
+            self.after_restore(id, Err(error));
         }
-        begun
+        Ok(())
     }
 
     /// Reads everything but memory and sends the crew.
@@ -349,7 +348,7 @@ impl Control {
     }
 
     /// Memory is there: all parts take over what they remembered.
-    fn go_on_from(&mut self, saved: Arc<Saved>, states: &States, passed: u64) -> Result<u64> {
+    fn go_on_from(&mut self, saved: &Saved, states: &States, passed: u64) -> Result<u64> {
         let roms = self.keeping.roms.iter().map(|(kind, rom)| {
             let bytes = saved.section(*kind)?;
             Ok((rom, bytes.unwrap_or_default()))
@@ -383,10 +382,8 @@ impl Control {
         self.devices
             .iter()
             .try_for_each(|device| device.take_up())?;
-        if saved.header.used {
+        if saved.mark_used() {
             self.renew_generation()?;
-        } else if let Some(mut saved) = Arc::into_inner(saved) {
-            saved.mark_used();
         }
         Ok(self.keeping.memory())
     }

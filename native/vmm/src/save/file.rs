@@ -333,10 +333,14 @@ impl Saved {
         Ok(Some(bytes))
     }
 
-    /// From now on a machine has gone on from this file. A file that cannot be written stays as it is.
-    pub fn mark_used(&mut self) {
-        self.header.used = true;
-        let _ = self.file.write_all_at(&self.header.bytes(), 0);
+    /// From now on a machine has gone on from this file; whether one had before. One that cannot be marked tells nobody,
+    /// so it counts as used.
+    pub fn mark_used(&self) -> bool {
+        let used = Header {
+            used: true,
+            ..self.header.clone()
+        };
+        self.header.used || self.file.write_all_at(&used.bytes(), 0).is_err()
     }
 }
 
