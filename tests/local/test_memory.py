@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -119,6 +120,8 @@ async def test_memory_is_locked_where_it_is_asked_for_and_allowed(stage: Stage) 
         pid = await alice.client.get(machine, "Machine", "WorkerPid")
         limit = re.search(r"^Max locked memory +(\d+) +(\d+)", Path(f"/proc/{pid}/limits").read_text(), re.M)
         assert limit and int(limit[1]) == int(limit[2]) == size
+        status = Path(f"/proc/{pid}/status").read_text()
+        assert int(re.search(r"^VmLck:\s+(\d+) kB", status, re.M)[1]) == size >> 10  # type: ignore[index]
         with pytest.raises(VmbusError) as caught:
             await alice(ROOT, "Manager.DefineMachine", stage.guest("idle", memory=2 * size, locked=True))
         assert caught.value.kind == "QuotaExceeded" and "locked" in caught.value.message
@@ -126,6 +129,35 @@ async def test_memory_is_locked_where_it_is_asked_for_and_allowed(stage: Stage) 
             await bob(ROOT, "Manager.DefineMachine", form(memory=size, locked=True))
         assert caught.value.kind == "QuotaExceeded"
         await alice(machine, "Machine.Kill")
+
+
+@scenario
+async def test_what_is_not_to_be_locked_is_not_and_what_the_host_does_not_let_be_locked_is_refused(
+    stage: Stage,
+) -> None:
+    async with stage.caller() as alice:
+        machine = await alice(
+            ROOT, "Manager.DefineMachine", stage.guest("idle", memory=MEMORY, prefault=True)
+        )
+        await alice(machine, "Machine.Start", {}, {})
+        pid = await alice.client.get(machine, "Machine", "WorkerPid")
+        assert re.search(r"^VmLck:\s+0 kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+        assert (await alice(machine, "Machine.GetMemory"))["locked"] == 0
+        limit = re.search(r"^Max locked memory +(\d+) ", Path(f"/proc/{pid}/limits").read_text(), re.M)
+        assert limit and int(limit[1]) <= MIB  # io_uring's, and nothing for the guest
+        await alice(machine, "Machine.Kill")
+
+        size = 12 * MIB  # as broker.toml allows; the broker itself may have less to give
+        machine = await alice(ROOT, "Manager.DefineMachine", stage.guest("idle", memory=size, locked=True))
+        _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if most != resource.RLIM_INFINITY and most < size:
+            with pytest.raises(VmbusError) as caught:
+                await alice(machine, "Machine.Start", {}, {})
+            assert caught.value.kind == "AccessDenied" and "RLIMIT_MEMLOCK" in caught.value.message
+            assert await alice.state(machine) in ("stopped", "crashed")
+        else:
+            await alice(machine, "Machine.Start", {}, {})
+            await alice(machine, "Machine.Kill")
 
 
 def press(source: Path, per_cent: float) -> None:
