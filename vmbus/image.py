@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self, cast
 
@@ -634,6 +635,9 @@ def _create_raw(path: str, size: int, preallocation: str) -> None:
     with contextlib.ExitStack() as stack:
         fd = _file(stack, path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         size = -(-size // 512) * 512  # whole sectors, as QEMU makes them
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            _claim_device(fd, size, preallocation)
+            return
         os.ftruncate(fd, size)
         if preallocation in {"falloc", "full"} and size:
             os.posix_fallocate(fd, 0, size)
@@ -641,6 +645,16 @@ def _create_raw(path: str, size: int, preallocation: str) -> None:
             zeros = bytes(1 << 20)
             for start in range(0, size, len(zeros)):
                 os.pwrite(fd, zeros[: size - start], start)
+
+
+def _claim_device(fd: int, size: int, preallocation: str) -> None:
+    """A disk has its size; the raw image on it is its beginning. What it held must not look like a format."""
+    if preallocation not in {"off", "metadata"}:
+        message = f"Preallocation mode '{preallocation}' unsupported for this non-regular file"
+        raise VmbusError("NotSupported", message)
+    if size > os.lseek(fd, 0, os.SEEK_END):
+        raise VmbusError("InvalidArgument", "Cannot grow device files")
+    os.pwrite(fd, bytes(min(size, 512)), 0)
 
 
 def _file(stack: contextlib.ExitStack, path: str, flags: int) -> int:

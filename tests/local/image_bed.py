@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 import subprocess
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from vmbus.cli import img
 
@@ -30,3 +33,33 @@ def clean(path: Path) -> None:
     found = json.loads(qemu("qemu-img", "check", "-f", "qcow2", "--output=json", path))
     assert found["check-errors"] == 0 and "corruptions" not in found and "leaks" not in found, found
     ours("check", "-q", path)
+
+
+class Ran(NamedTuple):
+    """How one of the two ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def theirs(words: list[str]) -> Ran:
+    """Run qemu-img."""
+    done = subprocess.run(["qemu-img", *words], capture_output=True, check=False)
+    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def mine(words: list[str]) -> Ran:
+    """Run vmbus-img."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = img.main(words)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def plain(text: str) -> str:
+    """A text without what is nobody's doing."""
+    text = re.sub(r"(    \(\d+\.\d+/100%\)\r)+", "(progress)", text)
+    text = re.sub(r"Run completed in [\d.]+ seconds", "Run completed in N seconds", text)
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE", text)
+    return text.replace("vmbus-img", "qemu-img")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
-import io
 import json
 import os
 import random
@@ -22,12 +21,11 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from tests.local.image_bed import MIB, qemu
-from vmbus.cli import img
+from tests.local.image_bed import MIB, mine, plain, qemu, theirs
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
 
@@ -568,14 +566,6 @@ BECAUSE: dict[str, tuple[set[str], str]] = {
 BELOW = {"top": ("mid", "base"), "mid": ("base",), "onraw": ("raw",), "data": ("data.raw",)}
 
 
-class Ran(NamedTuple):
-    """How one of the two ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files on which all work."""
@@ -652,26 +642,6 @@ def _copy(bed: Path, place: Path, line: str) -> None:
             for at in range(0, len(content), 4096):
                 if any(content[at : at + 4096]):
                     os.pwrite(file.fileno(), content[at : at + 4096], at)
-
-
-def theirs(words: list[str]) -> Ran:
-    done = subprocess.run(["qemu-img", *words], capture_output=True, check=False)
-    return Ran(done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-def mine(words: list[str]) -> Ran:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = img.main(words)
-    return Ran(code, out.getvalue(), err.getvalue())
-
-
-def plain(text: str) -> str:
-    """A text without what is nobody's doing."""
-    text = re.sub(r"(    \(\d+\.\d+/100%\)\r)+", "(progress)", text)
-    text = re.sub(r"Run completed in [\d.]+ seconds", "Run completed in N seconds", text)
-    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE", text)
-    return text.replace("vmbus-img", "qemu-img")
 
 
 @pytest.mark.parametrize("line", [line for line in CASES.splitlines() if line])

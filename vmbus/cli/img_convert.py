@@ -188,7 +188,7 @@ def _is_zero(options: SimpleNamespace, plan: _Plan) -> bool:
     """Whether the target reads as zeros where nothing is written."""
     if options.existing or plan.above is not None:
         return bool(options.target_is_zero)
-    return stat.S_ISREG(os.stat(plan.target).st_mode)
+    return plan.format == "qcow2" or stat.S_ISREG(os.stat(plan.target).st_mode)
 
 
 def _how(options: SimpleNamespace, plan: _Plan) -> dict[str, Any]:

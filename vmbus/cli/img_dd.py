@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from types import SimpleNamespace
 from typing import Final, cast
@@ -36,9 +38,12 @@ def run(options: SimpleNamespace) -> int:
         made = img_create.make(operands["of"], cast(Format, format), {"size": max(0, end - start)}, {})
         if start > source.size:
             print(f"vmbus-img: {operands['if']}: cannot skip to specified offset", file=sys.stderr)
+        zero = format == "qcow2" or stat.S_ISREG(os.stat(made.path).st_mode)
         with img_source.opened(made, write=True, cache=img_source.CACHES["unsafe"]) as target:
             for at in range(start, end, PIECE):
                 data = source.read(at, min(PIECE, end - at))
                 if any(data):
                     target.write(at - start, data)
+                elif not zero:
+                    target.write_zeroes(at - start, len(data))
     return 0

@@ -23,8 +23,7 @@ def info(layer: Layer, found: dict[str, Any]) -> dict[str, Any]:
         "actual-size": found["actual-size"],
         "dirty-flag": False,
     }
-    if found["regular"]:
-        child["format-specific"] = {"type": "file", "data": {}}
+    child["format-specific"] = {"type": "file", "data": {}}
     described: dict[str, Any] = {
         "children": [{"name": "file", "info": child}],
         "virtual-size": found["virtual-size"],
