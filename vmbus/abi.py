@@ -48,6 +48,7 @@ def describe(definition: Definition, uuid: str = NOBODY) -> dict[str, Any]:
                 for disk in disks
             ],
             "nics": [{"id": nic.id, "mac": nic.mac, "queues": nic.queues} for nic in nics],
+            "ports": definition.ports,
             "rng": definition.rng,
             "balloon": has_balloon(definition),
             "boot": None if definition.kernel else [name for name in boot_order(definition) if name in here],

@@ -45,6 +45,8 @@ static const struct mode modes[] = {
     { "net-ping", mode_net_ping },
     { "scsi", mode_scsi },
     { "scsi-hostile", mode_scsi_hostile },
+    { "ports", mode_ports },
+    { "ports-hostile", mode_ports_hostile },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

@@ -144,5 +144,5 @@ void mode_scsi_hostile(void)
     print("scsi-hostile: more than there is room for: %x\n", ask(0, many, 10, 0, 512));
     print("scsi-hostile: no such target: %x\n", simple(77, 0, 0, 0));
     print("scsi-hostile: and then it works: %x\n", simple(0, 0, 0, 0));
-    power_off();
+    halt();
 }

@@ -183,8 +183,8 @@ class StockGuest:
             qemu-img convert -f raw -O qcow2 {self.name}.raw {self.disk}
             rm {self.name}.raw; ls -l {self.disk}""")
 
-    def define(self) -> str:
-        """``vmbusctl define``, from a TOML file. Returns what it says."""
+    def define(self, *words: str) -> str:
+        """``vmbusctl define``, from a TOML file and further words. Returns what it says."""
         text = DEFINITION.format(
             name=self.name,
             memory=self.memory,
@@ -195,7 +195,7 @@ class StockGuest:
         )
         self.shell(f"cat >{self.name}.toml", stdin=text)
         nic = ["--nic", self.bridge] if self.bridge else []
-        said = self.ctl("define", f"{self.name}.toml", *nic)
+        said = self.ctl("define", f"{self.name}.toml", *nic, *words)
         self.uuid = self.show()["uuid"]
         return said
 

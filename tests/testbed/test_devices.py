@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices as Debian's stock kernel drives them: the SCSI host adapter with a disk and a CD-ROM drive."""
+"""Devices as Debian's stock kernel drives them: the SCSI host adapter, its disk and drive, named ports."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,19 @@ while [ $(cat /sys/block/sda/size) = 2048 ]; do sleep 0.1; done
 echo "grown to $(cat /sys/block/sda/size) sectors"
 while ! dd if=/dev/sr0 bs=2048 skip=16 count=1 2>/dev/null | head -c 4 | grep -q 2222; do sleep 0.5; done
 echo "another in the drive"
+poweroff -f
+"""
+
+
+PORT = """\
+port=/dev/virtio-ports/agent
+mkdir -p /dev/virtio-ports
+while [ ! -e /sys/class/virtio-ports/vport*p0/name ]; do sleep 0.1; done
+for sys in /sys/class/virtio-ports/*; do ln -s /dev/${sys##*/} /dev/virtio-ports/$(cat $sys/name); done
+ls /dev/virtio-ports
+exec 3<>$port
+echo "from the guest" >&3
+read words <&3; echo "heard: $words"
 poweroff -f
 """
 
@@ -51,5 +65,27 @@ def test_debian_uses_the_scsi_bus_and_its_drive(system: System) -> None:
         guest.console.wait_for("grown to 4096 sectors", 30)
         guest.ctl("change-media", guest.name, "cd", "2.iso,format=raw")
         guest.console.wait_for("another in the drive", 60)
+        assert guest.wait_stopped()["state-reason"] == "guest-poweroff"
+        guest.ctl("undefine", guest.name)
+
+
+def test_debian_uses_a_named_port(system: System) -> None:
+    with StockGuest(system, "port", script=PORT, modules=("virtio_console",)) as guest:
+        guest.make_disk()
+        guest.define("--port", "agent", "--port", "other")
+        guest.start()
+        guest.console.wait_for("(?s)agent.*other", 120)
+        port = guest.system.popen(
+            guest.user,
+            ["vmbusctl", "port", guest.name, "agent"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert port.stdin and port.stdout
+        assert port.stdout.readline() == b"from the guest\n"
+        port.stdin.write(b"from the host\n")
+        port.stdin.flush()
+        guest.console.wait_for("heard: from the host", 60)
+        port.communicate(timeout=60)
         assert guest.wait_stopped()["state-reason"] == "guest-poweroff"
         guest.ctl("undefine", guest.name)

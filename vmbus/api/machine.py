@@ -155,6 +155,15 @@ class MachineApi:
         fd = await self._lifecycle.open_console(item.machine, write=wanted["write"], steal=wanted["steal"])
         return Reply([0], [fd])
 
+    async def open_port(
+        self, caller: Caller, item: MachineObject, name: str, options: dict[str, Any]
+    ) -> Reply:
+        """OpenPort."""
+        wanted = booleans(options, write=True, steal=False)
+        write, steal = wanted["write"], wanted["steal"]
+        fd = await self._lifecycle.open_port(item.machine, name, write=write, steal=steal)
+        return Reply([0], [fd])
+
     async def attach_nic(self, caller: Caller, item: MachineObject, form: dict[str, Any]) -> int:
         """AttachNic."""
         return await self._hotplug.attach(item.machine, parse_nic(form), {})

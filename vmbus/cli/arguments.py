@@ -159,6 +159,14 @@ def _description(to: argparse.ArgumentParser) -> None:
         "kind=user, or kind=isolated,network=NAME; mac= (default: made up, and kept), id=, queues=, slot=; "
         "may be repeated",
     )
+    add(
+        "--port",
+        metavar="NAME",
+        action="append",
+        default=[],
+        dest="ports",
+        help="a named port (/dev/virtio-ports/NAME); may be repeated",
+    )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")
     add("--memory-kind", choices=("mergeable", "shareable", "huge"), help="default mergeable")
@@ -306,6 +314,13 @@ def _shutdown(to: argparse.ArgumentParser) -> None:
 
 def _console(to: argparse.ArgumentParser) -> None:
     _machine(to)
+    to.add_argument("--read-only", action="store_true", help="only look")
+    to.add_argument("--steal", action="store_true", help="take the place of who writes there now")
+
+
+def _port(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("port", metavar="NAME", help="the port's name")
     to.add_argument("--read-only", action="store_true", help="only look")
     to.add_argument("--steal", action="store_true", help="take the place of who writes there now")
 
@@ -545,6 +560,16 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl console web --read-only </dev/null >web.log", "record it"),
         ),
         _console,
+    ),
+    Command(
+        "port",
+        "connect to a named port of a machine",
+        "The guest has it as /dev/virtio-ports/NAME. First comes what it wrote last (up to 64 KiB).",
+        (
+            ("vmbusctl port web agent", "read and write; ^] leaves"),
+            ("vmbusctl port web log --read-only </dev/null >>web.log", "record it"),
+        ),
+        _port,
     ),
     Command(
         "attach-nic",

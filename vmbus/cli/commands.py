@@ -202,6 +202,15 @@ async def open_console(remote: Remote, arguments: argparse.Namespace) -> int:
     return 0
 
 
+async def open_port(remote: Remote, arguments: argparse.Namespace) -> int:
+    """The same on a named port."""
+    path = await remote.find(arguments.machine)
+    write = not arguments.read_only
+    with await remote.port(path, arguments.port, write=write, steal=arguments.steal) as channel:
+        _attach(channel, arguments.machine)
+    return 0
+
+
 async def wait(remote: Remote, arguments: argparse.Namespace) -> int:
     """Wait for a state."""
     path = await remote.find(arguments.machine)
@@ -257,6 +266,7 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "resize-disk": devices.resize_disk,
     "change-media": devices.change_media,
     "console": open_console,
+    "port": open_port,
     "wait": wait,
     "undefine": simple("Undefine", "undefined"),
     "memory": memory.memory,
@@ -301,6 +311,7 @@ def _flags(arguments: argparse.Namespace) -> description.Flags:
         boot=arguments.boot,
         boot_menu=True if arguments.boot_menu else None,
         cpu_model=arguments.cpu_model,
+        ports=arguments.ports,
         machine_type=arguments.machine_type,
         memory_kind=arguments.memory_kind,
         page_size=arguments.page_size,

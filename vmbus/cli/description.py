@@ -74,6 +74,7 @@ class Flags:
     rng: bool | None = None
     disks: Sequence[str] = field(default_factory=tuple)
     nics: Sequence[str] = field(default_factory=tuple)
+    ports: Sequence[str] = field(default_factory=tuple)
 
 
 def build(file: str | None, flags: Flags) -> Definition:
@@ -216,6 +217,8 @@ def _apply(tree: dict[str, Any], flags: Flags) -> None:
         _kernel(tree)["cmdline"] = flags.cmdline
     if flags.disks:
         tree["disks"] = [_from_flag(text, _DISK_FLAG_KEYS, "path", "disk") for text in flags.disks]
+    if flags.ports:
+        tree["ports"] = list(flags.ports)
     if flags.nics:
         tree["nics"] = [_from_flag(text, _NIC_FLAG_KEYS, "bridge", "nic") for text in flags.nics]
 

@@ -186,6 +186,11 @@ class Remote:
         options = self._connection.flags(write=write, steal=steal)
         return socket.socket(fileno=await self._call(path, "Machine.OpenConsole", options))
 
+    async def port(self, path: str, name: str, *, write: bool, steal: bool) -> socket.socket:
+        """Machine.OpenPort; the caller closes the socket."""
+        options = self._connection.flags(write=write, steal=steal)
+        return socket.socket(fileno=await self._call(path, "Machine.OpenPort", name, options))
+
     async def stats(self, path: str) -> Mapping[str, Any]:
         """Machine.GetStats."""
         found: Mapping[str, Any] = await self._call(path, "Machine.GetStats")

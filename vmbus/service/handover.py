@@ -8,6 +8,7 @@ a client passed goes there from here. Either way this sees its identity and clai
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Final
 
@@ -84,6 +85,15 @@ class Handover:
         """What the machine was defined with, which the service keeps itself."""
         for slot, fd in self._firmware.opened(machine.uuid, machine.firmware):
             await machine.connection().add_file(slot, fd)
+
+    async def ports(self, machine: Machine) -> None:
+        """Named ports: for each a pair of sockets, one end for the worker's hub and one for the core."""
+        for number, _ in enumerate(machine.definition.ports):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with ours, theirs:
+                ours.setblocking(False)
+                theirs.setblocking(False)
+                await machine.connection().add_port(number, [ours.fileno(), theirs.fileno()])
 
     async def nics(self, machine: Machine, nics: Iterable[Nic]) -> None:
         """The host's end of each: a tap, a helper's connection. Isolated ones are linked once it is built."""

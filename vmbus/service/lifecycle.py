@@ -150,6 +150,7 @@ class Lifecycle:
             ("spawn", lambda: self._spawn(machine)),
             ("files", lambda: self._hand_over_files(machine, files)),
             ("firmware", lambda: self._handover.firmware(machine)),
+            ("ports", lambda: self._handover.ports(machine)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             *([("file", lambda: self._hand_over_saved(machine, saved))] if saved else []),
             ("build", lambda: self._build(machine, restore=saved is not None)),
@@ -354,15 +355,13 @@ class Lifecycle:
         """One end of a socketpair whose other end is the console hub's; the caller's."""
         machine.require("OpenConsole", "running", "paused", "stopping")
         worker = machine.connection()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            mine = descriptors.keep(ours.detach())
-            try:
-                await worker.console(theirs.fileno(), write=write, steal=steal)
-            except BaseException:
-                descriptors.close(mine)
-                raise
-        return mine
+        return await _one_end(lambda fd: worker.console(fd, write=write, steal=steal))
+
+    async def open_port(self, machine: Machine, name: str, *, write: bool, steal: bool) -> int:
+        """The same for a named port."""
+        machine.require("OpenPort", "running", "paused", "stopping")
+        worker = machine.connection()
+        return await _one_end(lambda fd: worker.open_port(name, fd, write=write, steal=steal))
 
     async def stats(self, machine: Machine) -> dict[str, Any]:
         """What the machine counts, and its worker's memory."""
@@ -636,3 +635,16 @@ def _died(machine: Machine, step: str) -> VmbusError:
     else:
         why = "without saying why; the broker's log may tell"
     return VmbusError("Disconnected", f"the machine's worker ended in step {step}: {why}")
+
+
+async def _one_end(give: Callable[[int], Awaitable[None]]) -> int:
+    """One end of a socketpair whose other end somebody is given; the caller's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        mine = descriptors.keep(ours.detach())
+        try:
+            await give(theirs.fileno())
+        except BaseException:
+            descriptors.close(mine)
+            raise
+    return mine

@@ -101,6 +101,16 @@ class WorkerClient:
         self._unrestricted()
         await self._ask(lambda n: wire.AddFile(id=n, slot=slot), fds=[fd])
 
+    async def add_port(self, number: int, fds: list[int]) -> None:
+        """Give both ends of a socketpair for named port ``number``; they stay the caller's."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.AddFile(id=n, slot=f"port/{number}"), fds=fds)
+
+    async def open_port(self, name: str, fd: int, *, write: bool, steal: bool) -> None:
+        """Give a port's hub one end of a socketpair; ``fd`` stays the caller's."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.OpenPort(id=n, name=name, write=write, steal=steal), fds=[fd])
+
     async def add_link(self, device: str, peer: str, fd: int) -> None:
         """Give one end of a pair of sockets to an isolated network; ``fd`` stays the caller's."""
         self._unrestricted()

@@ -241,6 +241,9 @@ def _check(definition: Definition) -> None:
         )
     for index, disk in enumerate(definition.disks):
         _check_disk(disk, f"disks[{index}]")
+    for index, name in enumerate(definition.ports):
+        if name in definition.ports[:index]:
+            raise _bad(f"ports[{index}]", f"{name!r} is there twice; each port has a name of its own")
     block = sum(not is_scsi(disk) for disk in definition.disks)
     if block > BLOCK_DISKS:
         raise _bad("disks", f"{block} have bus blk, and {BLOCK_DISKS} fit; give the others bus scsi")

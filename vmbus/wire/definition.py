@@ -132,6 +132,7 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     page_size: Literal["2M", "1G"] | None = None  # of huge memory; None: 2M
     disks: Annotated[list[Disk], Meta(max_length=DISKS_MOST)] = []
     nics: Annotated[list[Nic], Meta(max_length=16)] = []
+    ports: Annotated[list[Name], Meta(max_length=15)] = []  # of virtio-console
     rng: bool = True
     balloon: bool = True  # virtio-balloon; see ``has_balloon``
     prefault: bool = False  # memory is touched before the guest runs

@@ -44,7 +44,10 @@ class Ack(_Request, tag="ack", frozen=True, kw_only=True):
 
 
 class AddFile(_Request, tag="add-file", frozen=True, kw_only=True):
-    """A client's fd for ``slot`` (beside the message), already shown harmless by the service."""
+    """A client's fd for ``slot`` (beside the message), already shown harmless by the service.
+
+    Slot port/N, for the definition's N-th named port, has both ends of a socketpair of the service's own.
+    """
 
     slot: str
 
@@ -155,6 +158,14 @@ class Change(_Request, tag="change", frozen=True, kw_only=True):
     size: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)] | None = None
 
 
+class OpenPort(_Request, tag="open-port", frozen=True, kw_only=True):
+    """As Console, for the named port ``name``; one end of a socketpair beside it."""
+
+    name: str
+    write: bool = True
+    steal: bool = False
+
+
 class Media(_Request, tag="media", frozen=True, kw_only=True):
     """Put the medium that the layers of ``disk`` are, delivered before, into that CD-ROM drive, or take its
     medium out, if there are none. Result when it is done; InUse if the guest has locked it, unless
@@ -207,6 +218,7 @@ Request = (
     | Restore
     | CancelSave
     | Media
+    | OpenPort
 )
 
 

@@ -42,6 +42,7 @@ from vmbus.wire.worker import (
     Keep,
     Media,
     MemoryTarget,
+    OpenPort,
     Prefault,
     Request,
     Restore,
@@ -83,6 +84,7 @@ _BEYOND_LIFELINE = (
     Restore,
     CancelSave,
     Media,
+    OpenPort,
 )
 
 
@@ -277,7 +279,7 @@ class Control:
 
     def _dispatch(self, request: Request, fds: list[int]) -> None:
         """The one boundary at which a handler's error becomes a result. Raises Violation."""
-        takes = {AddFile: packet.MAX_FDS, AddLink: 1, Console: 1, Save: 1}.get(type(request), 0)
+        takes = {AddFile: packet.MAX_FDS, AddLink: 1, Console: 1, OpenPort: 1, Save: 1}.get(type(request), 0)
         if len(fds) > takes:
             close(fds)
             raise packet.Violation(f"{len(fds)} file descriptors beside {type(request).__name__}")

@@ -164,6 +164,10 @@ def configuration(
         "console_fd": console,
         "disks": [disk_configuration(disk, files) for disk in definition.disks],
         "nics": [nic_configuration(nic, files) for nic in definition.nics],
+        "ports": [
+            {"name": name, "fd": files.all(f"port/{number}")[-1]}
+            for number, name in enumerate(definition.ports)
+        ],
         "rng": definition.rng,
         "balloon": has_balloon(definition),
         "merge": merge and definition.memory_kind == "mergeable",
@@ -246,6 +250,7 @@ def named_slots(definition: Definition, files: Files) -> list[str]:
     if definition.kernel is None:
         names += filter(files.has, (FIRMWARE_CODE, FIRMWARE_VARIABLES, FIRMWARE_NIC_ROM))
     names += [slot for nic in definition.nics for slot in nic_slots(nic)]
+    names += [f"port/{number}" for number, _ in enumerate(definition.ports)]
     if definition.memory_kind != "mergeable":
         names.append("memory")
     return names

@@ -37,6 +37,7 @@ from vmbus.wire.worker import (
     Keep,
     Media,
     MemoryTarget,
+    OpenPort,
     Pause,
     Prefault,
     Request,
@@ -107,6 +108,7 @@ class Machine:
         self._kvm = kvm
         self._console_end = core_end.detach()
         self._hub = Hub(loop, ours, self._output)
+        self._ports: dict[str, Hub] = {}
         self._building = False
         self._stop_when_built: list[Reply] = []
         self._replies: dict[int, tuple[str, Reply]] = {}
@@ -126,6 +128,8 @@ class Machine:
                 raise VmbusError("InvalidArgument", "no file descriptor came with the message")
             self._hub.attach(fds[0], write=request.write, steal=request.steal)
             reply.done()
+        elif isinstance(request, OpenPort):
+            self._open_port(request, fds, reply)
         elif isinstance(request, AddLink):
             self._add_link(request, fds, reply)
         elif isinstance(request, Configure):
@@ -179,6 +183,9 @@ class Machine:
             merge=request.merge,
             restore=request.restore,
         )
+        for number, name in enumerate(definition.ports):
+            ours = socket.socket(fileno=self._files.all(f"port/{number}")[0])
+            self._ports[name] = Hub(self._loop, ours, lambda: None)
         self._files.hand_over(named_slots(definition, self._files), keep=RESTORE if request.restore else "")
         self._files.built()
         self._building = True
@@ -241,6 +248,17 @@ class Machine:
         if len(given) != 1:
             raise VmbusError("InvalidArgument", f"is one of {', '.join(wanted)}", argument="change")
         self.core.change(self._expect("change", reply), request.device, *given[0])
+
+    def _open_port(self, request: OpenPort, fds: list[int], reply: Reply) -> None:
+        hub = self._ports.get(request.name)
+        if not fds or hub is None:
+            close(fds)
+            known = ", ".join(self._ports) or "none"
+            raise VmbusError(
+                "NotFound", f"there is no port {request.name!r}; there is {known}", argument="name"
+            )
+        hub.attach(fds[0], write=request.write, steal=request.steal)
+        reply.done()
 
     def _media(self, request: Media, reply: Reply) -> None:
         try:
@@ -322,7 +340,8 @@ class Machine:
 
     def _end(self, reason: str, detail: str) -> None:
         """The machine is over: what is pending is answered, the reason is the last event."""
-        self._hub.close()
+        for hub in (self._hub, *self._ports.values()):
+            hub.close()
         self.state = "ended"
         self.reason = reason
         for operation, reply in self._replies.values():

@@ -40,7 +40,7 @@ use crate::scsi::{Outcome, Unit, INQUIRY};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::net::PAIRS_MAX;
 use crate::virtio::pci::VirtioPci;
-use crate::virtio::{blk, net, rng, scsi, Activation, Backend, Model};
+use crate::virtio::{blk, console, net, rng, scsi, Activation, Backend, Model};
 
 /// A machine, as far as a guest can see what is said here.
 #[derive(Clone, Debug, Deserialize)]
@@ -60,6 +60,9 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// In their order.
     pub nics: Vec<Nic>,
+    /// The names of the ports.
+    #[serde(default)]
+    pub ports: Vec<String>,
     /// As there.
     pub rng: bool,
     /// As there.
@@ -195,6 +198,7 @@ pub fn describe(machine: &Machine) -> Result<Value> {
         "fw-cfg": fw_cfg(&facts, root),
         "cpuid": cpuid(machine)?,
         "scsi": units(machine),
+        "port-names": machine.ports,
     }))
 }
 
@@ -277,6 +281,10 @@ fn functions(machine: &Machine) -> Result<Vec<Described>> {
     if machine.disks.iter().any(Disk::is_scsi) {
         let model = scsi::model(u16::from(machine.vcpus).clamp(1, scsi::QUEUES_MAX));
         all.push(virtio(Place::SCSI, SCSI.to_owned(), model, None)?);
+    }
+    if !machine.ports.is_empty() {
+        let model = console::model(machine.ports.len());
+        all.push(virtio(Place::PORTS, "ports".to_owned(), model, None)?);
     }
     if machine.rng {
         all.push(virtio(Place::RNG, "rng".to_owned(), rng::model(), None)?);

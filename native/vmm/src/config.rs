@@ -73,6 +73,9 @@ pub struct Config {
     /// virtio-net devices.
     #[serde(default)]
     pub nics: Vec<Nic>,
+    /// The named ports of virtio-console.
+    #[serde(default)]
+    pub ports: Vec<Port>,
     /// Whether there is a virtio-rng device.
     #[serde(default)]
     pub rng: bool,
@@ -299,6 +302,16 @@ fn take(argument: &str, fd: RawFd) -> Result<OwnedFd> {
     Ok(own(fd))
 }
 
+/// A named port of virtio-console.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Port {
+    /// As the guest sees it.
+    pub name: String,
+    /// One end of a non-blocking SOCK_STREAM socket pair.
+    pub fd: RawFd,
+}
+
 /// Another machine of an isolated network.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -382,6 +395,8 @@ pub struct Files {
     pub disks: Vec<Vec<LayerFds>>,
     /// For each NIC: the descriptors of its link.
     pub nics: Vec<Vec<OwnedFd>>,
+    /// For each port: its socket.
+    pub ports: Vec<OwnedFd>,
 }
 
 impl Config {
@@ -402,6 +417,7 @@ impl Config {
             initrd: self.kernel.as_ref().and_then(|k| k.initrd_fd).map(own),
             disks: self.disks.iter().map(Disk::own_files).collect(),
             nics: self.nics.iter().map(Nic::own_files).collect(),
+            ports: self.ports.iter().map(|port| own(port.fd)).collect(),
         })
     }
 
@@ -528,6 +544,9 @@ impl Config {
         }
         for (index, disk) in self.disks.iter().enumerate() {
             fds.extend(disk.fds(&format!("disks[{index}].")));
+        }
+        for (index, port) in self.ports.iter().enumerate() {
+            fds.push((format!("ports[{index}].fd"), port.fd));
         }
         for (index, nic) in self.nics.iter().enumerate() {
             fds.extend(nic.fds(&format!("nics[{index}].")));

@@ -25,10 +25,12 @@ use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::{Ejected, RootPort};
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
+use crate::ports::{self, PortSpec};
 use crate::scsi::Unit;
 use crate::state::Stateful;
 use crate::thread::ThreadHook;
 use crate::virtio::balloon::Balloon;
+use crate::virtio::console::{self, PORTS_MAX};
 use crate::virtio::live::ChangingConfig;
 use crate::virtio::net::{self as virtio_net, MAC, PAIRS_MAX};
 use crate::virtio::pci::VirtioPci;
@@ -111,6 +113,8 @@ pub struct Parts {
     pub scsi: Vec<ScsiSpec>,
     /// In the order of their places, at most [`NICS_MAX`].
     pub nics: Vec<NicSpec>,
+    /// Named ports, at most [`PORTS_MAX`]; with any there is a device for them.
+    pub ports: Vec<PortSpec>,
     /// Whether there is a random number generator.
     pub rng: bool,
     /// The balloon, if there is one.
@@ -169,6 +173,7 @@ pub fn assemble(
         disks,
         scsi: units_wanted,
         nics,
+        ports: named,
         rng: with_rng,
         balloon,
     } = parts;
@@ -300,6 +305,30 @@ pub fn assemble(
         served_by.extend([endpoint].into_iter().zip(ports));
         others.push(Arc::new(thread));
     }
+    if named.len() > PORTS_MAX {
+        return Err(Error::invalid(
+            "ports",
+            format!("{} ports; at most {PORTS_MAX} fit", named.len()),
+        ));
+    }
+    if !named.is_empty() {
+        let model = console::model(named.len());
+        let names: Vec<_> = named.iter().map(|port| port.name.clone()).collect();
+        let (thread, ports, counters) = ports::start(named, hook, &board.trouble)?;
+        let endpoint = Endpoint {
+            id: "ports".to_owned(),
+            seat: Seat::Bus0(Place::PORTS),
+            model,
+            counters: Some(counters),
+            rom: None,
+            behind: Behind {
+                same: json!({ "names": names }),
+                image: None,
+            },
+        };
+        served_by.extend([endpoint].into_iter().zip(ports));
+        others.push(Arc::new(thread));
+    }
     let mut seats = BTreeMap::new();
     for (endpoint, port) in served_by {
         seats.insert(endpoint.id.clone(), endpoint.seat);
@@ -314,14 +343,25 @@ pub fn assemble(
         let device = IoDevice::new(endpoint.id, port, endpoint.counters, endpoint.behind);
         list.push(Arc::new(device));
     }
-    let ports = (0..ROOT_PORTS)
+    let root_ports = (0..ROOT_PORTS)
         .map(|index| {
             RootPort::new(board.wiring.clone(), index, board.ejected.clone()).map(Arc::new)
         })
         .collect::<Result<Vec<_>>>()?;
-    let root = Root::new(board.host.clone(), functions, ports.clone(), &board.mmio)?;
+    let root = Root::new(
+        board.host.clone(),
+        functions,
+        root_ports.clone(),
+        &board.mmio,
+    )?;
     let config_ports = root.config_ports();
-    let mut hotplug = Hotplug::new(board, root.clone(), ports, threads.clone(), network.clone());
+    let mut hotplug = Hotplug::new(
+        board,
+        root.clone(),
+        root_ports,
+        threads.clone(),
+        network.clone(),
+    );
     for (slot, arrival) in arrivals {
         let device = hotplug.attach(slot, arrival)?;
         seats.insert(device.id(), Seat::Slot(slot.wrapping_sub(1)));

@@ -42,6 +42,7 @@ pub mod nics;
 pub mod pci;
 pub mod platform;
 mod poll;
+pub mod ports;
 pub mod prefault;
 pub mod save;
 pub mod scsi;

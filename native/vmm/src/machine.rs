@@ -59,6 +59,7 @@ use crate::pci::host::HostBridge;
 use crate::pci::root::Root;
 use crate::pci::{Function, KvmWiring};
 use crate::platform::{self, Legacy, Platform, Start};
+use crate::ports;
 
 use crate::save::facts::{Answer, Hardware};
 use crate::save::file::Section;
@@ -93,6 +94,7 @@ impl Machine {
             initrd,
             disks,
             nics,
+            ports,
         } = files;
         let kernel = kernel.map(|fd| BootFile::new(fd, "kernel")).transpose()?;
         let initrd = initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?;
@@ -111,6 +113,7 @@ impl Machine {
             .transpose()?;
         let disks = disks::open(&config.disks, disks, !config.restore)?;
         let nics = nics::open(&config.nics, nics)?;
+        let ports = ports::open(&config.ports, ports)?;
         gate::install_kick_handler()?;
         // SAFETY: the fd is ours, and is given away.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -167,6 +170,7 @@ impl Machine {
             disks: disks.block,
             scsi: disks.scsi,
             nics,
+            ports,
             rng: config.rng,
             balloon: balloon.clone(),
         };

@@ -354,8 +354,9 @@ impl Adapter {
 
 /// The part of the guest's memory that the operation moves.
 fn first(mut data: Segments, work: &Work, moves: bool) -> Segments {
-    let len = u32::try_from(work.len).unwrap_or(u32::MAX);
-    data.split_front(len).filter(|_| moves).unwrap_or_default()
+    data.split_front(work.len)
+        .filter(|_| moves)
+        .unwrap_or_default()
 }
 
 fn lock(medium: &Medium) -> MutexGuard<'_, Option<Arc<Image>>> {

@@ -14,7 +14,9 @@
 //! | 06.0 | balloon (virtio-balloon); the place is kept when there is none |
 //! | 06.1 – 06.7 | free |
 //! | 07.0 | SCSI host adapter (virtio-scsi); the place is kept when there is none |
-//! | 08.0 – 0f.7 | free |
+//! | 07.1 – 07.7 | free |
+//! | 08.0 | named ports (virtio-console); the place is kept when there are none |
+//! | 08.1 – 0f.7 | free |
 //! | 10.0 – 10.7 | root ports for hotplug, slots 1 to 8, buses 1 to 8 |
 //! | 11.0 – 11.7 | kept for eight more root ports |
 //! | 12.0 – 1e.7 | free |
@@ -69,6 +71,8 @@ impl Place {
     pub const BALLOON: Place = Place::new(6, 0);
     /// The SCSI host adapter.
     pub const SCSI: Place = Place::new(7, 0);
+    /// The named ports.
+    pub const PORTS: Place = Place::new(8, 0);
     /// The LPC bridge.
     pub const LPC: Place = Place::new(0x1f, 0);
 

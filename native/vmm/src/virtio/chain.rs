@@ -68,8 +68,8 @@ impl Segments {
     }
 
     /// Takes the first `len` bytes off, as segments of their own; None, and nothing changes, when there are fewer.
-    pub fn split_front(&mut self, len: u32) -> Option<Segments> {
-        if self.len() < u64::from(len) {
+    pub fn split_front(&mut self, len: u64) -> Option<Segments> {
+        if self.len() < len {
             return None;
         }
         let (mut front, mut left) = (Vec::new(), len);
@@ -78,12 +78,12 @@ impl Segments {
             if left == 0 {
                 break;
             }
-            let part = left.min(segment.len);
+            let part = left.min(u64::from(segment.len)) as u32;
             front.push(Segment {
                 address: segment.address,
                 len: part,
             });
-            left = left.wrapping_sub(part);
+            left = left.wrapping_sub(u64::from(part));
             segment.address = segment.address.wrapping_add(u64::from(part));
             segment.len = segment.len.wrapping_sub(part);
             used += usize::from(segment.len == 0);

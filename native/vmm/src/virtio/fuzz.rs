@@ -136,6 +136,7 @@ fn random_register_accesses() {
             Place::nic(0),
             Place::BALLOON,
             Place::SCSI,
+            Place::PORTS,
             Place::root_port(3),
         ];
         for _ in 0..3000 {
@@ -448,6 +449,76 @@ fn random_balloons() {
         }
         still_works(&rig, seed);
     }
+}
+
+#[test]
+fn random_words_on_ports_harm_nothing() {
+    within_a_minute(random_words);
+}
+
+fn random_words() {
+    for seed in seeds(40) {
+        let rig = rig(seed);
+        let mut random = Random(seed.wrapping_mul(0xd6e8_feb8_6659_fd93));
+        for far in &rig.far {
+            far.set_nonblocking(true).unwrap();
+        }
+        let mut guest = Guest::probe(&rig, Place::PORTS);
+        for _ in 0..20 {
+            let features = random.pick(&[ALL_FEATURES, 1 << 32, 1 << 32 | 1 << 28]);
+            let queues: Vec<_> = (0..6)
+                .filter(|_| !random.one_in(8))
+                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), 8)))
+                .collect();
+            guest.start_queues(features, &queues);
+            let mut drivers: Vec<_> = queues
+                .iter()
+                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
+                .collect();
+            for _ in 0..40 {
+                if random.one_in(6) {
+                    // The host reads and writes, or not.
+                    let mut far = &rig.far[random.below(2) as usize];
+                    let mut bytes = [0; 4096];
+                    let _ = far.read(&mut bytes);
+                    let _ = far.write(&bytes[..random.below(4096) as usize]);
+                }
+                let place = random.below(drivers.len().max(1) as u64) as usize;
+                if let Some((index, driver)) = drivers.get_mut(place) {
+                    offer_words(&mut random, *index, driver);
+                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
+                }
+            }
+            if random.one_in(4) {
+                for device in &rig.devices.list {
+                    device.pause().unwrap();
+                    device.resume();
+                }
+            }
+        }
+        still_works(&rig, seed);
+    }
+}
+
+/// A message, room for one, or bytes, but for a few things.
+fn offer_words(random: &mut Random, index: u16, driver: &mut Driver) {
+    const AT: u64 = 0x4_0000;
+    if index == 3 {
+        let mut message = [0u8; 8];
+        message[0] = random.below(3) as u8;
+        message[4] = random.below(9) as u8;
+        message[6] = random.below(2) as u8;
+        let place = GuestAddress(AT);
+        driver.memory.write_slice(&message, place).unwrap();
+    }
+    let flags = if index % 2 == 0 { 2 } else { 0 };
+    let len = match index {
+        3 => 8,
+        2 => random.pick(&[8u32, 64]),
+        _ => random.pick(&[1u32, 64, 0x1000, 0x8000]),
+    };
+    describe(random, driver, 0, (AT, len, flags), (16, 24));
+    offer_head(random, driver, 20);
 }
 
 #[test]

@@ -8,7 +8,7 @@
 //! | [`interrupt`] | what a device raises, from any thread |
 //! | [`live`] | a configuration that changes while it is looked at |
 //! | [`pci`] | the PCI function around all that |
-//! | [`balloon`], [`blk`], [`net`], [`rng`], [`scsi`] | what the requests of a kind of device mean |
+//! | [`balloon`], [`blk`], [`console`], [`net`], [`rng`], [`scsi`] | what the requests of a kind of device mean |
 //!
 //! Requests are carried out on I/O threads ([`crate::io`]), never on a vCPU. A device's feature list is
 //! part of the machine type: what the host can or cannot do never shows in it.
@@ -19,6 +19,7 @@ pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod common;
+pub mod console;
 pub mod interrupt;
 pub mod live;
 pub mod net;

@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -27,6 +27,7 @@ use crate::layout::ECAM_START;
 use crate::net::{Link, Tap};
 use crate::pci::testing::{host_bridge, FakeWiring};
 use crate::pci::Place;
+use crate::ports::PortSpec;
 use crate::thread::unconfined;
 
 pub const DISK_BYTES: u64 = 1 << 20;
@@ -42,6 +43,8 @@ pub struct Rig {
     /// The other ends of the tap's two queues.
     pub wire: Vec<UnixDatagram>,
     pub balloon: Arc<Balloon>,
+    /// The other ends of the named ports.
+    pub far: Vec<UnixStream>,
     /// What was heard of I/O threads that ended.
     pub trouble: Arc<Mutex<Vec<String>>>,
 }
@@ -92,6 +95,16 @@ impl Rig {
             slot: None,
         };
         let balloon = Balloon::new(testing::MEMORY).unwrap();
+        let (far, near): (Vec<_>, Vec<_>) = (0..2).map(|_| UnixStream::pair().unwrap()).unzip();
+        let named = near.into_iter().zip(["agent", "org.vmbus.test"]);
+        let named = named.map(|(socket, name)| {
+            socket.set_nonblocking(true).unwrap();
+            PortSpec {
+                name: name.to_owned(),
+                socket: socket.into(),
+            }
+        });
+        let named = named.collect();
         let parts = Parts {
             disks,
             scsi: vec![
@@ -100,6 +113,7 @@ impl Rig {
                 scsi("empty", None, true),
             ],
             nics: vec![nic],
+            ports: named,
             rng: true,
             balloon: Some(balloon.clone()),
         };
@@ -112,6 +126,7 @@ impl Rig {
             file,
             wire,
             balloon,
+            far,
             trouble,
         }
     }

@@ -127,7 +127,7 @@ pub struct Reply {
 /// A [`Fault`] when it has no header, or no room for an answer.
 pub fn command(mut chain: Chain, memory: &GuestMemoryMmap) -> Result<Command, Fault> {
     let header = chain.readable.take_front::<REQUEST>(memory)?;
-    let answer = chain.writable.split_front(RESPONSE as u32);
+    let answer = chain.writable.split_front(RESPONSE as u64);
     let (Some(request), Some(header)) = (header, answer) else {
         return Err(Fault::Request);
     };
