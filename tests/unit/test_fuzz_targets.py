@@ -2,7 +2,8 @@
 """The libFuzzer targets of native/fuzz: kept inputs first, then new ones for a while.
 
 Each run gets FUZZ_SHORT_SECONDS (default 40), and with --fuzz FUZZ_SECONDS (default 60). What breaks a
-property is kept under .cache/fuzz, and the failure names it.
+property is kept under .cache/fuzz, and the failure names it. They are an instrumented build of their own,
+which takes minutes: not in make test-fast.
 """
 
 from __future__ import annotations
@@ -69,12 +70,14 @@ def test_every_target_has_inputs_that_reach_far() -> None:
         assert any((FUZZ / "corpus" / target).iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_rustfmt_and_clippy_find_nothing() -> None:
     cargo("fmt", "--check")
     cargo("clippy", "--quiet", "--release", "--", "-D", "warnings")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(SHORT_SECONDS + 1200)
 @pytest.mark.parametrize("target", TARGETS)
 def test_kept_inputs_and_a_few_new_ones_break_nothing(target: str, built: Path, tmp_path: Path) -> None:
