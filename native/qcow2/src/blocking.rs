@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::buffer::Buffer;
+use crate::commit::Want;
 use crate::crypt::cipher::SECTOR;
 use crate::error::{Error, Result};
 use crate::image::Image;
@@ -50,7 +51,7 @@ pub(crate) fn commit(image: &Image) -> Result<()> {
         mailbox: mailbox.clone(),
         task: 0,
     };
-    let begun = image.lock().join_commit(waiter, true);
+    let begun = image.lock().join_commit(vec![waiter], Want::Data);
     if let Some(step) = begun {
         drive(image, step);
     }
@@ -107,17 +108,20 @@ fn perform(image: &Image, io: &CommitIo) -> Result<()> {
             file,
             offset,
             blocks,
+            durable,
         } => {
             let bytes: Vec<u8> = blocks
                 .iter()
                 .flat_map(|block| block.bytes())
                 .copied()
                 .collect();
-            image
-                .files()
-                .get(*file)
-                .ok_or_else(missing)?
-                .write_at(&bytes, offset.0)
+            let file = image.files().get(*file).ok_or_else(missing)?;
+            file.write_at(&bytes, offset.0)?;
+            if !durable {
+                return Ok(());
+            }
+            file.sync()
+                .inspect_err(|error| image.durable_write_failed(error))
         }
     }
 }

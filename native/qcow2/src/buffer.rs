@@ -34,6 +34,16 @@ impl Buffer {
         }
     }
 
+    /// The most bytes it can hold.
+    pub(crate) fn room(&self) -> usize {
+        self.pages.len() * PAGE
+    }
+
+    /// Be `len` bytes long, at most its room; what is in it stays.
+    pub(crate) fn resize(&mut self, len: usize) {
+        self.len = len.min(self.room());
+    }
+
     #[cfg(test)]
     pub(crate) fn from_bytes(bytes: &[u8]) -> Buffer {
         let mut buffer = Buffer::zeroed(bytes.len());

@@ -21,6 +21,9 @@
 //! cluster's last pointer off the disk, and only then, with no request under way that was planned
 //! before, the cluster can be allocated again (`Freed`).
 //!
+//! A commit of nothing but L2 entries for fresh clusters, asked for only by those whose data gets to the disk by itself
+//! (durable writes to O_DIRECT files, engine/mod.rs), has no sync: its blocks are written with RWF_DSYNC, beside the data.
+//!
 //! One commit runs at a time. Whoever asks during one gets the next, all together. A failed commit
 //! leaves its blocks dirty. After a failed fdatasync the kernel may have dropped data that was
 //! reported written, so from then on every commit fails, until the image is closed.
@@ -37,39 +40,55 @@ use crate::types::HostOffset;
 /// The most blocks that one write takes (IOV_MAX is 1024).
 const RUN: usize = 512;
 
+/// What somebody wants of a commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(crate) enum Want {
+    /// That what is dirty now gets to the disk; data sees to itself.
+    #[default]
+    Tables,
+    /// And all data that was written.
+    Data,
+    /// That less is dirty; the commit under way will do.
+    Room,
+}
+
 /// Commits: the running one and who waits for the next.
 #[derive(Default)]
 pub(crate) struct Commits {
     running: Option<Running>,
     next: Vec<Waiter>,
+    next_want: Want,
 }
 
 #[derive(Default)]
 struct Running {
     waiters: Vec<Waiter>,
+    want: Want,
     taken: Vec<Dirty>,
     phases: VecDeque<Vec<CommitIo>>,
     syncing: bool,
 }
 
 impl State {
-    /// Wait for the end of a commit; with `fresh`, of one that begins after now. A step means that the
-    /// caller drives a new commit.
-    pub(crate) fn join_commit(&mut self, waiter: Waiter, fresh: bool) -> Option<CommitStep> {
+    /// Wait for the end of a commit, but for room of one that begins after now. A step means that the caller
+    /// drives a new commit.
+    pub(crate) fn join_commit(&mut self, waiters: Vec<Waiter>, want: Want) -> Option<CommitStep> {
         match &mut self.commits.running {
             None => {
                 self.commits.running = Some(Running {
-                    waiters: vec![waiter],
+                    waiters,
+                    want,
                     ..Running::default()
                 });
                 Some(self.commit_begin())
             }
-            Some(running) if !fresh => {
-                running.waiters.push(waiter);
+            Some(running) if want == Want::Room => {
+                running.waiters.extend(waiters);
                 None
             }
             Some(_) => {
-                self.commits.next.push(waiter);
+                self.commits.next.extend(waiters);
+                self.commits.next_want = self.commits.next_want.max(want);
                 None
             }
         }
@@ -91,6 +110,12 @@ impl State {
                 .map(|file| CommitIo::Sync { file: *file })
                 .collect()
         };
+        let wanted = self.commits.running.as_ref().map(|running| running.want);
+        let fresh = taken.iter().all(|dirty| dirty.class == Class::Fresh);
+        let alone = wanted == Some(Want::Tables) && fresh && given_back.is_empty() && self.sync;
+        if alone {
+            phases.push_back(writes(&taken, &[Class::Fresh], image.unwrap_or(0), true));
+        }
         if !given_back.is_empty() {
             let file = image.unwrap_or(0);
             let punch = |(offset, len)| CommitIo::Punch { file, offset, len };
@@ -102,7 +127,10 @@ impl State {
             &[Class::Header],
             &[Class::Mapping],
         ] {
-            let writes = writes(&taken, classes, image.unwrap_or(0));
+            if alone {
+                break;
+            }
+            let writes = writes(&taken, classes, image.unwrap_or(0), false);
             let first = classes.contains(&Class::Unreferenced);
             if writes.is_empty() && !first {
                 continue;
@@ -149,11 +177,13 @@ impl State {
             .into_iter()
             .for_each(|waiter| waiter.finish(result.clone()));
         let waiters = std::mem::take(&mut self.commits.next);
+        let want = std::mem::take(&mut self.commits.next_want);
         if waiters.is_empty() {
             return CommitStep::Done { again: false };
         }
         self.commits.running = Some(Running {
             waiters,
+            want,
             ..Running::default()
         });
         CommitStep::Done { again: true }
@@ -161,7 +191,7 @@ impl State {
 }
 
 /// The blocks of some classes, neighbours joined into one write.
-fn writes(taken: &[Dirty], classes: &[Class], file: usize) -> Vec<CommitIo> {
+fn writes(taken: &[Dirty], classes: &[Class], file: usize, durable: bool) -> Vec<CommitIo> {
     let mut result: Vec<CommitIo> = Vec::new();
     let mut end = None;
     for dirty in taken.iter().filter(|dirty| classes.contains(&dirty.class)) {
@@ -179,6 +209,7 @@ fn writes(taken: &[Dirty], classes: &[Class], file: usize) -> Vec<CommitIo> {
             file,
             offset: HostOffset(here),
             blocks,
+            durable,
         });
         end = Some(here + dirty.block.len() as u64);
     }

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::buffer::Buffer;
+use crate::commit::Want;
 use crate::crypt::{self, Secret};
 use crate::error::{Error, Kind, Result};
 use crate::file::{BlockFile, Stamp};
@@ -221,6 +222,11 @@ impl Image {
         self.options.read_only
     }
 
+    /// Whether flushes reach the disk.
+    pub(crate) fn syncs(&self) -> bool {
+        self.options.sync
+    }
+
     /// What becomes of writes of zeros.
     pub(crate) fn detect_zeroes(&self) -> DetectZeroes {
         self.options.detect_zeroes
@@ -330,8 +336,8 @@ impl Image {
         self.lock().cache.supply(need, content);
     }
 
-    pub(crate) fn join_commit(&self, waiter: Waiter, fresh: bool) -> Option<CommitStep> {
-        self.lock().join_commit(waiter, fresh)
+    pub(crate) fn join_commit(&self, waiters: Vec<Waiter>, want: Want) -> Option<CommitStep> {
+        self.lock().join_commit(waiters, want)
     }
 
     pub(crate) fn commit_begin(&self) -> CommitStep {

@@ -187,11 +187,13 @@ pub(crate) struct Need {
 /// One thing to do for a commit. Those of one step may be done in any order.
 #[derive(Debug)]
 pub(crate) enum CommitIo {
-    /// Write these blocks one after the other.
+    /// Write these blocks, which lie one behind the other.
     Write {
         file: FileId,
         offset: HostOffset,
         blocks: Vec<crate::cache::Block>,
+        /// They are on the disk when it has ended.
+        durable: bool,
     },
     /// fdatasync.
     Sync { file: FileId },

@@ -14,7 +14,7 @@
 //! ones tell about each other, and CAST5 with its 64-bit blocks.
 //!
 //! The crates' ciphers take many blocks at once; so everything here is laid out to hand them over
-//! together: XTS all blocks of a sector, CBC one block of each of eight sectors (a chain within a sector
+//! together: XTS all blocks of eight sectors, CBC one block of each of eight sectors (a chain within a sector
 //! cannot be run side by side, but sectors are independent).
 
 use cipher::array::Array;
@@ -30,6 +30,9 @@ pub(crate) const SECTOR: usize = 512;
 
 /// Sectors handled together.
 const BATCH: usize = 8;
+
+/// A sector's blocks.
+const BLOCKS: usize = SECTOR / 16;
 
 type Block = Array<u8, U16>;
 
@@ -251,39 +254,55 @@ struct Xts<C> {
     iv: Iv,
 }
 
+/// The masks of a batch's blocks, in memory order.
+type Masks = [[u64; 2]; BATCH * BLOCKS];
+
 impl<C: Cipher128> Xts<C> {
-    fn each_sector(&self, first: u64, data: &mut [u8], transform: impl Fn(&C, &mut [Block])) {
+    fn each_batch(&self, first: u64, data: &mut [u8], transform: impl Fn(&C, &mut [Block])) {
+        let mut masks: Masks = [[0; 2]; BATCH * BLOCKS];
         for (n, batch) in data.chunks_mut(SECTOR * BATCH).enumerate() {
+            let whole = batch.len() / SECTOR * SECTOR;
+            let batch = batch.get_mut(..whole).unwrap_or(&mut []);
             let mut tweaks = self.iv.batch(first.wrapping_add((n * BATCH) as u64));
             self.tweak.encrypt_blocks(&mut tweaks);
-            for (tweak, sector) in tweaks.into_iter().zip(batch.chunks_exact_mut(SECTOR)) {
-                let (blocks, _) = Block::slice_as_chunks_mut(sector);
-                let mask = u128::from_le_bytes(tweak.into());
-                mask_blocks(blocks, mask);
-                transform(&self.cipher, blocks);
-                mask_blocks(blocks, mask);
+            for (tweak, masks) in tweaks.iter().zip(masks.chunks_exact_mut(BLOCKS)) {
+                double_on(u128::from_le_bytes((*tweak).into()), masks);
+            }
+            mask(batch, &masks);
+            let (blocks, _) = Block::slice_as_chunks_mut(batch);
+            transform(&self.cipher, blocks);
+            mask(batch, &masks);
+        }
+    }
+}
+
+/// A sector's masks: its tweak, and each the one before times x in GF(2^128), without a branch on secret bits.
+fn double_on(mut tweak: u128, masks: &mut [[u64; 2]]) {
+    for mask in masks {
+        *mask = [(tweak as u64).to_le(), ((tweak >> 64) as u64).to_le()];
+        tweak = tweak << 1 ^ (tweak >> 127).wrapping_neg() & 0x87;
+    }
+}
+
+/// Written so that it becomes vector instructions.
+fn mask(batch: &mut [u8], masks: &Masks) {
+    for (block, mask) in batch.chunks_exact_mut(16).zip(masks) {
+        let (low, high) = block.split_at_mut(8);
+        for (half, mask) in [low, high].into_iter().zip(mask) {
+            for (byte, mask) in half.iter_mut().zip(mask.to_ne_bytes()) {
+                *byte ^= mask;
             }
         }
     }
 }
 
-fn mask_blocks(blocks: &mut [Block], mut mask: u128) {
-    for block in blocks {
-        *block = (u128::from_le_bytes((*block).into()) ^ mask)
-            .to_le_bytes()
-            .into();
-        // Times x in GF(2^128), without a branch on secret bits.
-        mask = mask << 1 ^ (mask >> 127).wrapping_neg() & 0x87;
-    }
-}
-
 impl<C: Cipher128> Sectors for Xts<C> {
     fn encrypt(&self, first: u64, data: &mut [u8]) {
-        self.each_sector(first, data, C::encrypt_blocks);
+        self.each_batch(first, data, C::encrypt_blocks);
     }
 
     fn decrypt(&self, first: u64, data: &mut [u8]) {
-        self.each_sector(first, data, C::decrypt_blocks);
+        self.each_batch(first, data, C::decrypt_blocks);
     }
 }
 

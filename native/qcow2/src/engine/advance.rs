@@ -6,6 +6,7 @@ use super::backend::IoOp;
 use super::task::{After, Io};
 use super::{Engine, ZEROS, ZERO_STEP};
 use crate::buffer::{Buffer, IoVecs};
+use crate::commit::Want;
 use crate::image::Image;
 use crate::mailbox::Waiter;
 use crate::plan::{Need, Planned, Stop, ZeroStep};
@@ -52,7 +53,11 @@ impl Engine {
                 Ok(()) => {}
                 Err(Stop::Load(need)) => return self.load(key, need),
                 Err(Stop::Wait) => return self.park(key),
-                Err(Stop::Commit) => return self.join_commit(key, &image, waiter, false),
+                Err(Stop::Commit) => {
+                    self.park(key);
+                    let slot = self.tasks.get(key).map_or(0, |task| task.slot);
+                    return self.join_commit(slot, &image, vec![waiter], Want::Room);
+                }
                 Err(Stop::Fail(error)) => {
                     if let Some(task) = self.tasks.get_mut(key) {
                         task.fail(error);
@@ -60,7 +65,7 @@ impl Engine {
                 }
             }
         }
-        self.settle(key, &image, waiter);
+        self.settle(key, &image);
     }
 
     pub(super) fn advance_zero(
@@ -156,17 +161,24 @@ impl Engine {
     }
 
     /// See whether a task has ended, or only its commit is missing.
-    pub(super) fn settle(&mut self, key: u64, image: &Image, waiter: Waiter) {
+    pub(super) fn settle(&mut self, key: u64, image: &Image) {
         let Some(task) = self.tasks.get_mut(key) else {
             return;
         };
         let through = task.error.is_some() || task.planned >= task.len;
-        if task.pending > 0 || !through || task.parked {
+        if !through || task.parked {
             return;
         }
-        if task.wants_commit() && !task.committed && task.error.is_none() {
-            task.committing = true;
-            return self.join_commit(key, image, waiter, true);
+        let commit = task.wants_commit() && !task.committed && task.error.is_none();
+        if commit && task.alone > 0 && task.alone == task.len {
+            // Its data gets to the disk by itself; its mapping may do so meanwhile.
+            return self.wish_commit(key, Want::Tables);
+        }
+        if task.pending > 0 {
+            return;
+        }
+        if commit {
+            return self.wish_commit(key, Want::Data);
         }
         if let Some(task) = self.tasks.remove(key) {
             image.leave(task.epoch);

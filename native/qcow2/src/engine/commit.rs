@@ -5,19 +5,51 @@ use super::backend::IoOp;
 use super::task::{After, CommitRun, Io};
 use super::Engine;
 use crate::buffer::{self, IoVecs};
+use crate::commit::Want;
 use crate::error::Result;
 use crate::image::Image;
 use crate::mailbox::Waiter;
 use crate::plan::{CommitIo, CommitStep};
 
 impl Engine {
-    /// Join a commit; with `fresh`, one that begins after now.
-    pub(super) fn join_commit(&mut self, key: u64, image: &Image, waiter: Waiter, fresh: bool) {
+    /// A task will wait for a commit that begins after now: it is asked for when all that can be planned now is
+    /// planned, so that many share one.
+    pub(super) fn wish_commit(&mut self, key: u64, want: Want) {
         self.park(key);
-        let Some(slot) = self.tasks.get(key).map(|task| task.slot) else {
-            return;
-        };
-        if let Some(step) = image.join_commit(waiter, fresh) {
+        if let Some(task) = self.tasks.get_mut(key) {
+            task.committing = true;
+            self.wishes.push((task.slot, key, want));
+        }
+    }
+
+    /// Ask for the commits that were wished for.
+    pub(super) fn ask_commits(&mut self) {
+        while let Some((slot, _, _)) = self.wishes.first().copied() {
+            let (now, later): (Vec<_>, Vec<_>) =
+                self.wishes.drain(..).partition(|wish| wish.0 == slot);
+            self.wishes = later;
+            let Some(image) = self.slots.get(slot).map(|attached| attached.image.clone()) else {
+                continue;
+            };
+            let want = now.iter().map(|wish| wish.2).max().unwrap_or_default();
+            let waiters = now.into_iter().map(|(_, task, _)| Waiter {
+                mailbox: self.mailbox.clone(),
+                task,
+            });
+            let waiters = waiters.collect();
+            self.join_commit(slot, &image, waiters, want);
+        }
+    }
+
+    /// Join a commit, or drive a new one.
+    pub(super) fn join_commit(
+        &mut self,
+        slot: u64,
+        image: &Image,
+        waiters: Vec<Waiter>,
+        want: Want,
+    ) {
+        if let Some(step) = image.join_commit(waiters, want) {
             if let Some(attached) = self.slots.get_mut(slot) {
                 attached.commit = Some(CommitRun {
                     pending: 0,
@@ -71,6 +103,7 @@ impl Engine {
                 file,
                 offset,
                 blocks,
+                durable,
             } => {
                 let piece = |block: &crate::cache::Block| {
                     let bytes = block.bytes();
@@ -86,7 +119,7 @@ impl Engine {
                     IoOp::Write {
                         pieces,
                         offset: offset.0,
-                        durable: false,
+                        durable: *durable,
                     },
                     expected,
                 )

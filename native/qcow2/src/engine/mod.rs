@@ -18,9 +18,9 @@
 //! a regular image file is lengthened with ftruncate in steps of many clusters, which is a matter of
 //! the inode only.)
 //!
-//! A flush, and a write that is to be on the disk when it ends, end with a commit; but a write to an O_DIRECT file
-//! in place, where the disk has all that leads there, is written with RWF_DSYNC instead: such writes wait for
-//! nothing and nobody.
+//! A flush, and a write that is to be on the disk when it ends, end with a commit. But a durable write to an O_DIRECT
+//! file in place (a fresh cluster among them, write.rs) is written with RWF_DSYNC: where the disk has all that leads
+//! there it waits for nothing and nobody, else for the commit of the tables, which goes on meanwhile.
 //!
 //! Requests on overlapping ranges are unordered, as on a disk. No guest memory is kept beyond a
 //! request's completion, and none is registered with the kernel.
@@ -32,10 +32,12 @@
 //! | `commit`   | commits that this engine drives                                        |
 //! | `outcome`  | what follows when an operation has ended                               |
 //! | `task`     | what is kept about a request and an operation                          |
+//! | `bounce`   | memory of our own for data on its way                                  |
 //! | `backend`  | io_uring, or plain system calls                                        |
 
 mod advance;
 pub(crate) mod backend;
+mod bounce;
 mod commit;
 mod outcome;
 pub(crate) mod task;
@@ -46,6 +48,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use crate::buffer::{self, Buffer};
+use crate::commit::Want;
 use crate::crypt::cipher::SECTOR;
 use crate::error::{Error, Kind, Result};
 use crate::image::{DetectZeroes, Image};
@@ -54,6 +57,7 @@ use crate::request::{Completion, Op, Request};
 use crate::ring::{event_fd, Ring};
 use crate::slab::Slab;
 use backend::{Backend, Blocking, Uring};
+use bounce::Bounces;
 use task::{CommitRun, Io, Job, Task};
 
 /// Zeros are written from one buffer of this size, named as often as needed.
@@ -84,6 +88,9 @@ pub struct Engine {
     runnable: VecDeque<u64>,
     done: Vec<Completion>,
     zeros: Buffer,
+    bounces: Bounces,
+    /// Tasks for which a commit is to be asked: slot, task, what of it.
+    wishes: Vec<(u64, u64, Want)>,
 }
 
 impl Engine {
@@ -124,6 +131,8 @@ impl Engine {
             runnable: VecDeque::new(),
             done: Vec::new(),
             zeros: Buffer::zeroed(ZEROS),
+            bounces: Bounces::default(),
+            wishes: Vec::new(),
         }
     }
 
@@ -185,6 +194,7 @@ impl Engine {
                 slot: slot.0,
                 op,
                 durable: matches!(request.op, Op::Flush | Op::Write { fua: true }),
+                alone: 0,
                 direct: 0,
                 offset: request.offset,
                 len: request.len,
@@ -268,7 +278,8 @@ impl Engine {
         let letters = self.mailbox.take();
         let idle = letters.is_empty() && self.runnable.is_empty();
         self.deliver(letters);
-        if !idle || !self.done.is_empty() || self.backend.has_news() {
+        let wishes = !self.wishes.is_empty();
+        if !idle || wishes || !self.done.is_empty() || self.backend.has_news() {
             self.mailbox.ring();
         }
     }
@@ -300,6 +311,7 @@ impl Engine {
             let letters = self.mailbox.take();
             self.deliver(letters);
             self.run();
+            self.ask_commits();
             if wait {
                 self.backend.wait(&mut ended)?;
             } else {
@@ -309,7 +321,7 @@ impl Engine {
             for (token, result) in ended.drain(..) {
                 self.ended(token, result);
             }
-            if quiet && self.runnable.is_empty() {
+            if quiet && self.runnable.is_empty() && self.wishes.is_empty() {
                 return Ok(());
             }
         }

@@ -65,8 +65,11 @@ impl Engine {
                 skip,
                 pieces,
             } => {
-                // SAFETY: the owner's memory is valid until it is counted off.
-                unsafe { buffer::scatter(buffer.bytes().get(skip..).unwrap_or(&[]), &pieces) };
+                if outcome.is_ok() {
+                    // SAFETY: the owner's memory is valid until it is counted off.
+                    unsafe { buffer::scatter(buffer.bytes().get(skip..).unwrap_or(&[]), &pieces) };
+                }
+                self.give_bounce(buffer);
                 self.counted_off(owner, outcome);
             }
             After::Unseal {
@@ -84,6 +87,7 @@ impl Engine {
                     unsafe { buffer::scatter(buffer.bytes().get(skip..).unwrap_or(&[]), &pieces) };
                     Ok(())
                 });
+                self.give_bounce(buffer);
                 self.counted_off(owner, outcome);
             }
             After::Expand {
@@ -106,10 +110,19 @@ impl Engine {
                     unsafe { buffer::scatter(cluster.get(skip..).unwrap_or(&[]), &pieces) };
                     Ok(())
                 });
+                self.give_bounce(buffer);
                 self.counted_off(owner, outcome);
             }
-            After::Bounced { task, .. } => self.counted_off(Owner::Task(task), outcome),
-            After::JobWritten { job, .. } => self.job_written(job, outcome),
+            After::Bounced { task, buffer } => {
+                self.give_bounce(buffer);
+                self.counted_off(Owner::Task(task), outcome);
+            }
+            After::JobWritten { job, buffer } => {
+                if let Some(buffer) = buffer {
+                    self.give_bounce(buffer);
+                }
+                self.job_written(job, outcome);
+            }
             After::Zeroed {
                 task,
                 offset,
@@ -148,6 +161,8 @@ impl Engine {
         let Some(job) = self.jobs.remove(key) else {
             return;
         };
+        self.give_bounce(job.head);
+        self.give_bounce(job.tail);
         let attached = self
             .tasks
             .get(job.task)

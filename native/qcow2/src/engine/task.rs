@@ -29,7 +29,9 @@ pub(crate) struct Task {
     pub(crate) committed: bool,
     /// It ends when all of it is on the disk.
     pub(crate) durable: bool,
-    /// Bytes of it that go there by themselves, and need no commit.
+    /// Bytes of it that go there by themselves (RWF_DSYNC),
+    pub(crate) alone: u64,
+    /// and of these, those for which that is enough.
     pub(crate) direct: u64,
     /// What `Image::enter` gave.
     pub(crate) epoch: u64,
@@ -101,9 +103,9 @@ pub(crate) enum After {
         pieces: IoVecs,
     },
     /// A bounced write, whose memory is kept until now.
-    Bounced { task: u64, _buffer: Buffer },
+    Bounced { task: u64, buffer: Buffer },
     /// The data of a [`Job`] is written; a bounce buffer may go.
-    JobWritten { job: u64, _buffer: Option<Buffer> },
+    JobWritten { job: u64, buffer: Option<Buffer> },
     /// fallocate ended; if the file system cannot, discards are done and zeroes are written instead.
     Zeroed {
         task: u64,

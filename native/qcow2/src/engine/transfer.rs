@@ -44,9 +44,11 @@ impl Engine {
                 let at = task.offset + task.planned;
                 let wanted = task.durable && matches!(task.op, Op::Write { .. });
                 task.planned += len;
-                let durable = wanted && self.on_disk(slot, file, at, len);
+                let durable = wanted && self.direct(slot, file);
+                let enough = durable && self.on_disk(slot, at, len);
                 if let Some(task) = self.tasks.get_mut(key).filter(|_| durable) {
-                    task.direct += len;
+                    task.alone += len;
+                    task.direct += if enough { len } else { 0 };
                 }
                 let Some(alignment) = self.alignment(slot, file) else {
                     return;
@@ -62,10 +64,7 @@ impl Engine {
                         offset: offset.0,
                         durable,
                     };
-                    let after = After::Bounced {
-                        task: key,
-                        _buffer: buffer,
-                    };
+                    let after = After::Bounced { task: key, buffer };
                     return self.start(Io {
                         slot,
                         file,
@@ -115,10 +114,7 @@ impl Engine {
                 durable,
             };
             self.counted_on(Owner::Task(key));
-            let after = After::Bounced {
-                task: key,
-                _buffer: buffer,
-            };
+            let after = After::Bounced { task: key, buffer };
             self.start(Io {
                 slot,
                 file,
@@ -131,12 +127,17 @@ impl Engine {
         self.counted_off(Owner::Task(key), Ok(()));
     }
 
-    /// Whether data written in place there is durable once it is on the disk itself, and can be got there alone.
-    fn on_disk(&self, slot: u64, file: FileId, at: u64, len: u64) -> bool {
-        self.slots.get(slot).is_some_and(|attached| {
-            let file = attached.image.files().get(file);
-            file.is_some_and(|file| file.alignment > 1) && attached.image.on_disk(at, len)
-        })
+    /// Whether a durable write is made so by itself: not where other writes lie in the kernel's cache.
+    fn direct(&self, slot: u64, file: FileId) -> bool {
+        let attached = self.slots.get(slot);
+        attached.is_some_and(|attached| attached.image.syncs())
+            && self.alignment(slot, file).is_some_and(|unit| unit > 1)
+    }
+
+    /// Whether data written in place there is durable once it is on the disk itself.
+    fn on_disk(&self, slot: u64, at: u64, len: u64) -> bool {
+        let attached = self.slots.get(slot);
+        attached.is_some_and(|attached| attached.image.on_disk(at, len))
     }
 
     /// Whether data must not be written from where it is.
@@ -145,8 +146,8 @@ impl Engine {
     }
 
     /// The pieces' bytes as they are to stand at `offset` of the file.
-    fn bounce(&self, slot: u64, file: FileId, offset: u64, pieces: &[libc::iovec]) -> Buffer {
-        let mut buffer = Buffer::zeroed(buffer::total(pieces).unwrap_or(0) as usize);
+    fn bounce(&mut self, slot: u64, file: FileId, offset: u64, pieces: &[libc::iovec]) -> Buffer {
+        let mut buffer = self.take_bounce(buffer::total(pieces).unwrap_or(0) as usize);
         // SAFETY: the pieces are a request's, valid until its completion (submit's contract), or a job's.
         unsafe { buffer::gather(pieces, buffer.bytes_mut()) };
         if let Ok(sealer) = self.sealer(slot, file) {
@@ -158,8 +159,8 @@ impl Engine {
     pub(super) fn begin_job(&mut self, task: u64, allocation: Allocation, pieces: IoVecs) {
         let length =
             |extents: &Extents| extents.iter().map(|extent| extent.len).sum::<u64>() as usize;
-        let mut head = Buffer::zeroed(length(&allocation.head));
-        let mut tail = Buffer::zeroed(length(&allocation.tail));
+        let mut head = self.take_bounce(length(&allocation.head));
+        let mut tail = self.take_bounce(length(&allocation.tail));
         let head_piece = IoVecs::from_slice(&[head.iovec(0, head.len())]);
         let tail_piece = IoVecs::from_slice(&[tail.iovec(0, tail.len())]);
         let job = Job {
@@ -210,7 +211,7 @@ impl Engine {
         }
         let after = After::JobWritten {
             job: key,
-            _buffer: bounce,
+            buffer: bounce,
         };
         self.start(Io {
             slot,
@@ -257,7 +258,7 @@ impl Engine {
                     let start = offset.0 / unit * unit;
                     let front = (offset.0 - start) as usize;
                     let len = (front as u64 + stored).next_multiple_of(unit) as usize;
-                    let mut buffer = Buffer::zeroed(len);
+                    let mut buffer = self.take_bounce(len);
                     let op = IoOp::Read {
                         pieces: IoVecs::from_slice(&[buffer.iovec(0, len)]),
                         offset: start,
@@ -313,7 +314,7 @@ impl Engine {
         let start = offset / unit as u64 * unit as u64;
         let skip = (offset - start) as usize;
         let length = (skip as u64 + len).next_multiple_of(unit as u64) as usize;
-        let mut buffer = Buffer::zeroed(length);
+        let mut buffer = self.take_bounce(length);
         let op = IoOp::Read {
             pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
             offset: start,
@@ -353,7 +354,7 @@ impl Engine {
             let skip = offset + done - start;
             let take = (len - done).min(STRETCH - skip);
             let length = (skip + take).next_multiple_of(unit) as usize;
-            let mut buffer = Buffer::zeroed(length);
+            let mut buffer = self.take_bounce(length);
             let op = IoOp::Read {
                 pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
                 offset: start,
