@@ -25,7 +25,7 @@ from tests.lab import nested
 
 NESTED: Final = frozenset(
     {"bridge", "cgroup-v2-controllers", "fuse", "hugepages", "io-uring", "ksm", "kvm", "kvm-hardware"}
-    | {"landlock", "root", "systemd-in-namespaces", "tap"}
+    | {"landlock", "numa", "psi", "root", "systemd-in-namespaces", "tap"}
 )
 """What the nested host has."""
 
@@ -196,6 +196,18 @@ def _ksm() -> str:
     return "" if Path("/sys/kernel/mm/ksm/run").exists() else "the kernel has no KSM"
 
 
+def _numa() -> str:
+    nodes = list(Path("/sys/devices/system/node").glob("node[0-9]*"))
+    return "" if len(nodes) > 1 else "there are no two NUMA nodes"
+
+
+def _psi() -> str:
+    try:
+        return "" if Path("/proc/pressure/memory").read_text() else "no memory pressure"
+    except OSError:
+        return "the kernel does not measure memory pressure"
+
+
 def _systemd() -> str:
     return "" if Path("/run/systemd/system").is_dir() else "systemd is not the init of this machine"
 
@@ -237,6 +249,8 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "landlock": _landlock,
     "libvirt": _program("virsh"),
     "nested-host": _nested_host,
+    "numa": _numa,
+    "psi": _psi,
     "root": _root,
     "selinux": _selinux,
     "selinux-compiler": _program("checkmodule"),

@@ -8,7 +8,8 @@ vmbus in L1.
 L1's root is L0's ``/``, read-only over 9p with a tmpfs overlay, so the checkout and its ``.venv`` are at
 the same path; what L1 writes is gone with it, except under ``/out``, which is a directory of L0
 (``NestedHost.out``). L1 has Debian's stock 6.12 kernel, no systemd and no network; pid 1 is ``AGENT``
-below. It has /dev/kvm, /dev/fuse, tun, securityfs and cgroup v2 with all controllers delegated at the root.
+below. It has /dev/kvm, /dev/fuse, tun, securityfs, PSI, two NUMA nodes, a page of 1 GiB, and cgroup v2 with
+all controllers delegated at the root.
 
     python -m tests.lab.nested run -- ls -l /dev/kvm    # boot (6-12 s), run, power off; CMD's exit code
     python -m tests.lab.nested shell-script FILE        # the same for a script (bash)
@@ -62,6 +63,10 @@ BOOT_MODULES: Final = ("virtio_pci", "virtio_console", "virtio_rng", "9pnet_virt
 SHARE: Final = "trans=virtio,version=9p2000.L,msize=512000,access=any"
 PR_SET_PDEATHSIG: Final = 1
 POLL: Final = 0.05
+MEMORY: Final = 4096
+"""MiB, of which a page of 1 GiB is set aside at boot: later there is none in one piece."""
+SECOND_NODE: Final = 512
+"""MiB of memory on the second NUMA node."""
 
 # The first stage, busybox in the initramfs. It has to *switch* root: after a mere chroot the kernel finds no
 # /sbin/modprobe, and every module that would load by itself fails in silence.
@@ -208,7 +213,7 @@ class NestedHost:
     def __init__(
         self,
         *,
-        memory: int = 3072,
+        memory: int = MEMORY,
         cpus: int = 2,
         qemu: Sequence[str] = (),
         append: str = "",
@@ -353,13 +358,15 @@ class NestedHost:
 
         # no_timer_check: on a busy L0 the timer's interrupts come too late for the kernel's test of them.
         append = (
-            "console=ttyS0 quiet panic=-1 mitigations=off cgroup_no_v1=all random.trust_cpu=on "
-            f"no_timer_check lab.modules={kernel.modules} {self._append}"
+            "console=ttyS0 quiet panic=-1 mitigations=off cgroup_no_v1=all random.trust_cpu=on psi=1 "
+            f"no_timer_check lab.modules={kernel.modules} {self._append} "
+            f"{'hugepagesz=1G hugepages=1' if self._memory >= MEMORY else ''}"
         )
         return [
             *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-M", self._machine, "-accel", "tcg,thread=multi", "-cpu", "max"),
             *("-smp", str(self._cpus), "-m", str(self._memory)),
+            *self._nodes(),
             *("-serial", f"file:{self.out.parent / 'console'}"),
             *("-d", "cpu_reset", "-D", str(self.out.parent / "resets")),
             *("-kernel", str(kernel.image), "-initrd", str(initrd), "-append", append),
@@ -374,6 +381,16 @@ class NestedHost:
             ),
             *self._extra,
         ]
+
+    def _nodes(self) -> list[str]:
+        """Two NUMA nodes, the second a small one, with the last CPU."""
+        last = self._cpus - 1
+        nodes = [(self._memory - SECOND_NODE, f"0-{last - 1}" if last > 1 else "0"), (SECOND_NODE, str(last))]
+        words = []
+        for number, (size, cpus) in enumerate(nodes if last else [(self._memory, "0")]):
+            words += ["-object", f"memory-backend-ram,id=ram{number},size={size}M"]
+            words += ["-numa", f"node,nodeid={number},memdev=ram{number},cpus={cpus}"]
+        return words
 
     def _send(self, line: str) -> None:
         with self._lock:
@@ -461,7 +478,7 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb, what in (("run", "run a command"), ("shell-script", "run a bash script")):
         sub = verbs.add_parser(verb, help=what)
-        sub.add_argument("--memory", type=int, default=3072, help="MiB (default 3072)")
+        sub.add_argument("--memory", type=int, default=MEMORY, help="MiB (default %(default)s)")
         sub.add_argument("--cpus", type=int, default=2)
         sub.add_argument("--timeout", type=float, default=600, help="seconds for the command (default 600)")
         sub.add_argument("--qemu", default="", help="further arguments to QEMU, in one word")
