@@ -28,14 +28,14 @@ _vmbusctl() {
             return
             ;;
         define)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         abi)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         run)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --detach --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --detach --secret --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         list)
@@ -162,6 +162,10 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "bios uefi" -- "$current"))
             return
             ;;
+        "define --watchdog")
+            COMPREPLY=($(compgen -W "off none reset poweroff pause" -- "$current"))
+            return
+            ;;
         "define --memory-kind")
             COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
             return
@@ -191,6 +195,10 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "bios uefi" -- "$current"))
             return
             ;;
+        "abi --watchdog")
+            COMPREPLY=($(compgen -W "off none reset poweroff pause" -- "$current"))
+            return
+            ;;
         "abi --memory-kind")
             COMPREPLY=($(compgen -W "mergeable shareable huge" -- "$current"))
             return
@@ -218,6 +226,10 @@ _vmbusctl() {
             ;;
         "run --firmware")
             COMPREPLY=($(compgen -W "bios uefi" -- "$current"))
+            return
+            ;;
+        "run --watchdog")
+            COMPREPLY=($(compgen -W "off none reset poweroff pause" -- "$current"))
             return
             ;;
         "run --memory-kind")

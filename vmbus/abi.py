@@ -49,6 +49,7 @@ def describe(definition: Definition, uuid: str = NOBODY) -> dict[str, Any]:
             ],
             "nics": [{"id": nic.id, "mac": nic.mac, "queues": nic.queues} for nic in nics],
             "ports": definition.ports,
+            "watchdog": definition.watchdog != "off",
             "rng": definition.rng,
             "balloon": has_balloon(definition),
             "boot": None if definition.kernel else [name for name in boot_order(definition) if name in here],

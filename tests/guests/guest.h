@@ -125,6 +125,7 @@ void mode_net_ping(void);
 void mode_scsi(void);
 void mode_scsi_hostile(void);
 void mode_ports(void);
+void mode_watchdog(void);
 void mode_ports_hostile(void);
 
 #endif

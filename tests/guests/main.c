@@ -46,6 +46,7 @@ static const struct mode modes[] = {
     { "scsi", mode_scsi },
     { "scsi-hostile", mode_scsi_hostile },
     { "ports", mode_ports },
+    { "watchdog", mode_watchdog },
     { "ports-hostile", mode_ports_hostile },
 };
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices as Debian's stock kernel drives them: the SCSI host adapter, its disk and drive, named ports."""
+"""Devices as Debian's stock kernel drives them: the SCSI host adapter, named ports, a watchdog."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ exec 3<>$port
 echo "from the guest" >&3
 read words <&3; echo "heard: $words"
 poweroff -f
+"""
+
+
+WATCHDOG = """\
+cat /sys/class/watchdog/watchdog0/identity
+echo "status $(cat /sys/class/watchdog/watchdog0/bootstatus)"
+exec 3>/dev/watchdog
+echo "set"
+sleep 1000
 """
 
 
@@ -88,4 +97,17 @@ def test_debian_uses_a_named_port(system: System) -> None:
         guest.console.wait_for("heard: from the host", 60)
         port.communicate(timeout=60)
         assert guest.wait_stopped()["state-reason"] == "guest-poweroff"
+        guest.ctl("undefine", guest.name)
+
+
+def test_debian_is_reset_by_its_watchdog(system: System) -> None:
+    with StockGuest(system, "dog", script=WATCHDOG, modules=("i6300esb",)) as guest:
+        guest.make_disk()
+        guest.define("--watchdog", "reset")
+        guest.start()
+        guest.console.wait_for("i6300ESB", 120)
+        # The second start of the system finds that a watchdog ended the first: WDIOF_CARDRESET.
+        guest.console.wait_for("(?s)status 0.*set.*status 32", 240)
+        assert guest.show()["state-reason"] == "watchdog"
+        guest.ctl("kill", guest.name)
         guest.ctl("undefine", guest.name)

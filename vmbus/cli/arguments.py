@@ -160,6 +160,11 @@ def _description(to: argparse.ArgumentParser) -> None:
         "may be repeated",
     )
     add(
+        "--watchdog",
+        choices=("off", "none", "reset", "poweroff", "pause"),
+        help="what a watchdog does to a guest that lets its time pass; off (default): there is none",
+    )
+    add(
         "--port",
         metavar="NAME",
         action="append",

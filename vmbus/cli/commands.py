@@ -312,6 +312,7 @@ def _flags(arguments: argparse.Namespace) -> description.Flags:
         boot_menu=True if arguments.boot_menu else None,
         cpu_model=arguments.cpu_model,
         ports=arguments.ports,
+        watchdog=arguments.watchdog,
         machine_type=arguments.machine_type,
         memory_kind=arguments.memory_kind,
         page_size=arguments.page_size,

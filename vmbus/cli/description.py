@@ -75,6 +75,7 @@ class Flags:
     disks: Sequence[str] = field(default_factory=tuple)
     nics: Sequence[str] = field(default_factory=tuple)
     ports: Sequence[str] = field(default_factory=tuple)
+    watchdog: str | None = None
 
 
 def build(file: str | None, flags: Flags) -> Definition:
@@ -206,6 +207,7 @@ def _apply(tree: dict[str, Any], flags: Flags) -> None:
         ("prefault", flags.prefault),
         ("balloon", flags.balloon),
         ("on-reset", flags.on_reset),
+        ("watchdog", flags.watchdog),
         ("rng", flags.rng),
     ):
         if value is not None:

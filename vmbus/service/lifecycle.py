@@ -43,6 +43,7 @@ log = logging.getLogger("vmbus.lifecycle")
 END_DEADLINE: Final = 15.0
 """Seconds from a kill to the proof of the end; the broker calls a worker stuck after 5."""
 CONSOLE_INTERVAL: Final = 0.95
+WATCHDOG_ACTIONS: Final = frozenset({"none", "reset", "pause", "poweroff"})
 """Seconds between two signals of console activity: one, less what a timer may be early."""
 RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 """Seconds before each attempt to connect to a living worker again; the last is repeated."""
@@ -396,7 +397,7 @@ class Lifecycle:
         elif event.kind == "reset":
             self.on_reset(machine)
         elif event.kind == "state":
-            self._guest_state(machine, event.state)
+            self._guest_state(machine, event)
         elif event.kind == "detached":
             self.on_detached(machine, event)
         run = machine.run
@@ -422,12 +423,15 @@ class Lifecycle:
             machine.console_told = clock
             self.on_console(machine)
 
-    def _guest_state(self, machine: Machine, state: str) -> None:
-        if state not in ("running", "paused"):
+    def _guest_state(self, machine: Machine, event: worker_wire.Event) -> None:
+        if event.state not in ("running", "paused"):
             return
-        machine.guest = "running" if state == "running" else "paused"
+        machine.guest = "running" if event.state == "running" else "paused"
         if machine.state in ("running", "paused"):
-            machine.set_state(machine.guest)
+            # The worker is not trusted with words.
+            watchdog = event.reason == "watchdog" and event.detail in WATCHDOG_ACTIONS
+            told = ("watchdog", f"the watchdog did: {event.detail}") if watchdog else ("", "")
+            machine.set_state(machine.guest, *told)
 
     def _disconnected(self, machine: Machine) -> None:
         if machine.gone.is_set():

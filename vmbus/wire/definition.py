@@ -140,6 +140,7 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     memory_nodes: Annotated[list[Annotated[int, Meta(ge=0, lt=1024)]], Meta(max_length=64)] = []  # NUMA
     memory_minimum: Annotated[int, Meta(ge=0, le=MEMORY_MOST, multiple_of=MIB)] = 0  # see ``memory_floor``
     on_reset: Literal["restart", "end"] = "restart"
+    watchdog: Literal["off", "none", "reset", "poweroff", "pause"] = "off"  # what it does; off: there is none
 
 
 BOOT_CLASSES: Final = ("disk", "cdrom", "network")

@@ -249,6 +249,7 @@ EndReason = Literal[
     "triple-fault",
     "kvm-internal-error",
     "guest-misbehaved",
+    "watchdog",
     "io-error",
     "error",
 ]
@@ -257,10 +258,11 @@ EndReason = Literal[
 class Event(msgspec.Struct, tag_field="op", tag="event", frozen=True, omit_defaults=True, kw_only=True):
     """Numbered from 1; sent again on a new connection until acknowledged (at least once).
 
-    ``state``: ``state`` is the new one. ``ended``: ``reason`` and ``detail``; the worker exits once it
-    is acknowledged or after 30 s without a control connection. ``console``: output since the last one,
-    at most one a second. ``reset``: the guest was reset and goes on. ``detached``: the guest has let go of
-    ``device``, whose files are closed; ``detail`` says what went wrong when it was flushed.
+    ``state``: ``state`` is the new one; ``reason`` is ``watchdog`` when the guest let its watchdog's time
+    pass, and ``detail`` what the watchdog does. ``ended``: ``reason`` and ``detail``; the worker exits
+    once it is acknowledged or after 30 s without a control connection. ``console``: output since the last
+    one, at most one a second. ``reset``: the guest was reset and goes on. ``detached``: the guest has let
+    go of ``device``, whose files are closed; ``detail`` says what went wrong when it was flushed.
     """
 
     seq: Annotated[int, Meta(ge=1)]

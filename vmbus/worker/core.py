@@ -94,10 +94,20 @@ class CoreEvent(msgspec.Struct):
 # native/vmm/src/config.rs, LinkKind
 _LINKS: Final = {"bridge": "tap", "user": "stream", "isolated": "hub"}
 # native/capi/src/event.rs
-_EVENTS: Final = {1: "done", 2: "failed", 3: "running", 4: "paused", 5: "reset", 6: "ended", 7: "detached"}
+_EVENTS: Final = {
+    1: "done",
+    2: "failed",
+    3: "running",
+    4: "paused",
+    5: "reset",
+    6: "ended",
+    7: "detached",
+    8: "watchdog",
+}
 _error_decoder = msgspec.json.Decoder(CoreError)
 _end_decoder = msgspec.json.Decoder(End)
 _gone_decoder = msgspec.json.Decoder(Gone)
+_action_decoder = msgspec.json.Decoder(dict[str, str])
 _stats_decoder = msgspec.json.Decoder(dict[str, Any])
 _encoder = msgspec.json.Encoder()
 
@@ -174,6 +184,7 @@ def configuration(
         "locked": definition.locked,
         "memory_nodes": definition.memory_nodes,
         "on_reset": definition.on_reset,
+        "watchdog": None if definition.watchdog == "off" else definition.watchdog,
         "restore": restore,
     }
     config |= _beginning(definition, files)
@@ -392,6 +403,11 @@ def end_of(event: CoreEvent) -> End:
 def gone_of(event: CoreEvent) -> Gone:
     """The device in a ``detached`` event."""
     return _gone_decoder.decode(event.json)
+
+
+def action_of(event: CoreEvent) -> str:
+    """What the watchdog does, in a ``watchdog`` event."""
+    return _action_decoder.decode(event.json)["action"]
 
 
 def stats_of(event: CoreEvent) -> dict[str, Any]:

@@ -56,6 +56,7 @@ from vmbus.worker.control import Reply
 from vmbus.worker.core import (
     Core,
     CoreEvent,
+    action_of,
     configuration,
     disk_configuration,
     end_of,
@@ -109,6 +110,7 @@ class Machine:
         self._console_end = core_end.detach()
         self._hub = Hub(loop, ours, self._output)
         self._ports: dict[str, Hub] = {}
+        self._watchdog = ""  # what it did, until that is told
         self._building = False
         self._stop_when_built: list[Reply] = []
         self._replies: dict[int, tuple[str, Reply]] = {}
@@ -322,6 +324,9 @@ class Machine:
             self._enter("running")
         elif event.kind == "paused":
             self._enter("paused")
+        elif event.kind == "watchdog":
+            self._watchdog = action_of(event)
+            self._enter(self.state)
         elif event.kind == "reset":
             self._events.add("reset")
             self.events_added()
@@ -335,7 +340,11 @@ class Machine:
 
     def _enter(self, state: State) -> None:
         self.state = state
-        self._events.add("state", state=state)
+        # What the watchdog did is why the machine stands still, or went on from its start.
+        reason, detail = ("watchdog", self._watchdog) if self._watchdog else ("", "")
+        if self._watchdog != "pause" or state == "paused":
+            self._watchdog = ""
+        self._events.add("state", state=state, reason=reason, detail=detail)
         self.events_added()
 
     def _end(self, reason: str, detail: str) -> None:

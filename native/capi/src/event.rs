@@ -13,6 +13,7 @@ use std::ffi::c_char;
 /// | 4 | the vCPUs stand still | "" |
 /// | 5 | the guest was reset and goes on | "" |
 /// | 7 | the guest has let go of a device in a slot | `device`, `detail` |
+/// | 8 | the guest let its watchdog's time pass | `action` |
 /// | 6 | the machine has ended; no event follows | `reason`, `detail` |
 #[repr(C)]
 pub struct VmbusEvent {

@@ -301,6 +301,10 @@ fn describe(event: Event) -> (u32, u64, String) {
             let json = serde_json::json!({"device": device, "detail": detail});
             (7, 0, json.to_string())
         }
+        Event::Watchdog(action) => {
+            let json = serde_json::json!({ "action": action.as_str() });
+            (8, 0, json.to_string())
+        }
         Event::Ended { reason, detail } => {
             let json = serde_json::json!({"reason": reason.as_str(), "detail": detail});
             (6, 0, json.to_string())

@@ -34,6 +34,7 @@ use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::RootPort;
+use crate::pci::watchdog::Watchdog;
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
 use crate::scsi::cdb::{self, Cdb};
 use crate::scsi::{Outcome, Unit, INQUIRY};
@@ -60,6 +61,9 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// In their order.
     pub nics: Vec<Nic>,
+    /// Whether there is a watchdog.
+    #[serde(default)]
+    pub watchdog: bool,
     /// The names of the ports.
     #[serde(default)]
     pub ports: Vec<String>,
@@ -281,6 +285,10 @@ fn functions(machine: &Machine) -> Result<Vec<Described>> {
     if machine.disks.iter().any(Disk::is_scsi) {
         let model = scsi::model(u16::from(machine.vcpus).clamp(1, scsi::QUEUES_MAX));
         all.push(virtio(Place::SCSI, SCSI.to_owned(), model, None)?);
+    }
+    if machine.watchdog {
+        let watchdog: Arc<dyn Function> = Arc::new(Watchdog::new()?);
+        all.push((Place::WATCHDOG, "watchdog".to_owned(), watchdog, None));
     }
     if !machine.ports.is_empty() {
         let model = console::model(machine.ports.len());

@@ -85,6 +85,9 @@ pub struct Config {
     /// What happens when the guest resets itself.
     #[serde(default)]
     pub on_reset: OnReset,
+    /// A watchdog, and what happens to a guest that lets its time pass; None for no watchdog.
+    #[serde(default)]
+    pub watchdog: Option<OnWatchdog>,
     /// The machine goes on from a file: it cannot begin otherwise, and its disks are not used before.
     #[serde(default)]
     pub restore: bool,
@@ -300,6 +303,32 @@ fn take(argument: &str, fd: RawFd) -> Result<OwnedFd> {
         return Err(Error::invalid(argument, "is not an fd"));
     }
     Ok(own(fd))
+}
+
+/// What happens to a guest that lets its watchdog's time pass.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWatchdog {
+    /// It is told of, and no more.
+    None,
+    /// As if the guest had pulled the reset line.
+    Reset,
+    /// The machine ends.
+    PowerOff,
+    /// The machine stands still.
+    Pause,
+}
+
+impl OnWatchdog {
+    /// The name in the definition.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            OnWatchdog::None => "none",
+            OnWatchdog::Reset => "reset",
+            OnWatchdog::PowerOff => "poweroff",
+            OnWatchdog::Pause => "pause",
+        }
+    }
 }
 
 /// A named port of virtio-console.

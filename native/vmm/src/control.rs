@@ -20,7 +20,7 @@ use std::time::Instant;
 use serde_json::json;
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
-use crate::config::OnReset;
+use crate::config::{OnReset, OnWatchdog};
 use crate::cpu::gate::{Cause, Gate};
 use crate::cpu::run::{Counters, Vcpu};
 use crate::crew::Crew;
@@ -29,6 +29,7 @@ use crate::error::{Error, Kind, Result};
 use crate::hotplug::Hotplug;
 use crate::io::{Answer, Change};
 use crate::mailbox::{EndReason, Event, Mail, Mailbox, Request, Slot};
+use crate::pci::watchdog::Watchdog;
 use crate::platform::Platform;
 use crate::poll::{self, watch};
 use crate::prefault::Touch;
@@ -41,6 +42,7 @@ use crate::virtio::balloon::Balloon;
 
 const INBOX: u64 = 0;
 const CONSOLE: u64 = 1;
+const WATCHDOG: u64 = 2;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -94,6 +96,9 @@ impl Drop for VcpuThreads {
     }
 }
 
+/// The watchdog, and what it is for.
+pub(crate) type Dog = (Arc<Watchdog>, OnWatchdog);
+
 /// Everything the control thread works on.
 pub(crate) struct Control {
     mailbox: Arc<Mailbox>,
@@ -101,6 +106,7 @@ pub(crate) struct Control {
     vcpus: VcpuThreads,
     devices: Vec<Arc<dyn Device>>,
     hotplug: Hotplug,
+    watchdog: Option<Dog>,
     balloon: Option<Arc<Balloon>>,
     crew: Crew,
     platform: Platform,
@@ -116,12 +122,12 @@ impl Control {
         mailbox: Arc<Mailbox>,
         gate: Arc<Gate>,
         vcpus: VcpuThreads,
-        devices: (Vec<Arc<dyn Device>>, Hotplug),
+        devices: (Vec<Arc<dyn Device>>, Hotplug, Option<Dog>),
         memory: (Option<Arc<Balloon>>, Crew),
         platform: Platform,
         (on_reset, keeping): (OnReset, Keeping),
     ) -> Control {
-        let (devices, hotplug) = devices;
+        let (devices, hotplug, watchdog) = devices;
         let (balloon, crew) = memory;
         Control {
             mailbox,
@@ -129,6 +135,7 @@ impl Control {
             vcpus,
             devices,
             hotplug,
+            watchdog,
             balloon,
             crew,
             platform,
@@ -156,12 +163,17 @@ impl Control {
         watch(&epoll, self.mailbox.inbox.fd(), EventSet::IN, INBOX)?;
         let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
         watch(&epoll, self.platform.serial.socket(), both, CONSOLE)?;
-        let mut ready = [EpollEvent::default(); 2];
+        if let Some((watchdog, _)) = &self.watchdog {
+            watch(&epoll, watchdog.timer(), EventSet::IN, WATCHDOG)?;
+        }
+        let mut ready = [EpollEvent::default(); 3];
         loop {
             let count = poll::wait(&epoll, -1, &mut ready)?;
             for event in ready.iter().take(count) {
-                if event.data() == CONSOLE {
-                    self.platform.serial.socket_ready();
+                match event.data() {
+                    CONSOLE => self.platform.serial.socket_ready(),
+                    WATCHDOG => self.watchdog_ended(),
+                    _ => {}
                 }
             }
             while let Some(mail) = self.mailbox.inbox.pop() {
@@ -358,6 +370,33 @@ impl Control {
             Cause::GuestMisbehaved(detail) => self.end(EndReason::GuestMisbehaved, detail),
             Cause::IoError(detail) => self.end(EndReason::IoError, detail),
             Cause::Error(detail) => self.end(EndReason::Error, detail),
+        }
+    }
+
+    /// The watchdog's timer has fired. While the machine stands, its time does, too.
+    fn watchdog_ended(&mut self) {
+        let ended = self
+            .watchdog
+            .as_ref()
+            .filter(|(watchdog, _)| watchdog.has_ended());
+        let Some(action) = ended.map(|(_, action)| *action) else {
+            return;
+        };
+        if self.state != State::Running {
+            return;
+        }
+        self.tell(Event::Watchdog(action));
+        match action {
+            OnWatchdog::None => {}
+            OnWatchdog::Reset => self.follow(Cause::Reset("watchdog"), self.gate.epoch()),
+            OnWatchdog::PowerOff => {
+                let detail = "the guest let its watchdog's time pass";
+                self.end(EndReason::Watchdog, detail.to_owned());
+            }
+            OnWatchdog::Pause => match self.stand_still() {
+                Ok(()) => self.enter(State::Paused),
+                Err(_) => self.let_go(),
+            },
         }
     }
 

@@ -24,6 +24,7 @@ use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::{Ejected, RootPort};
+use crate::pci::watchdog::Watchdog;
 use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
 use crate::ports::{self, PortSpec};
 use crate::scsi::Unit;
@@ -115,6 +116,8 @@ pub struct Parts {
     pub nics: Vec<NicSpec>,
     /// Named ports, at most [`PORTS_MAX`]; with any there is a device for them.
     pub ports: Vec<PortSpec>,
+    /// A watchdog.
+    pub watchdog: Option<Arc<Watchdog>>,
     /// Whether there is a random number generator.
     pub rng: bool,
     /// The balloon, if there is one.
@@ -174,6 +177,7 @@ pub fn assemble(
         scsi: units_wanted,
         nics,
         ports: named,
+        watchdog,
         rng: with_rng,
         balloon,
     } = parts;
@@ -342,6 +346,10 @@ pub fn assemble(
         }
         let device = IoDevice::new(endpoint.id, port, endpoint.counters, endpoint.behind);
         list.push(Arc::new(device));
+    }
+    if let Some(watchdog) = watchdog {
+        functions.push((Place::WATCHDOG, watchdog.clone()));
+        list.push(watchdog);
     }
     let root_ports = (0..ROOT_PORTS)
         .map(|index| {

@@ -57,6 +57,7 @@ use crate::memory;
 use crate::nics;
 use crate::pci::host::HostBridge;
 use crate::pci::root::Root;
+use crate::pci::watchdog::Watchdog;
 use crate::pci::{Function, KvmWiring};
 use crate::platform::{self, Legacy, Platform, Start};
 use crate::ports;
@@ -166,11 +167,14 @@ impl Machine {
         };
         let balloon = config.balloon.then(|| Balloon::new(config.memory));
         let balloon = balloon.transpose()?;
+        let watchdog = config.watchdog.map(|_| Watchdog::new().map(Arc::new));
+        let watchdog = watchdog.transpose()?;
         let parts = Parts {
             disks: disks.block,
             scsi: disks.scsi,
             nics,
             ports,
+            watchdog: watchdog.clone(),
             rng: config.rng,
             balloon: balloon.clone(),
         };
@@ -236,7 +240,7 @@ impl Machine {
             Arc::clone(&mailbox),
             gate,
             vcpus,
-            (devices.list, devices.hotplug),
+            (devices.list, devices.hotplug, watchdog.zip(config.watchdog)),
             (balloon, crew),
             platform,
             (config.on_reset, keeping),

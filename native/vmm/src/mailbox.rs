@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
+use crate::config::OnWatchdog;
 use crate::cpu::gate::Cause;
 use crate::error::{Error, Result};
 use crate::hotplug::Arrival;
@@ -62,6 +63,8 @@ pub enum EndReason {
     KvmInternalError,
     /// A driver broke its device's rules beyond repair.
     GuestMisbehaved,
+    /// The guest let its watchdog's time pass.
+    Watchdog,
     /// A disk failed.
     IoError,
     /// Anything else.
@@ -80,6 +83,7 @@ impl EndReason {
             EndReason::TripleFault => "triple-fault",
             EndReason::KvmInternalError => "kvm-internal-error",
             EndReason::GuestMisbehaved => "guest-misbehaved",
+            EndReason::Watchdog => "watchdog",
             EndReason::IoError => "io-error",
             EndReason::Error => "error",
         }
@@ -109,6 +113,8 @@ pub enum Event {
         /// What went wrong when it was flushed, or "".
         detail: String,
     },
+    /// The guest let its watchdog's time pass, and this happens now.
+    Watchdog(OnWatchdog),
     /// The machine is at its end; the last event but for the answers to requests.
     Ended {
         /// Why.

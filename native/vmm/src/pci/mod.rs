@@ -16,7 +16,9 @@
 //! | 07.0 | SCSI host adapter (virtio-scsi); the place is kept when there is none |
 //! | 07.1 – 07.7 | free |
 //! | 08.0 | named ports (virtio-console); the place is kept when there are none |
-//! | 08.1 – 0f.7 | free |
+//! | 08.1 – 08.7 | free |
+//! | 09.0 | watchdog, 8086:25ab; the place is kept when there is none |
+//! | 09.1 – 0f.7 | free |
 //! | 10.0 – 10.7 | root ports for hotplug, slots 1 to 8, buses 1 to 8 |
 //! | 11.0 – 11.7 | kept for eight more root ports |
 //! | 12.0 – 1e.7 | free |
@@ -39,6 +41,7 @@ pub mod msix;
 pub mod option_rom;
 pub mod root;
 pub mod root_port;
+pub mod watchdog;
 
 use std::sync::Arc;
 
@@ -73,6 +76,8 @@ impl Place {
     pub const SCSI: Place = Place::new(7, 0);
     /// The named ports.
     pub const PORTS: Place = Place::new(8, 0);
+    /// The watchdog.
+    pub const WATCHDOG: Place = Place::new(9, 0);
     /// The LPC bridge.
     pub const LPC: Place = Place::new(0x1f, 0);
 

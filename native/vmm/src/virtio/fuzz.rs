@@ -139,6 +139,7 @@ fn random_register_accesses() {
             Place::BALLOON,
             Place::SCSI,
             Place::PORTS,
+            Place::WATCHDOG,
             Place::root_port(3),
         ];
         for _ in 0..3000 {

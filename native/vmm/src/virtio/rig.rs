@@ -26,6 +26,7 @@ use crate::io::{Answer, Change};
 use crate::layout::ECAM_START;
 use crate::net::{Link, Tap};
 use crate::pci::testing::{host_bridge, FakeWiring};
+use crate::pci::watchdog::Watchdog;
 use crate::pci::Place;
 use crate::ports::PortSpec;
 use crate::thread::unconfined;
@@ -114,6 +115,7 @@ impl Rig {
             ],
             nics: vec![nic],
             ports: named,
+            watchdog: Some(Arc::new(Watchdog::new().unwrap())),
             rng: true,
             balloon: Some(balloon.clone()),
         };
