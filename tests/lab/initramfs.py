@@ -30,7 +30,17 @@ from tests.lab.kernels import CACHE, Kernel
 BUSYBOX: Final = Path("/bin/busybox")
 
 GUEST_MODULES: Final = (
-    *("virtio_pci", "virtio_blk", "virtio_rng", "virtio_net", "crc32c_generic", "ext4", "button", "evdev"),
+    *(
+        "virtio_pci",
+        "virtio_blk",
+        "virtio_rng",
+        "virtio_net",
+        "crc32c_generic",
+        "ext4",
+        "button",
+        "evdev",
+        "virtio_balloon",
+    ),
 )
 
 LOAD: Final = """\
