@@ -164,8 +164,7 @@ def _target(options: SimpleNamespace, plan: _Plan, length: int) -> Any:
         format = None if options.target_by_options else plan.format
         yield img_source.source(plan.target, format, known, options=options.target_by_options)
         return
-    was_there = os.path.exists(plan.target)
-    try:
+    with img_create.finished(plan.target):
         settings = plan.settings | {"size": length}
         try:
             made = img_create.make(plan.target, plan.format, settings, known)
@@ -173,11 +172,6 @@ def _target(options: SimpleNamespace, plan: _Plan, length: int) -> Any:
             message = f"{plan.target}: error while converting {plan.format}: {error}"
             raise VmbusError(error.kind, message) from None
         yield made
-    except BaseException:
-        if not was_there:
-            with contextlib.suppress(OSError):
-                os.unlink(plan.target)
-        raise
 
 
 def _opened(options: SimpleNamespace, plan: _Plan, made: Source) -> Image:

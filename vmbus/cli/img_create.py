@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import cast
 
@@ -111,8 +111,7 @@ def make(path: str, format: Format, settings: Mapping[str, str | int], known: Se
     arguments = img_settings.arguments(settings, known)
     if format == "raw" and arguments.get("preallocation") == "metadata":
         raise VmbusError("InvalidArgument", "Unsupported preallocation mode: metadata")
-    was_there = os.path.exists(path)
-    try:
+    with finished(path), _created(path):
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
         image.create(
             path,
@@ -122,18 +121,26 @@ def make(path: str, format: Format, settings: Mapping[str, str | int], known: Se
             backing_format=cast("Format | None", settings.get("backing_fmt")),
             **arguments,
         )
-    except OSError as error:
-        _remove(path, was_there=was_there)
-        raise VmbusError("InvalidArgument", f"Could not create '{path}': {error.strerror}") from None
-    except BaseException:
-        _remove(path, was_there=was_there)
-        raise
     encrypt = cast("Encryption | None", arguments.get("encrypt"))
     return Source(path, format, (encrypt.secret,) if encrypt else ())
 
 
-def _remove(path: str, *, was_there: bool) -> None:
-    """Leave no half-made image behind."""
-    if not was_there:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+@contextlib.contextmanager
+def _created(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise VmbusError("InvalidArgument", f"Could not create '{path}': {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def finished(path: str) -> Iterator[None]:
+    """What is made at ``path`` meanwhile goes if it cannot be finished."""
+    was_there = os.path.exists(path)
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise

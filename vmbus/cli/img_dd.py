@@ -29,7 +29,7 @@ def run(options: SimpleNamespace) -> int:
         raise VmbusError("InvalidArgument", "Must specify both input and output files")
     format = options.target_format or "raw"
     origin = img_source.of(options, operands["if"], options.format)
-    with img_source.opened(origin, share=options.share) as source:
+    with img_source.opened(origin, share=options.share) as source, img_create.finished(operands["of"]):
         if format not in img_settings.TABLES:
             raise VmbusError("NotSupported", "Unknown file format")
         # As in qemu-img, `count` includes what is skipped.

@@ -65,10 +65,24 @@ pub fn resize_with(
         Some(file) if raw => reserve(file, old, preallocation),
         _ => preallocate(image, &lengths, old, preallocation, encrypted),
     };
-    if done.is_err() && size > old {
-        change(image, old, true)?;
+    if done.is_err() && size > old && change(image, old, true).is_err() {
+        // There is no room for what has to be written before the header: the size alone, then.
+        take_back(image, old)?;
     }
     done
+}
+
+/// Let the header say the old size, and change nothing else: what is mapped behind the end is nobody's.
+fn take_back(image: &Image, old: u64) -> Result<()> {
+    let geometry = match image.lock().layers.first() {
+        Some(Layer::Qcow2(qcow2)) => qcow2.geometry,
+        _ => return Ok(()),
+    };
+    set_size(image, &geometry, old)?;
+    let missing = || Error::invalid("no such file");
+    let file = image.files().get(geometry.file).ok_or_else(missing)?;
+    file.write_at(&old.to_be_bytes(), field::SIZE as u64)?;
+    file.sync()
 }
 
 fn change(image: &Image, size: u64, shrink: bool) -> Result<()> {
