@@ -465,6 +465,16 @@ amend -o compat=1.1 v2
 amend -o lazy_refcounts=on base
 amend -o refcount_bits=8 base
 amend -o compat=0.10 ext
+amend -o compat=0.10 data
+amend -o compat=0.10 snaps
+amend -o compat=0.10 zeroed
+amend -o compat=0.10 packed
+amend -o compat=0.10 olds
+amend -o compat=0.10,lazy_refcounts=on base
+amend -o compat=0.10,refcount_bits=8 base
+amend -o refcount_bits=8,compat=0.10 base
+amend -o refcount_bits=8 v2
+amend -o compat=v3,refcount_bits=32,lazy_refcounts=on v2
 amend -o data_file=elsewhere.raw data
 amend -o backing_file=x base
 amend -o bogus=x base

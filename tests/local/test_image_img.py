@@ -444,6 +444,21 @@ def test_a_chain_that_loops_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "loop" in capsys.readouterr().err
 
 
+def test_a_chain_deeper_than_two_hundred_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image.create(str(tmp_path / "0"), size=MIB)
+    for n in range(1, 202):
+        image.create(str(tmp_path / str(n)), size=MIB, backing_name=str(n - 1), backing_format="qcow2")
+    for command in (["map"], ["info", "--backing-chain"], ["convert", "-O", "raw"], ["compare"]):
+        target = [tmp_path / "target"] if command[0] == "convert" else [tmp_path / "0"]
+        operands = target if command[0] in {"convert", "compare"} else []
+        ours(*command, tmp_path / "201", *operands, code=2 if command[0] == "compare" else 1)
+        assert "deeper than 200" in capsys.readouterr().err
+    ours("map", tmp_path / "199")
+    assert not (tmp_path / "target").exists()
+
+
 def test_what_is_absent_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours("create", "-f", "qcow2", "-o", "extended_l2=on,cluster_size=8k", tmp_path / "x", "1M", code=1)
     assert "16k" in capsys.readouterr().err

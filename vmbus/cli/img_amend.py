@@ -119,7 +119,8 @@ def _options(source: Source, given: dict[str, str]) -> None:
     if bits is not None and _version(source) == 3:
         image.set_refcount_bits(path, int(bits))
     with image.open(path, format, secrets=secrets, guess=True) as disk:
-        disk.amend(lazy_refcounts=lazy, data_file=given.get("data_file"), data_raw=raw)
+        if given.keys() & {"lazy_refcounts", "data_file", "data_file_raw"}:
+            disk.amend(lazy_refcounts=lazy, data_file=given.get("data_file"), data_raw=raw)
         if length is not None:
             disk.resize(length, shrink=True)
         if version == 2:
