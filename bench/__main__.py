@@ -17,6 +17,7 @@ NAMES = (
     "list_machines",
     "port_exit",
     "prefault",
+    "save",
     "images",
     "encrypted",
     "nbd",

@@ -12,24 +12,25 @@ use vmbus_vmm::{EndReason, Event, Kind, Request};
 
 use crate::{build, fd, requires_kvm, run};
 
-const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
+pub(crate) const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
 
 /// Ends the test where the distribution's SeaBIOS is not installed.
 macro_rules! requires_seabios {
     () => {
         requires_kvm!();
-        if !Path::new(SEABIOS).exists() {
+        if !std::path::Path::new(SEABIOS).exists() {
             eprintln!("absent: {SEABIOS} (package seabios)");
             return;
         }
     };
 }
+pub(crate) use requires_seabios;
 
 /// A directory that goes with the test.
-struct Directory(PathBuf);
+pub(crate) struct Directory(pub PathBuf);
 
 impl Directory {
-    fn new(name: &str) -> Directory {
+    pub(crate) fn new(name: &str) -> Directory {
         let path = std::env::temp_dir().join(format!("vmbus-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Directory(path)
@@ -43,7 +44,7 @@ impl Drop for Directory {
 }
 
 /// A disk whose boot sector writes `text` to the serial port and powers off, or waits if `wait`.
-fn bootable(directory: &Path, text: &str, wait: bool) -> Value {
+pub(crate) fn bootable(directory: &Path, text: &str, wait: bool) -> Value {
     let mut sector = vec![
         0xfa, // cli: SeaBIOS writes to the port from its timer
         0x31, 0xc0, 0x8e, 0xd8, // xor ax, ax; mov ds, ax

@@ -7,10 +7,13 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
+use vmbus_vmm::acpi::{GENERATION_OFFSET, GENERATION_PAGE};
 use vmbus_vmm::config::{RestoreFrom, SaveTo};
+use vmbus_vmm::save::file::{Saved, Section};
 use vmbus_vmm::{EndReason, Error, Event, Kind, Request};
 
-use crate::{build, requires_kvm, run, Running, PATIENCE};
+use crate::firmware::{bootable, requires_seabios, Directory, SEABIOS};
+use crate::{build, fd, requires_kvm, run, Running, PATIENCE};
 
 const MIB: u64 = 1 << 20;
 
@@ -213,6 +216,8 @@ fn writes_to_a_disk_go_on_and_a_disk_that_was_written_meanwhile_is_refused() {
     let mut guest = go_on(&file, mode, with_disk(&disk));
     let begin = Instant::now();
     while newest(&disk) < before + 100 {
+        // A console that nobody reads holds the guest up.
+        guest.drain();
         assert!(begin.elapsed() < PATIENCE, "no writes after {before}");
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -423,4 +428,84 @@ fn a_save_that_is_cancelled_leaves_the_machine_as_it_was() {
     assert_eq!(cancelled, Some(Kind::Cancelled));
     assert_eq!(file.metadata().unwrap().len(), 0);
     guest.until("line 200\n");
+}
+
+/// The generation ID of a guest that booted without firmware, as its file has it.
+fn generation(file: &File) -> [u8; 16] {
+    let saved = Saved::open(file.try_clone().unwrap()).unwrap();
+    let memory = saved.place(Section::Memory).unwrap();
+    let mut id = [0; 16];
+    let at = memory.offset + GENERATION_PAGE + GENERATION_OFFSET;
+    file.read_exact_at(&mut id, at).unwrap();
+    id
+}
+
+#[test]
+fn the_second_that_goes_on_from_a_file_has_a_generation_of_its_own() {
+    requires_kvm!();
+    let first = file();
+    let mut guest = run("echo", json!({}));
+    guest.until("ready");
+    guest.save_and_end(&first);
+    let id = generation(&first);
+    assert_ne!(id, [0; 16]);
+    let generation_of_next = |from: &File| {
+        let next = file();
+        let mut guest = restored(from, "echo", json!({})).unwrap();
+        guest.save_and_end(&next);
+        generation(&next)
+    };
+    assert_eq!(generation_of_next(&first), id, "nobody else has that past");
+    let second = generation_of_next(&first);
+    let third = generation_of_next(&first);
+    assert!(id != second && id != third && second != third);
+    // One that cannot be marked as used may have been used.
+    let other = file();
+    let mut guest = run("echo", json!({}));
+    guest.until("ready");
+    guest.save_and_end(&other);
+    let path = format!("/proc/self/fd/{}", other.as_raw_fd());
+    let only_readable = File::open(path).unwrap();
+    assert_ne!(generation_of_next(&only_readable), generation(&other));
+}
+
+#[test]
+fn firmware_goes_on_with_the_variables_that_it_had() {
+    requires_seabios!();
+    let directory = Directory::new("seabios-saved");
+    let disk = bootable(&directory.0, "booted", false);
+    let path = directory.0.join("booted");
+    let variables = |byte: u8| {
+        let variables = file();
+        variables.write_all_at(&[byte; 64 << 10], 0).unwrap();
+        variables
+    };
+    let machine = |disk: Value, variables: &File| {
+        let code = fd(SEABIOS);
+        let firmware =
+            json!({ "code_fd": code, "variables_fd": copy(variables), "boot": ["disk/booted"] });
+        json!({ "kernel": null, "disks": [disk], "firmware": firmware })
+    };
+    let (file, first, second) = (file(), variables(1), variables(2));
+    let mut guest = run("", machine(disk, &first));
+    guest.until("SeaBIOS");
+    guest.save_and_end(&file);
+    assert!(!guest.drain().contains("booted"), "it was too quick");
+    let image = fd(&path);
+    let again =
+        json!({ "id": "booted", "layers": [{ "fd": image, "format": "raw" }], "read_only": true });
+    let error = restored(&file, "", machine(again, &second)).err().unwrap();
+    assert_eq!(error.argument, "disk/booted", "{error}");
+    let mut byte = [0];
+    second.read_exact_at(&mut byte, 0).unwrap();
+    assert_eq!(byte, [2], "a refusal changes nothing");
+
+    let disk = File::options().read(true).write(true).open(&path).unwrap();
+    let again =
+        json!({ "id": "booted", "layers": [{ "fd": disk.into_raw_fd(), "format": "raw" }] });
+    let mut guest = go_on(&file, "", machine(again, &second));
+    guest.until("booted");
+    assert_eq!(guest.end().0, EndReason::GuestPoweroff);
+    second.read_exact_at(&mut byte, 0).unwrap();
+    assert_eq!(byte, [1]);
 }
