@@ -52,14 +52,14 @@ pub fn tap(queues: usize) -> Option<Vec<RawFd>> {
     Some(fds)
 }
 
-fn nic(fds: &[RawFd]) -> Value {
+pub(crate) fn nic(fds: &[RawFd]) -> Value {
     json!({ "nics": [{ "id": "net", "mac": MAC, "tap_fds": fds }], "vcpus": fds.len().min(2) })
 }
 
 /// Waits until the guest's driver has been started `times` times, and what the tap had before was thrown away.
 ///
 /// The thread of the network takes its commands in order, so a pause comes after the start.
-fn begun(guest: &mut Running, times: usize) {
+pub(crate) fn begun(guest: &mut Running, times: usize) {
     while guest.until("net: mac").matches("net: mac").count() < times {
         std::thread::sleep(Duration::from_millis(20));
         guest.drain();
@@ -69,7 +69,7 @@ fn begun(guest: &mut Running, times: usize) {
 }
 
 /// Pings the guest with so many bytes of data; how many of `count` were answered.
-fn ping(count: u32, bytes: u32) -> usize {
+pub(crate) fn ping(count: u32, bytes: u32) -> usize {
     let done = Command::new("busybox")
         .args(["ping", "-i", "0.2", "-W", "10", "-c"])
         .args([&count.to_string(), "-s", &bytes.to_string(), "10.99.0.2"])

@@ -13,6 +13,7 @@ use vmbus_vmm::save::file::{Saved, Section};
 use vmbus_vmm::{EndReason, Error, Event, Kind, Request};
 
 use crate::firmware::{bootable, requires_seabios, Directory, SEABIOS};
+use crate::network::{begun, nic, ping, tap};
 use crate::{build, fd, requires_kvm, run, Running, PATIENCE};
 
 const MIB: u64 = 1 << 20;
@@ -508,4 +509,23 @@ fn firmware_goes_on_with_the_variables_that_it_had() {
     assert_eq!(guest.end().0, EndReason::GuestPoweroff);
     second.read_exact_at(&mut byte, 0).unwrap();
     assert_eq!(byte, [1]);
+}
+
+#[test]
+fn a_network_interface_goes_on_with_another_tap() {
+    requires_kvm!();
+    let Some(fds) = tap(2) else {
+        return;
+    };
+    let file = file();
+    let mut guest = run("net-echo count=100", nic(&fds));
+    begun(&mut guest, 1);
+    assert_eq!(ping(2, 1000), 2);
+    guest.save_and_end(&file);
+    drop(guest);
+    // In a network of its own again, with nothing but its name in common with the one before.
+    let fds = tap(2).unwrap();
+    let mut guest = go_on(&file, "net-echo count=100", nic(&fds));
+    assert_eq!(ping(2, 1000), 2);
+    assert_eq!(guest.must(Request::Pause), [Event::Paused]);
 }
