@@ -151,6 +151,26 @@ async def test_one_that_stays_goes_on_and_others_begin_where_it_was(stage: Stage
         os.close(file)
 
 
+@scenario
+async def test_a_save_whose_caller_leaves_is_cancelled_and_the_machine_goes_on(stage: Stage) -> None:
+    async with stage.caller() as alice:
+        machine = await alice(ROOT, "Manager.DefineMachine", stage.guest("flood", memory=4 << 30))
+        await alice(machine, "Machine.Start", {}, {})
+        await said(alice, machine, "line 5\n")
+        file = os.memfd_create("saved")
+        async with stage.caller() as another:
+            job = await another(machine, "Machine.Save", file, {})
+        deadline = time.monotonic() + 30 * SLOW
+        while await alice.client.get(job, "Job", "State") == "running":
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.02)
+        assert await alice.client.get(job, "Job", "State") == "cancelled"
+        await alice.until(machine, "running")
+        assert os.fstat(file).st_size == 0
+        await alice(machine, "Machine.Kill")
+        os.close(file)
+
+
 def test_vmbusctl_saves_under_a_name_or_not_at_all(stage: Stage) -> None:
     system, files = stage.system, stage.system.files(ALICE)
     kernel = stage.kernel()

@@ -217,7 +217,7 @@ class MachineApi:
         """Save."""
         wanted = booleans(options, keep=False)
         file.claimed = True
-        return job_path(self._saving.save(item.machine, file, keep=wanted["keep"]).number)
+        return job_path(self._saving.save(item.machine, caller.name, file, keep=wanted["keep"]).number)
 
     async def restore(
         self,

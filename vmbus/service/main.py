@@ -229,11 +229,10 @@ def _on_the_bus(
     from vmbus.api.publish import Publisher  # noqa: PLC0415
 
     manager = ManagerApi(registry, definitions, lifecycle, subscribers)
+    saving = Saving(jobs)
     handlers = {
         "org.vmbus1.Manager": manager,
-        "org.vmbus1.Machine": MachineApi(
-            lifecycle, hotplug, changes, definitions, parked, memory, Saving(jobs)
-        ),
+        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, changes, definitions, parked, memory, saving),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
         "org.vmbus1.HugePages": HugePagesApi(hugepages),
@@ -245,7 +244,7 @@ def _on_the_bus(
     exports.add(KsmObject(ksm, tuner))
     for pool in hugepages.pools:
         exports.add(PoolObject(pool))
-    credentials.on_left += [parked.sender_left, manager.sender_left]
+    credentials.on_left += [parked.sender_left, manager.sender_left, saving.sender_left]
     return Dispatcher(bus, interfaces, handlers, exports, credentials, polkit, Files())
 
 

@@ -4,6 +4,9 @@
 A file is passed by a client and goes straight to the worker, which alone reads and writes it. What a start
 has more when a machine goes on from one is in ``Resumption``; the rest is as any start's (``lifecycle``).
 
+The file is its caller's, who may be the only one that can find it again; so a save whose caller leaves the
+bus is cancelled, and the machine goes on.
+
 While a machine is saved it shows ``paused``, and the worker refuses whatever would change it. Stop and Kill
 cancel the save first.
 """
@@ -30,8 +33,10 @@ class Saving:
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
+        self._by_sender: dict[str, set[Job]] = {}
+        self._cancelling: set[asyncio.Task[None]] = set()
 
-    def save(self, machine: Machine, file: PassedFile, *, keep: bool) -> Job:
+    def save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool) -> Job:
         """Write a machine to the empty ``file``, which is taken over; ``keep``: it then goes on, else it ends
         with reason ``saved``."""
         try:
@@ -43,22 +48,37 @@ class Saving:
         except VmbusError:
             file.close()
             raise
-        job = self._jobs.start("save", machine.owner, machine.uuid, self._save(machine, file, keep=keep))
-        machine.job = job
+        work = self._save(machine, sender, file, keep=keep)
+        job = machine.job = self._jobs.start("save", machine.owner, machine.uuid, work)
+        self._by_sender.setdefault(sender, set()).add(job)
         return job
 
-    async def _save(self, machine: Machine, file: PassedFile, *, keep: bool) -> None:
-        worker = machine.connection()
+    def sender_left(self, sender: str) -> None:
+        """A connection is gone: nobody waits for its files any more."""
+        for job in self._by_sender.pop(sender, set()):
+            task = asyncio.ensure_future(_cancel(job))
+            self._cancelling.add(task)
+            task.add_done_callback(self._cancelling.discard)
+
+    async def _save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool) -> None:
+        worker, job = machine.connection(), machine.job
         try:
-            await watched(
-                machine, machine.job, worker.save(file.fd, end=not keep), worker.cancel_save, worker
-            )
+            await watched(machine, job, worker.save(file.fd, end=not keep), worker.cancel_save, worker)
             if not keep:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(machine.gone.wait(), END_DEADLINE)
         finally:
             file.close()
             machine.job = None
+            if job is not None and job in (mine := self._by_sender.get(sender, set())):
+                mine.discard(job)
+                if not mine:
+                    del self._by_sender[sender]
+
+
+async def _cancel(job: Job) -> None:
+    with contextlib.suppress(VmbusError):  # it has ended by itself
+        await job.cancel()
 
 
 def resumption(file: PassedFile, *, changed_disks: bool) -> Resumption:
