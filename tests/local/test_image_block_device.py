@@ -184,3 +184,32 @@ def test_an_image_on_a_device_is_served(disk: Path, cache: str) -> None:
     clean(disk)
     read = ["-c", "read -P 7 3M 1M", "-c", "read -P 8 20M 4k", "-c", "read -P 0 20484k 60k"]
     assert "failed" not in qemu("qemu-io", "-f", "qcow2", *read, disk)
+
+
+def test_a_device_that_is_shorter_than_its_image_is_read_as_far_as_it_goes(
+    tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image.create(str(disk), size=4 * MIB)
+    with image.open(str(disk), "qcow2") as one:
+        one.write(0, b"\x11" * (2 * MIB))
+    made = subprocess.run(
+        ["losetup", "-f", "--show", "-r", "--sizelimit", str(MIB), disk.parent / "behind"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    short = made.stdout.strip()
+    try:
+        monkeypatch.chdir(tmp_path)
+        for line in (
+            f"info {short}",
+            f"check -f qcow2 {short}",
+            f"convert -f qcow2 -O raw {short} new",
+            f"convert -f qcow2 -O raw --salvage {short} saved",
+            f"resize -f qcow2 {short} 8M",
+        ):
+            ours, qemus = mine(shlex.split(line)), theirs(shlex.split(line.replace("new", "newer")))
+            assert "Traceback" not in ours.err, ours
+            assert (ours.code == 0) == (qemus.code == 0), (line, ours, qemus)
+    finally:
+        subprocess.run(["losetup", "-d", short], check=True)
