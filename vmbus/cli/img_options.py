@@ -79,7 +79,7 @@ COMMANDS: Final[dict[str, Command]] = {
         Option("write", "-w --write", None, "write"),
         Option("pattern", "--pattern", "BYTE", "the byte to write (0)"),
         Option("flush_interval", "--flush-interval", "N", "a flush behind so many requests"),
-        Option("no_drain", "--no-drain", None, "taken, and of no effect: flushes never wait for requests under way"),
+        Option("no_drain", "--no-drain", None, "taken, and of no effect: flushes wait for nothing"),
         Option("aio", "-i --aio", "threads|native|io_uring", "taken, and of no effect: it is io_uring"),
         Option("native", "-n --native", None, "the same"),
         Option("random", "--random", None, "places in no order (not in qemu-img)"),
