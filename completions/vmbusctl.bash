@@ -74,7 +74,7 @@ _vmbusctl() {
             machines=yes
             ;;
         save)
-            options="-h --help --keep --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --keep --unstable --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         restore)

@@ -215,9 +215,9 @@ class MachineApi:
 
     def save(self, caller: Caller, item: MachineObject, file: PassedFile, options: dict[str, Any]) -> str:
         """Save."""
-        wanted = booleans(options, keep=False)
+        wanted = booleans(options, keep=False, unstable=False)
         file.claimed = True
-        return job_path(self._saving.save(item.machine, caller.name, file, keep=wanted["keep"]).number)
+        return job_path(self._saving.save(item.machine, caller.name, file, **wanted).number)
 
     async def restore(
         self,

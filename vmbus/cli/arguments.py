@@ -273,6 +273,11 @@ def _save(to: argparse.ArgumentParser) -> None:
     _machine(to)
     _completed(to.add_argument("to", metavar="FILE", help="a new file"), "file")
     to.add_argument("--keep", action="store_true", help="the machine goes on")
+    to.add_argument(
+        "--unstable",
+        action="store_true",
+        help="even of type vmbus-0: only this version goes on from the file",
+    )
 
 
 def _restore(to: argparse.ArgumentParser) -> None:
@@ -544,8 +549,8 @@ COMMANDS: Final[Sequence[Command]] = (
         "restore goes on from there. Its disks are not in the file: leave them as they are. "
         "^C, or a full disk, leaves the machine running and no file.",
         (
-            ("vmbusctl save web web.saved", "and shut the host down"),
-            ("vmbusctl save web web.saved --keep", "leave it running"),
+            ("vmbusctl save web web.saved --unstable", "and shut the host down"),
+            ("vmbusctl save web web.saved --unstable --keep", "leave it running"),
         ),
         _save,
     ),

@@ -141,9 +141,11 @@ class Remote:
         """Machine.Stop; the path of its job."""
         return str(await self._call(path, "Machine.Stop", round(deadline_seconds * 1e6)))
 
-    async def save(self, path: str, file: int, *, keep: bool) -> str:
+    async def save(self, path: str, file: int, *, keep: bool, unstable: bool) -> str:
         """Machine.Save; the path of its job. ``file`` stays the caller's."""
-        return str(await self._call(path, "Machine.Save", file, self._connection.flags(keep=keep)))
+        return str(
+            await self._call(path, "Machine.Save", file, self._connection.flags(keep=keep, unstable=unstable))
+        )
 
     async def restore(
         self, path: str, file: int, files: Mapping[str, int], *, paused: bool, changed_disks: bool

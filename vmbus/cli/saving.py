@@ -9,13 +9,14 @@ name.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vmbus.cli import files, memory, output
+from vmbus.cli import files, output
 from vmbus.cli.remote import Remote
 from vmbus.wire import dbus_form
 from vmbus.wire.definition import slots
@@ -23,12 +24,29 @@ from vmbus.wire.errors import VmbusError
 
 
 async def save(remote: Remote, arguments: argparse.Namespace) -> int:
-    """Machine.Save, until it is done; interrupted, it is cancelled."""
+    """Machine.Save, until it is done; interrupted, it is cancelled, unless that comes too late."""
     path = await remote.find(arguments.machine)
     with _new(Path(arguments.to)) as (fd, keep_it):
-        await memory.until_done(remote, await remote.save(path, fd, keep=arguments.keep))
+        wanted = {"keep": arguments.keep, "unstable": arguments.unstable}
+        begun = asyncio.ensure_future(remote.save(path, fd, **wanted))
+        try:
+            await remote.finish(await asyncio.shield(begun))
+        except asyncio.CancelledError:
+            if not await _done_all_the_same(remote, await begun):
+                raise
         keep_it()
     return _done(arguments, "saved")
+
+
+async def _done_all_the_same(remote: Remote, job: str) -> bool:
+    """Cancel a job; whether it was done before."""
+    with contextlib.suppress(VmbusError):
+        await remote.cancel(job)
+    try:
+        await remote.finish(job)
+    except VmbusError:
+        return False
+    return True
 
 
 async def restore(remote: Remote, arguments: argparse.Namespace) -> int:

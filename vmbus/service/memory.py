@@ -178,7 +178,7 @@ async def watched(
 ) -> None:
     """Await ``work``, for which the worker goes over all the machine's memory; ``job`` shows how far it is.
 
-    Cancelled, it is stopped by ``cancel``, and this waits until it has."""
+    Cancelled, it is stopped by ``cancel``, and this waits until it has; or is done, if that came too late."""
     size = machine.definition.memory
     asking = asyncio.ensure_future(work)
     try:
@@ -190,8 +190,10 @@ async def watched(
     except asyncio.CancelledError:
         with contextlib.suppress(VmbusError):
             await cancel()
+        try:
             await asking
-        raise
+        except VmbusError:
+            raise asyncio.CancelledError from None
     finally:
         asking.cancel()
     if job is not None:

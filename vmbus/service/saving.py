@@ -24,6 +24,9 @@ from vmbus.service.machine import Machine
 from vmbus.service.memory import watched
 from vmbus.wire.errors import VmbusError
 
+UNSTABLE: Final = frozenset({"vmbus-0"})
+"""Machine types whose hardware may change with any version of vmbus; a file of theirs fits the version that
+wrote it."""
 SLOT: Final = "file"
 """What errors call the file."""
 
@@ -36,10 +39,15 @@ class Saving:
         self._by_sender: dict[str, set[Job]] = {}
         self._cancelling: set[asyncio.Task[None]] = set()
 
-    def save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool) -> Job:
+    def save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool, unstable: bool) -> Job:
         """Write a machine to the empty ``file``, which is taken over; ``keep``: it then goes on, else it ends
-        with reason ``saved``."""
+        with reason ``saved``. ``unstable``: even if its type is not yet frozen."""
         try:
+            known = machine.definition.machine_type
+            if known in UNSTABLE and not unstable:
+                message = f"machine type {known} may change with any version of vmbus, and no other version "
+                message += "may go on from the file; say unstable=true (vmbusctl: --unstable) if that will do"
+                raise VmbusError("NotSupported", message, argument="machine-type")
             machine.require("Save", "running", "paused")
             machine.connection()
             if machine.job is not None or machine.changing:
@@ -65,8 +73,12 @@ class Saving:
         try:
             await watched(machine, job, worker.save(file.fd, end=not keep), worker.cancel_save, worker)
             if not keep:
+                ending = asyncio.ensure_future(asyncio.wait_for(machine.gone.wait(), END_DEADLINE))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(machine.gone.wait(), END_DEADLINE)
+                    try:
+                        await asyncio.shield(ending)
+                    except asyncio.CancelledError:  # too late: the file is whole, and there is no machine
+                        await ending
         finally:
             file.close()
             machine.job = None

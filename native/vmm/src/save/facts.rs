@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::MACHINE_TYPE;
 use crate::cpu::model;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
@@ -95,6 +96,14 @@ impl Facts {
         };
         if saved.machine_type != built.machine_type {
             return differs("machine_type", &saved.machine_type, &built.machine_type);
+        }
+        // What this type shows the guest may differ between two versions, and nothing else would tell.
+        if saved.machine_type == MACHINE_TYPE && self.version != own.version {
+            let message = format!(
+                "the machine was saved by vmbus {}; one of type {MACHINE_TYPE} goes on only with the same version, and this is {}",
+                self.version, own.version
+            );
+            return Err(Error::new(Kind::NotSupported, "machine_type", message));
         }
         if saved.cpu_model != built.cpu_model {
             return differs("cpu_model", &saved.cpu_model, &built.cpu_model);
@@ -196,6 +205,10 @@ mod tests {
         assert_eq!(
             refused(&|f| f.hardware.cpuid[0].2[0] = 9),
             (Kind::NotSupported, "cpu_model".to_owned())
+        );
+        assert_eq!(
+            refused(&|f| f.version = "another".to_owned()),
+            (Kind::NotSupported, "machine_type".to_owned())
         );
         let extra = |f: &mut Facts| {
             f.devices.insert("nic/lan".to_owned(), Device::default());
