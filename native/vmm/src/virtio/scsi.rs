@@ -5,7 +5,8 @@
 //! Queue 0 takes task management, queue 1 has room for events, the others take commands. Sizes of commands
 //! and sense data are the defaults and stay so. There is one channel; each target has one unit, number 0.
 //!
-//! Left out: protection information, transfers both ways in one command, hot plugging of targets.
+//! Left out: protection information, transfers both ways in one command. No target comes or goes, but hot plugging
+//! is offered: Linux gives room for events only where it is.
 
 use vm_memory::GuestMemoryMmap;
 
@@ -25,6 +26,7 @@ pub const CONTROL: u16 = 0;
 /// Events.
 pub const EVENTS: u16 = 1;
 
+const F_HOTPLUG: u64 = 1 << 1;
 const F_CHANGE: u64 = 1 << 2;
 const SENSE: usize = 96;
 /// Bytes of a command's header and of its answer's.
@@ -53,7 +55,7 @@ pub fn model(queues: u16) -> Model {
     Model {
         device_type: 8,
         class: 0x010000,
-        features: F_RING | F_CHANGE,
+        features: F_RING | F_HOTPLUG | F_CHANGE,
         queues: queues.saturating_add(2),
         queue_size: queue::SIZE_MAX,
         config,
@@ -81,9 +83,9 @@ pub enum Response {
 pub struct Address([u8; 8]);
 
 impl Address {
-    /// Unit 0 of a target.
+    /// Unit 0 of a target, as REPORT LUNS has it: Linux looks for the unit of an event by these bytes.
     pub fn of(target: u8) -> Address {
-        Address([1, target, 0x40, 0, 0, 0, 0, 0])
+        Address([1, target, 0, 0, 0, 0, 0, 0])
     }
 
     /// The target; None when the first byte says that it is something else.
@@ -309,7 +311,7 @@ mod tests {
         assert_eq!((words[7], words[8]), (63 << 16, 0));
         assert_eq!((model.queues, model.config.len()), (5, 36));
         // Part of the machine type: a change here is another machine type.
-        assert_eq!(model.features, 0x1_3000_0004);
+        assert_eq!(model.features, 0x1_3000_0006);
     }
 
     #[test]
