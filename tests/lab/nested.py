@@ -218,7 +218,7 @@ class NestedHost:
         qemu: Sequence[str] = (),
         append: str = "",
         machine: str = "q35",
-        boot_timeout: float = 180,
+        boot_timeout: float = 600,
     ) -> None:
         self._memory = memory
         self._cpus = cpus

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
+import hashlib
 import json
 import os
 import random
@@ -707,13 +708,18 @@ def _files(bed: Path, theirs: Path, mine: Path) -> list[str]:
     return differs
 
 
-def _content(path: Path) -> bytes | None:
-    """The disk's bytes; None if it cannot be opened for what it lacks (a backing file, a passphrase)."""
+def _content(path: Path) -> str | None:
+    """A digest of the disk; None if it cannot be opened for what it lacks (a backing file, a passphrase)."""
     seen = path.parent / "seen"
     seen.unlink(missing_ok=True)
     words = ["qemu-img", "convert", "-O", "raw", path.name, seen.name]
     done = subprocess.run(words, cwd=path.parent, capture_output=True, check=False)
-    return seen.read_bytes() if done.returncode == 0 else None
+    if done.returncode:
+        return None
+    with seen.open(
+        "rb"
+    ) as file:  # too large to be held: each child of this process would be as large at first
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _said(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 
 import pytest
 
@@ -20,6 +21,9 @@ def test_results_and_errors_come_back_and_no_thread_stays() -> None:
 
     before = threading.active_count()
     asyncio.run(work())
+    deadline = time.monotonic() + 5  # the last one tells its result before it ends
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() == before
 
 
