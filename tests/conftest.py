@@ -149,8 +149,8 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     remote = config.stash.get(REMOTE, None)
-    for name, why in remote.died if remote else ():
-        terminalreporter.section("the nested host ended by itself; the rest ran in a new one", sep="-")
+    for name, why in remote.spent if remote else ():
+        terminalreporter.section("a nested host was given up; the rest ran in a new one", sep="-")
         terminalreporter.write_line(f"during {name}\n{why}")
     skipped: dict[str, tuple[str, list[str]]] = {}
     for report in terminalreporter.stats.get("skipped", []):

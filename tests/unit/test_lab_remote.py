@@ -17,7 +17,8 @@ NAMES = ["first", "second", "third"]
 
 
 class Host:
-    """It runs the items that it is given up to the one that ``lives`` names for it, during which it ends."""
+    """It runs the items that it is given up to the one that ``lives`` names for it, during which it ends; one
+    with a ``!`` fails, and it goes on."""
 
     lives: list[str]
     begun: list[list[str]]
@@ -39,14 +40,15 @@ class Host:
         with (self.out / "reports").open("w") as file:
             for name in items:
                 for when in ("setup",) if name == self._until else ("setup", "call", "teardown"):
-                    report = {"nodeid": name, "when": when, "outcome": "passed"}
+                    bad = self._until == f"{name}!" and when == "call"
+                    report = {"nodeid": name, "when": when, "outcome": "failed" if bad else "passed"}
                     file.write(json.dumps(report) + "\n")
                 if name == self._until:
                     return self
         return self
 
     def poll(self) -> bool:
-        if self._until:
+        if self._until in NAMES:
             raise NestedHostDied("an assertion of its own")
         return True
 
@@ -59,7 +61,8 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> remote.RemoteSes
     monkeypatch.setattr(kernels, "SERIES", ())
 
     def report(data: dict[str, Any], **_: object) -> SimpleNamespace:
-        return SimpleNamespace(**data, skipped=False, longrepr=None)
+        failed = data["outcome"] == "failed"
+        return SimpleNamespace(**data, failed=failed, skipped=False, longrepr=None, longreprtext="why")
 
     hook = SimpleNamespace(pytest_report_from_serializable=report)
     config: Any = SimpleNamespace(hook=hook, getoption=lambda _: False)
@@ -80,16 +83,35 @@ def test_the_item_that_was_running_gets_one_more_try_and_the_rest_a_new_host(
     Host.lives = ["second", ""]
     assert outcomes(session) == [["passed"] * 3] * 3
     assert Host.begun == [NAMES, NAMES[1:]]
-    assert [name for name, _ in session.died] == ["second"]
+    assert [name for name, _ in session.spent] == ["second"]
 
 
 def test_an_item_that_two_hosts_died_of_has_failed(session: remote.RemoteSession) -> None:
     Host.lives = ["second", "second", ""]
-    assert outcomes(session) == [["passed"] * 3, ["passed", "failed"], ["passed"] * 3]
+    assert outcomes(session) == [["passed"] * 3, ["failed"], ["passed"] * 3]
     assert Host.begun == [NAMES, NAMES[1:], NAMES[2:]]
 
 
 def test_no_more_than_three_hosts_are_used_up(session: remote.RemoteSession) -> None:
     Host.lives = ["first", "second", "third"]
-    assert outcomes(session) == [["passed"] * 3, ["passed"] * 3, ["passed", "failed"]]
+    assert outcomes(session) == [["passed"] * 3, ["passed"] * 3, ["failed"]]
+    assert len(Host.begun) == remote.LIVES
+
+
+def test_an_item_that_failed_gets_one_more_try_in_a_new_host(session: remote.RemoteSession) -> None:
+    Host.lives = ["second!", ""]
+    assert outcomes(session) == [["passed"] * 3] * 3
+    assert Host.begun == [NAMES, ["second"]]
+    assert session.spent == [("second", "why")]
+
+
+def test_an_item_that_fails_twice_has_failed(session: remote.RemoteSession) -> None:
+    Host.lives = ["second!", "second!"]
+    assert outcomes(session)[1] == ["passed", "failed", "passed"]
+    assert Host.begun == [NAMES, ["second"]]
+
+
+def test_what_fails_in_the_last_host_has_failed(session: remote.RemoteSession) -> None:
+    Host.lives = ["first", "second", "third!"]
+    assert outcomes(session)[2] == ["passed", "failed", "passed"]
     assert len(Host.begun) == remote.LIVES
