@@ -240,7 +240,7 @@ fn a_disk_that_grows_tells_by_an_event() {
     until("the event", || scsi.queue(EVENTS).used_index() == 2);
     assert_eq!(
         scsi.data(16),
-        [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0x2a, 9, 0, 0]
+        [3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0x2a, 9, 0, 0]
     );
     assert_eq!(scsi.command(0, &TEST_UNIT_READY, 0, 0).sense, (6, 0x2a));
     assert_eq!(scsi.command(0, &[0x25], 0, 8).status, GOOD);

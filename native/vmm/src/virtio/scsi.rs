@@ -276,7 +276,7 @@ pub fn write_event(
     about: Option<(Address, Sense)>,
     missed: bool,
 ) -> Result<u32, Fault> {
-    const PARAMETERS: u32 = 2;
+    const PARAMETERS: u32 = 3;
     const MISSED: u32 = 1 << 31;
     if chain.writable.len() < EVENT as u64 {
         return Err(Fault::Request);
