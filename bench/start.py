@@ -4,10 +4,13 @@
 vmbus: an ordinary user's call of Machine.Start on a defined machine whose guest writes to its console at once
 (bench/start_client.py says what is timed). libvirt: ``virsh start --paused``, from exec to exit, of a domain
 without disks; its guest runs nothing, which spares it the firmware.
+
+    chrt -f 10 python -m bench.start 4 alone    # at real-time priority, which libvirt does not bear
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -54,24 +57,22 @@ def main() -> None:
     cold: list[tuple[float, float]] = []
     spare: list[tuple[float, float]] = []
     virsh: list[float] = []
-    with Measured() as plain, Measured(spares=SPARES) as ready, Libvirt(plain) as peer:
-        peer.define("timed")
+    found: dict[str, object] = {}
+    with Measured() as plain, Measured(spares=SPARES) as ready, contextlib.ExitStack() as stack:
+        peer = None if sys.argv[2:] == ["alone"] else stack.enter_context(Libvirt(plain))
+        if peer:
+            peer.define("timed")
+            found["libvirt"] = peer.version()
         time.sleep(3)  # spares are made when the broker is idle
         for _ in range(blocks):
             cold += vmbus(plain)
             spare += vmbus(ready)
-            virsh += libvirt(peer)
-        version = peer.version()
-    report.emit(
-        "start",
-        **{
-            "vmbus-cold": figures(cold),
-            "vmbus-spare": figures(spare),
-            "virsh-start-paused-s": report.spread(virsh),
-            "libvirt": version,
-        },
-        aims={"cold-s": 0.12, "spare-s": 0.03},
-    )
+            if peer:
+                virsh += libvirt(peer)
+    if virsh:
+        found["virsh-start-paused-s"] = report.spread(virsh)
+    found |= {"vmbus-cold": figures(cold), "vmbus-spare": figures(spare)}
+    report.emit("start", **found, aims={"cold-s": 0.12, "spare-s": 0.03})
 
 
 if __name__ == "__main__":
