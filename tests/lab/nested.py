@@ -357,8 +357,10 @@ class NestedHost:
             ]
 
         # no_timer_check: on a busy L0 the timer's interrupts come too late for the kernel's test of them.
+        # numa_balancing: it unmaps L1's pages all the time, on which the emulation loses guests with many vCPUs.
         append = (
             "console=ttyS0 quiet panic=-1 mitigations=off cgroup_no_v1=all random.trust_cpu=on psi=1 "
+            "numa_balancing=disable "
             f"no_timer_check lab.modules={kernel.modules} {self._append} "
             f"{'hugepagesz=1G hugepages=1' if self._memory >= MEMORY else ''}"
         )

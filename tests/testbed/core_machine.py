@@ -52,6 +52,7 @@ class CoreMachine:
         console.setblocking(False)
         self.printed = b""
         self.seen: list[str] = []
+        self._reason = self._end = ""
         self._ids = 0
         config: dict[str, Any] = {
             "machine_type": "vmbus-0",
@@ -108,7 +109,7 @@ class CoreMachine:
         return self._reason
 
     def _state(self) -> str:
-        return f"events {self.seen}, printed: {self.printed.decode(errors='replace')}"
+        return f"events {self.seen} {self._end}, printed: {self.printed.decode(errors='replace')}"
 
     def _pump(self, done: Any) -> None:
         event_fd = core.call(lib.vmbus_machine_event_fd(self._machine))
@@ -130,7 +131,7 @@ class CoreMachine:
                 error = json.loads(text)
                 raise VmbusError(error["kind"], error["message"], argument=error["argument"])
             if kind == "ended":
-                self._reason: str = json.loads(text)["reason"]
+                self._reason, self._end = (told := json.loads(text))["reason"], str(told)
             if kind != "done":
                 self.seen.append(kind)
 
