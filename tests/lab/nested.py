@@ -357,7 +357,7 @@ class NestedHost:
             ]
 
         # no_timer_check: on a busy L0 the timer's interrupts come too late for the kernel's test of them.
-        # numa_balancing: it unmaps L1's pages all the time, on which the emulation loses guests with many vCPUs.
+        # numa_balancing: it unmaps pages all the time, on which the emulation loses guests with many vCPUs.
         append = (
             "console=ttyS0 quiet panic=-1 mitigations=off cgroup_no_v1=all random.trust_cpu=on psi=1 "
             "numa_balancing=disable "
