@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ import pytest
 from tests.lab.bridge import RULE, granted
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, System
-from tests.local import worker_guest
 from tests.local.broker_bed import wait_until
+from tests.local.ctl_bed import ctl, place_guest, refused
 
 pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
 
@@ -40,9 +39,7 @@ def system() -> Iterator[System]:
 def machine(system: System) -> Iterator[str]:
     """The name of a machine of alice's that is stopped; whatever became of it, nothing is left."""
     before = system.counts()
-    kernel = system.files(ALICE) / "guest"
-    shutil.copy(worker_guest.image(), kernel)
-    os.chown(kernel, pwd.getpwnam(ALICE).pw_uid, -1)
+    kernel = place_guest(system)
     ctl(
         system,
         "define",
@@ -59,19 +56,6 @@ def machine(system: System) -> Iterator[str]:
     system.vmbusctl(ALICE, "kill", "plug")
     ctl(system, "undefine", "plug")
     assert system.settle(before) == before
-
-
-def ctl(system: System, *words: str) -> str:
-    done = system.vmbusctl(ALICE, *words, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(system: System, *words: str, user: str = ALICE) -> str:
-    done = system.vmbusctl(user, *words, timeout=60)
-    assert done.returncode != 0, done.stdout
-    assert len(done.stderr.splitlines()) == 1
-    return done.stderr
 
 
 def image(system: System, name: str) -> Path:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -19,8 +17,8 @@ import pytest
 from tests.lab.bridge import RULE, granted
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, SLOW, System
-from tests.local import worker_guest
 from tests.local.broker_bed import wait_until
+from tests.local.ctl_bed import ctl, place_guest
 
 pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
 
@@ -54,16 +52,8 @@ def ping(count: int, size: int) -> int:
 
 def definition(system: System, user: str, *words: str) -> list[str]:
     """The words of ``define`` for the bare-metal guest that answers pings."""
-    kernel = system.files(user) / "guest"
-    shutil.copy(worker_guest.image(), kernel)
-    os.chown(kernel, pwd.getpwnam(user).pw_uid, -1)
+    kernel = place_guest(system, user)
     return ["define", "--name", "net", "--memory", "16M", "--kernel", str(kernel), *words]
-
-
-def ctl(system: System, *words: str, user: str = ALICE) -> str:
-    done = system.vmbusctl(user, *words, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def show(system: System) -> dict[str, Any]:

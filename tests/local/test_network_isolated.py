@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, SLOW, System
-from tests.local import worker_guest
 from tests.local.broker_bed import wait_until
+from tests.local.ctl_bed import ctl, place_guest
 
 pytestmark = pytest.mark.requires("root", "kvm")
 
@@ -25,12 +22,6 @@ def system() -> Iterator[System]:
         yield whole
 
 
-def ctl(system: System, *words: str, user: str = ALICE) -> str:
-    done = system.vmbusctl(user, *words, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 class Station:
     """A machine in network ``lan``, started, with somebody at its console from the first word on."""
 
@@ -38,9 +29,7 @@ class Station:
         self, system: System, name: str, mode: str, *, user: str = ALICE, network: str = "lan"
     ) -> None:
         self.system, self.name, self.user = system, name, user
-        kernel = system.files(user) / "guest"
-        shutil.copy(worker_guest.image(), kernel)
-        os.chown(kernel, pwd.getpwnam(user).pw_uid, -1)
+        kernel = place_guest(system, user)
         words = ["--name", name, "--memory", "16M", "--kernel", str(kernel), "--cmdline", mode]
         ctl(system, "define", *words, "--nic", f"kind=isolated,network={network},id=lan", user=user)
         self.start()
@@ -123,9 +112,7 @@ def test_nobody_else_is_in_it(system: System) -> None:
 
 
 def test_a_second_machine_with_the_same_address_is_refused_where_both_would_be_heard(system: System) -> None:
-    kernel = system.files(ALICE) / "guest"
-    shutil.copy(worker_guest.image(), kernel)
-    os.chown(kernel, pwd.getpwnam(ALICE).pw_uid, -1)
+    kernel = place_guest(system)
     nic = "kind=isolated,network=lan,id=lan,mac=52:54:00:00:00:01"
     for name in ("one", "two"):
         words = ["--name", name, "--memory", "16M", "--kernel", str(kernel), "--cmdline", "idle"]

@@ -12,7 +12,8 @@ import pytest
 from tests.lab.system import ALICE, BOB, System
 from tests.lab.uplink import OUTSIDE, PORT, uplink
 from tests.local.broker_bed import wait_until
-from tests.local.test_network import ctl, definition, printed
+from tests.local.ctl_bed import ctl
+from tests.local.test_network import definition, printed
 
 pytestmark = pytest.mark.requires("root", "kvm", "bridge")
 

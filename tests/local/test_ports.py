@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
-import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -14,8 +12,8 @@ import pytest
 
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, System
-from tests.local import worker_guest
 from tests.local.broker_bed import wait_until
+from tests.local.ctl_bed import ctl, nothing_left, place_guest, refused
 
 pytestmark = pytest.mark.requires("root", "kvm")
 
@@ -26,33 +24,15 @@ NAME = "ports"
 def system() -> Iterator[System]:
     """A whole system with the guest in alice's directory."""
     with System() as whole:
-        kernel = whole.files(ALICE) / "guest"
-        shutil.copy(worker_guest.image(), kernel)
-        os.chown(kernel, pwd.getpwnam(ALICE).pw_uid, -1)
+        place_guest(whole)
         yield whole
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(system: System) -> Iterator[None]:
     """Whatever became of the machine."""
-    before = system.counts()
-    yield
-    system.vmbusctl(ALICE, "kill", NAME)
-    system.vmbusctl(ALICE, "undefine", NAME)
-    assert system.settle(before) == before
-
-
-def ctl(system: System, *words: str) -> str:
-    done = system.vmbusctl(ALICE, *words, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(system: System, *words: str, user: str = ALICE) -> str:
-    done = system.vmbusctl(user, *words, timeout=60)
-    assert done.returncode != 0, done.stdout
-    assert len(done.stderr.splitlines()) == 1
-    return done.stderr
+    with nothing_left(system, NAME):
+        yield
 
 
 def started(system: System, mode: str = "ports") -> Console:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, System
-from tests.local import worker_guest
+from tests.local.ctl_bed import ctl, nothing_left, place_guest, refused
 
 pytestmark = pytest.mark.requires("root", "kvm")
 
@@ -31,33 +30,15 @@ FIRST = 16 * 2048
 def system() -> Iterator[System]:
     """A whole system with the guest in alice's directory."""
     with System() as whole:
-        kernel = whole.files(ALICE) / "guest"
-        shutil.copy(worker_guest.image(), kernel)
-        os.chown(kernel, pwd.getpwnam(ALICE).pw_uid, -1)
+        place_guest(whole)
         yield whole
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(system: System) -> Iterator[None]:
     """Whatever became of the machine."""
-    before = system.counts()
-    yield
-    system.vmbusctl(ALICE, "kill", NAME)
-    system.vmbusctl(ALICE, "undefine", NAME)
-    assert system.settle(before) == before
-
-
-def ctl(system: System, *words: str) -> str:
-    done = system.vmbusctl(ALICE, *words, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def refused(system: System, *words: str, user: str = ALICE) -> str:
-    done = system.vmbusctl(user, *words, timeout=60)
-    assert done.returncode != 0, done.stdout
-    assert len(done.stderr.splitlines()) == 1
-    return done.stderr
+    with nothing_left(system, NAME):
+        yield
 
 
 def image(system: System, name: str, mark: bytes = b"") -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import initramfs, kernels
-from tests.lab.bridge import RULE
+from tests.lab.bridge import RULE, bridge, grant
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, System
 
@@ -51,39 +51,32 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def served() -> Iterator[None]:
     """A bridge with an address, and what is given away there: addresses, the script, a kernel, an initrd."""
     kernel = kernels.stock("6.12")
-    link = ["ip", "link"]
-    subprocess.run([*link, "add", BRIDGE, "type", "bridge"], check=True)
-    with tempfile.TemporaryDirectory() as place:
+    with bridge(BRIDGE, f"{HOST}/24"), tempfile.TemporaryDirectory() as place:
         (Path(place) / "boot.ipxe").write_text(BOOT)
         (Path(place) / "vmlinuz").symlink_to(kernel.image)
         (Path(place) / "initrd").symlink_to(initramfs.guest(GUEST, kernel=kernel, modules=()))
+        handler = functools.partial(Quiet, directory=place)
+        server = http.server.ThreadingHTTPServer((HOST, 8080), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        dnsmasq = subprocess.Popen(
+            ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--user=root",
+             f"--interface={BRIDGE}", "--bind-interfaces", "--dhcp-range=10.97.0.10,10.97.0.20",
+             f"--dhcp-leasefile={place}/leases", "--enable-tftp", f"--tftp-root={place}",
+             "--dhcp-boot=boot.ipxe"],
+        )  # fmt: skip
         try:
-            subprocess.run(["ip", "address", "add", f"{HOST}/24", "dev", BRIDGE], check=True)
-            subprocess.run([*link, "set", BRIDGE, "up"], check=True)
-            handler = functools.partial(Quiet, directory=place)
-            server = http.server.ThreadingHTTPServer((HOST, 8080), handler)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            dnsmasq = subprocess.Popen(
-                ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--user=root",
-                 f"--interface={BRIDGE}", "--bind-interfaces", "--dhcp-range=10.97.0.10,10.97.0.20",
-                 f"--dhcp-leasefile={place}/leases", "--enable-tftp", f"--tftp-root={place}",
-                 "--dhcp-boot=boot.ipxe"],
-            )  # fmt: skip
-            try:
-                yield
-            finally:
-                dnsmasq.kill()
-                dnsmasq.wait()
-                server.shutdown()
-                server.server_close()
+            yield
         finally:
-            subprocess.run([*link, "del", BRIDGE], check=True)
+            dnsmasq.kill()
+            dnsmasq.wait()
+            server.shutdown()
+            server.server_close()
 
 
 @pytest.mark.usefixtures("served")
 @pytest.mark.soak
 def test_ipxe_loads_a_script_and_boots_a_kernel_with_it() -> None:
-    with System(policy=f'[bridges.{BRIDGE}]\nusers = ["{ALICE}"]\n') as system:
+    with System(policy=grant(BRIDGE)) as system:
         system.rule(RULE)
 
         def ctl(*words: str) -> str:
