@@ -29,7 +29,7 @@ impl Disk {
     /// Serve `image` by io_uring, or by plain system calls where the host has that switched off.
     pub fn new(image: Arc<Image>) -> Result<Disk> {
         #[cfg(test)]
-        if crate::powercut::recording() || crate::interrupted::pending() {
+        if crate::recorder::recording() || crate::interrupted::pending() {
             return Disk::blocking(image);
         }
         match Ring::new(64, image.file_count()) {

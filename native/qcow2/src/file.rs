@@ -163,7 +163,7 @@ impl BlockFile {
         crate::interrupted::strike("write")?;
         let failed = |e: io::Error| Error::io(format_args!("write at {offset:#x}"), &e);
         #[cfg(test)]
-        crate::powercut::note_write(self.fd(), offset, data);
+        crate::recorder::note_write(self.fd(), offset, data);
         if self.alignment == 1 {
             return self.file.write_all_at(data, offset).map_err(failed);
         }
@@ -203,7 +203,7 @@ impl BlockFile {
         #[cfg(test)]
         crate::interrupted::strike("sync")?;
         #[cfg(test)]
-        crate::powercut::note_sync(self.fd());
+        crate::recorder::note_sync(self.fd());
         self.file
             .sync_data()
             .map_err(|e| Error::io("fdatasync", &e))
@@ -214,7 +214,7 @@ impl BlockFile {
         #[cfg(test)]
         crate::interrupted::strike("length")?;
         #[cfg(test)]
-        crate::powercut::note_len(self.fd(), len);
+        crate::recorder::note_len(self.fd(), len);
         self.file
             .set_len(len)
             .map_err(|e| Error::io(format_args!("set the file's length to {len}"), &e))
@@ -224,7 +224,7 @@ impl BlockFile {
     pub(crate) fn fallocate(&self, mode: i32, offset: u64, len: u64) -> Result<()> {
         #[cfg(test)]
         if mode & libc::FALLOC_FL_PUNCH_HOLE != 0 {
-            crate::powercut::note_write(self.fd(), offset, &vec![0; len as usize]);
+            crate::recorder::note_write(self.fd(), offset, &vec![0; len as usize]);
         }
         // SAFETY: no pointers.
         let done = unsafe { libc::fallocate64(self.fd(), mode, offset as i64, len as i64) };

@@ -64,6 +64,8 @@ mod plan;
 #[cfg(test)]
 mod powercut;
 mod qcow2;
+#[cfg(test)]
+mod recorder;
 mod request;
 mod ring;
 mod slab;

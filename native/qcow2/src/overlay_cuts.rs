@@ -13,7 +13,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use crate::interrupted::failing;
-use crate::powercut::{apply, recorded_of, Event, Random};
+use crate::powercut::{apply, Random};
+use crate::recorder::{recorded_of, Event};
 use crate::{
     check, commit_into, create_qcow2, empty, info, rebase, resize, set_backing, CopyOptions,
     CreateOptions, Disk, Format, Image, LayerFiles, OpenOptions, Progress, Repair, Result,

@@ -6,18 +6,17 @@
 //!
 //! The workload runs on a disk that completes operations in any order, eight requests at a time.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions as FileOptions};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use smallvec::smallvec;
 
-use crate::engine::backend::IoOp;
 use crate::qcow2::{bitmaps, snapshot};
+use crate::recorder::{note, recorded, Event};
 use crate::{
     check, create_qcow2, resize, CreateOptions, Engine, Format, Image, LayerFiles, Op, OpenOptions,
     Repair, Request,
@@ -25,142 +24,6 @@ use crate::{
 
 const SIZE: u64 = 1 << 20;
 const SECTOR: usize = 512;
-
-/// What happened, in order.
-#[derive(Clone)]
-pub(crate) enum Event {
-    Write {
-        offset: u64,
-        data: Vec<u8>,
-    },
-    Len(u64),
-    Sync,
-    /// A write that was on the disk when it ended; it says nothing of others.
-    Durable {
-        offset: u64,
-        data: Vec<u8>,
-    },
-    /// The guest wrote: sectors and value; None is a discard.
-    Submitted {
-        id: u64,
-        first: usize,
-        count: usize,
-        value: Option<u8>,
-    },
-    /// A flush ended; all that was completed when it began is durable.
-    Flushed {
-        completed: Vec<u64>,
-    },
-    /// The disk as it is now can be gone back to.
-    Taken,
-    /// From here on the disk may be as it was then.
-    Rewinding,
-    /// It is.
-    Rewound,
-}
-
-struct Recorder {
-    /// Inodes: a file may be opened more than once.
-    files: Vec<u64>,
-    events: Vec<Event>,
-    /// Which of the files each event is about.
-    of: Vec<usize>,
-}
-
-impl Recorder {
-    fn new(fds: &[RawFd]) -> Recorder {
-        Recorder {
-            files: fds.iter().map(|fd| inode(*fd)).collect(),
-            events: Vec::new(),
-            of: Vec::new(),
-        }
-    }
-}
-
-fn inode(fd: RawFd) -> u64 {
-    // SAFETY: an all-zero stat is a valid value of the plain C struct.
-    let mut status: libc::stat64 = unsafe { std::mem::zeroed() };
-    // SAFETY: `status` outlives the call.
-    assert_eq!(unsafe { libc::fstat64(fd, &mut status) }, 0);
-    status.st_ino
-}
-
-thread_local! {
-    static RECORDER: RefCell<Option<Recorder>> = const { RefCell::new(None) };
-}
-
-fn note(fd: Option<RawFd>, event: impl FnOnce() -> Event) {
-    RECORDER.with_borrow_mut(|recorder| {
-        let Some(recorder) = recorder else { return };
-        let file = match fd {
-            None => Some(0),
-            Some(fd) => recorder.files.iter().position(|file| *file == inode(fd)),
-        };
-        if let Some(file) = file {
-            recorder.events.push(event());
-            recorder.of.push(file);
-        }
-    });
-}
-
-pub(crate) fn note_write(fd: RawFd, offset: u64, data: &[u8]) {
-    note(Some(fd), || Event::Write {
-        offset,
-        data: data.to_vec(),
-    });
-}
-
-pub(crate) fn note_len(fd: RawFd, len: u64) {
-    note(Some(fd), || Event::Len(len));
-}
-
-pub(crate) fn note_sync(fd: RawFd) {
-    note(Some(fd), || Event::Sync);
-}
-
-pub(crate) fn note_op(fd: RawFd, op: &IoOp, moved: u64) {
-    match op {
-        IoOp::Write {
-            pieces,
-            offset,
-            durable,
-        } => {
-            let mut data = vec![0; moved as usize];
-            // SAFETY: the pieces are valid: they have just been written from.
-            unsafe { crate::buffer::gather(pieces, &mut data) };
-            match durable {
-                true => note(Some(fd), || Event::Durable {
-                    offset: *offset,
-                    data,
-                }),
-                false => note_write(fd, *offset, &data),
-            }
-        }
-        IoOp::Sync => note_sync(fd),
-        // A hole reads as zeros, if it reaches the disk.
-        IoOp::Fallocate { offset, len, .. } => note_write(fd, *offset, &vec![0; *len as usize]),
-        IoOp::Read { .. } => {}
-    }
-}
-
-/// What `body` writes to a file, and its syncs.
-pub(crate) fn recorded(fd: RawFd, body: impl FnOnce()) -> Vec<Event> {
-    let events = recorded_of(&[fd], body).into_iter();
-    events.map(|(_, event)| event).collect()
-}
-
-/// The same for several files: which one, and what.
-pub(crate) fn recorded_of(fds: &[RawFd], body: impl FnOnce()) -> Vec<(usize, Event)> {
-    RECORDER.set(Some(Recorder::new(fds)));
-    body();
-    let recorder = RECORDER.take().unwrap();
-    recorder.of.into_iter().zip(recorder.events).collect()
-}
-
-/// Whether this thread's operations are recorded: then they must be its own.
-pub(crate) fn recording() -> bool {
-    RECORDER.with_borrow(Option::is_some)
-}
 
 /// A request under way: offset, length, its memory, and for a flush what was completed before.
 type UnderWay = (u64, u64, Vec<u8>, Option<Vec<u64>>);
@@ -332,39 +195,41 @@ impl Bed {
         }
     }
 
+    /// The new image's path.
+    fn create(&self) -> PathBuf {
+        let path = self.directory.join("image");
+        let file = File::create_new(&path).map(|_| open(&path)).unwrap();
+        create_qcow2(&file, None, &self.options).unwrap();
+        path
+    }
+
     /// Record a workload; gives the file as it was at the start.
     fn record(&self, random: &mut Random) -> (Vec<u8>, Vec<Event>) {
-        let path = self.directory.join("image");
-        create_qcow2(
-            &File::create_new(&path).map(|_| open(&path)).unwrap(),
-            None,
-            &self.options,
-        )
-        .unwrap();
+        let path = self.create();
         let image = self.image("image", false).unwrap();
         if self.bitmaps {
             bitmaps::add(&image, "recording", 4096, true).unwrap();
         }
         let start = std::fs::read(&path).unwrap();
-        RECORDER.set(Some(Recorder::new(&[image.files()[0].as_raw_fd()])));
-        for part in 0..3 {
-            self.requests(&image, part * 1000, random);
-            if self.snapshots() {
-                self.snapshot_work(&image, part);
-            }
-            if self.bitmaps {
-                let name = format!("part {part}");
-                bitmaps::add(&image, &name, 512, part == 0).unwrap();
-                bitmaps::merge(&image, &name, &image, "recording").unwrap();
-                if part == 2 {
-                    bitmaps::remove(&image, "part 0").unwrap();
+        let events = recorded(image.files()[0].as_raw_fd(), || {
+            for part in 0..3 {
+                self.requests(&image, part * 1000, random);
+                if self.snapshots() {
+                    self.snapshot_work(&image, part);
                 }
+                if self.bitmaps {
+                    let name = format!("part {part}");
+                    bitmaps::add(&image, &name, 512, part == 0).unwrap();
+                    bitmaps::merge(&image, &name, &image, "recording").unwrap();
+                    if part == 2 {
+                        bitmaps::remove(&image, "part 0").unwrap();
+                    }
+                }
+                resize(&image, SIZE + (part + 1) * 65536 * 4, false).unwrap();
             }
-            resize(&image, SIZE + (part + 1) * 65536 * 4, false).unwrap();
-        }
-        image.inactivate().unwrap();
-        let recorder = RECORDER.take().unwrap();
-        (start, recorder.events)
+            image.inactivate().unwrap();
+        });
+        (start, events)
     }
 
     /// All that snapshots do, over the three parts of a workload.
@@ -739,13 +604,7 @@ fn subclusters(name: &str, cluster_size: u64, backing: bool) {
 #[test]
 fn a_flush_behind_a_new_cluster_is_one_sync() {
     let bed = Bed::new("ahead", 4096, 16, false);
-    let path = bed.directory.join("image");
-    create_qcow2(
-        &File::create_new(&path).map(|_| open(&path)).unwrap(),
-        None,
-        &bed.options,
-    )
-    .unwrap();
+    let path = bed.create();
     let image = bed.image("image", false).unwrap();
     let events = recorded(image.files()[0].as_raw_fd(), || {
         let mut disk = crate::Disk::blocking(image.clone()).unwrap();
@@ -770,13 +629,7 @@ fn durable_writes_to_fresh_clusters_share_one_write_of_their_table_and_no_sync()
     if !bed.has_flags() {
         return;
     }
-    let path = bed.directory.join("image");
-    create_qcow2(
-        &File::create_new(&path).map(|_| open(&path)).unwrap(),
-        None,
-        &bed.options,
-    )
-    .unwrap();
+    bed.create();
     let image = bed.image("image", false).unwrap();
     let mut disk = crate::Disk::blocking(image.clone()).unwrap();
     for cluster in 0..40 {
@@ -860,13 +713,7 @@ fn one_bit_refcounts_survive_power_cuts() {
 fn the_test_finds_a_write_that_comes_too_late() {
     // A mapping on disk before its data: what the commit order forbids.
     let bed = Bed::new("late", 4096, 16, false);
-    let path = bed.directory.join("image");
-    create_qcow2(
-        &File::create_new(&path).map(|_| open(&path)).unwrap(),
-        None,
-        &bed.options,
-    )
-    .unwrap();
+    let path = bed.create();
     let start = std::fs::read(&path).unwrap();
     let l1 = u64::from_be_bytes(start[40..48].try_into().unwrap());
     let stray = Event::Write {

@@ -11,8 +11,9 @@ use std::time::Duration;
 use super::amend::{amend, KeyChange};
 use super::Secret;
 use crate::file::BlockFile;
-use crate::powercut::{apply, recorded, Event, Random};
+use crate::powercut::{apply, Random};
 use crate::qcow2::header::Header;
+use crate::recorder::{recorded, Event};
 use crate::{create_qcow2, CreateOptions, EncryptOptions};
 
 const QUICK: Duration = Duration::from_millis(1);

@@ -343,7 +343,7 @@ unsafe fn execute(fd: RawFd, op: &IoOp) -> i32 {
         };
         if result >= 0 {
             #[cfg(test)]
-            crate::powercut::note_op(fd, op, result as u64);
+            crate::recorder::note_op(fd, op, result as u64);
             return i32::try_from(result).unwrap_or(i32::MAX);
         }
         let errno = io::Error::last_os_error()
