@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::error::{Error, Result};
-use crate::io::{Command, IoThread, Mailbox, Newcomer, Port, Serve, Trouble};
+use crate::io::{Command, IoThread, Mailbox, Port, Serve, Trouble};
 use crate::poll::{self, unwatch, watch};
 use crate::state;
 use crate::thread::{Role, ThreadHook};
@@ -111,13 +111,7 @@ impl Server {
                 self.paused = true;
                 let _ = sender.send(Ok(()));
             }
-            Command::Link(_, _, _, sender) => {
-                let _ = sender.send(Err(Newcomer::misplaced()));
-            }
-            Command::Add(_, sender) => {
-                let _ = sender.send(Err(Newcomer::misplaced()));
-            }
-            Command::Change(_, _, change, answer) => answer.give(Err(change.misplaced())),
+            other @ (Command::Link(..) | Command::Add(..) | Command::Change(..)) => other.refuse(),
             Command::Exit => self.exiting = true,
         }
         Ok(())

@@ -63,6 +63,23 @@ pub(crate) enum Command {
     Exit,
 }
 
+impl Command {
+    /// Answers what only threads of another kind do: a device that comes, a link, a change.
+    pub(crate) fn refuse(self) {
+        // Whoever asked may have gone.
+        match self {
+            Command::Add(_, sender) => {
+                let _ = sender.send(Err(Newcomer::misplaced()));
+            }
+            Command::Link(_, _, _, sender) => {
+                let _ = sender.send(Err(Newcomer::misplaced()));
+            }
+            Command::Change(_, _, change, answer) => answer.give(Err(change.misplaced())),
+            _ => {}
+        }
+    }
+}
+
 /// What the host changes of a device that its guest uses.
 pub enum Change {
     /// A network interface's cable is plugged in, or pulled.

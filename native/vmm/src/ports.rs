@@ -19,7 +19,7 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::config::Port;
 use crate::error::{Error, Result};
-use crate::io::{Command, Count, IoThread, Mailbox, Newcomer, Port as IoPort, Serve, Trouble};
+use crate::io::{Command, Count, IoThread, Mailbox, Port as IoPort, Serve, Trouble};
 use crate::poll::{self, unwatch, watch};
 use crate::state;
 use crate::thread::{Role, ThreadHook};
@@ -212,13 +212,7 @@ impl Server {
                 self.sockets.iter_mut().for_each(|socket| socket.fd = None);
                 let _ = sender.send(Ok(()));
             }
-            Command::Link(_, _, _, sender) => {
-                let _ = sender.send(Err(Newcomer::misplaced()));
-            }
-            Command::Add(_, sender) => {
-                let _ = sender.send(Err(Newcomer::misplaced()));
-            }
-            Command::Change(_, _, change, answer) => answer.give(Err(change.misplaced())),
+            other @ (Command::Link(..) | Command::Add(..) | Command::Change(..)) => other.refuse(),
             Command::Exit => self.exiting = true,
         }
         Ok(())

@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd;
 use std::sync::mpsc::Sender;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::{Completion, Engine, Image, Op, Request, Ring, Slot};
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
@@ -233,9 +234,7 @@ impl Server {
                 // Whoever asked may have gone.
                 let _ = sender.send(added);
             }
-            Command::Link(_, _, _, sender) => {
-                let _ = sender.send(Err(Newcomer::misplaced()));
-            }
+            other @ Command::Link(..) => other.refuse(),
             Command::Change(device, unit, change, answer) => {
                 if let Some(served) = self.devices.get_mut(device) {
                     served.changes.push_back((unit, change, answer));
@@ -439,23 +438,17 @@ impl Server {
                             waiting,
                         } => {
                             let buffers = data.iovecs(&memory)?;
-                            let id = self.pending.insert(Pending {
+                            let pending = Pending {
                                 device,
                                 queue: place,
                                 head,
                                 to: To::Reply(waiting),
                                 op: work.op,
                                 len: work.len,
-                            });
+                            };
+                            let request = self.pending.request(pending, work.offset, buffers);
                             queue.in_flight += 1;
                             served.in_flight += 1;
-                            let request = Request {
-                                id,
-                                op: work.op,
-                                offset: work.offset,
-                                len: work.len,
-                                buffers,
-                            };
                             // SAFETY: as below.
                             unsafe { self.engine.submit(slot, request) };
                         }
@@ -476,23 +469,17 @@ impl Server {
                         blk::read_request(chain, &memory, disk, active.activation.features)?;
                     match (work, slot) {
                         (Work::Image(work), Some(slot)) => {
-                            let id = self.pending.insert(Pending {
+                            let pending = Pending {
                                 device,
                                 queue: place,
                                 head,
                                 to: To::Status(status),
                                 op: work.op,
                                 len: work.len,
-                            });
+                            };
+                            let request = self.pending.request(pending, work.offset, work.buffers);
                             queue.in_flight += 1;
                             served.in_flight += 1;
-                            let request = Request {
-                                id,
-                                op: work.op,
-                                offset: work.offset,
-                                len: work.len,
-                                buffers: work.buffers,
-                            };
                             // SAFETY: the buffers are guest memory, which the queue keeps mapped; the queue is
                             // not dropped while a request of it is in flight (`settle`).
                             unsafe { self.engine.submit(*slot, request) };
@@ -747,6 +734,23 @@ struct Slab {
 }
 
 impl Slab {
+    /// What the engine is to be given for `pending`.
+    fn request(
+        &mut self,
+        pending: Pending,
+        offset: u64,
+        buffers: SmallVec<[libc::iovec; 4]>,
+    ) -> Request {
+        let (op, len) = (pending.op, pending.len);
+        Request {
+            id: self.insert(pending),
+            op,
+            offset,
+            len,
+            buffers,
+        }
+    }
+
     fn insert(&mut self, pending: Pending) -> u64 {
         let place = self.free.pop().unwrap_or(self.entries.len());
         match self.entries.get_mut(place) {

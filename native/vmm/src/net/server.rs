@@ -212,7 +212,7 @@ impl Server {
                 self.set_carrier(device, up);
                 answer.give(Ok(()));
             }
-            Command::Change(_, _, change, answer) => answer.give(Err(change.misplaced())),
+            other @ Command::Change(..) => other.refuse(),
             Command::Exit => self.exiting = true,
         }
         Ok(())

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Random guests against whole devices: no panic, no endless loop, and a device that still works afterwards.
 //!
-//! A third kind of input is a machine's state that somebody has changed. Of guests there are two: one hammers every register and all of configuration space with random accesses; one sets a disk up
-//! as a driver does and then offers random chains, mostly nearly right, since those get furthest. The first seeds are
-//! always the same; with FUZZ_SECONDS in the environment new ones follow for so long. A failure names its seed. A panic in the I/O thread shows as a device that
-//! hangs up on `pause`.
+//! Of guests there are two: one hammers every register and all of configuration space with random accesses; one
+//! sets a device up as a driver does and then offers random chains, mostly nearly right, since those get furthest. A
+//! third kind of input is a machine's state that somebody has changed. The first seeds are always the same; with
+//! FUZZ_SECONDS in the environment new ones follow for so long. A failure names its seed. A panic in the I/O thread
+//! shows as a device that hangs up on `pause`.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -120,6 +121,51 @@ fn still_works(rig: &Rig, seed: u64) {
     assert_eq!(guest.ring_and_wait(1), 0, "seed {seed}");
 }
 
+/// Sets most of the first `count` queues up, with `size` entries each; gives those, with their drivers.
+fn start_most(
+    random: &mut Random,
+    guest: &mut Guest,
+    features: u64,
+    count: u16,
+    size: u16,
+) -> Vec<(u16, Driver)> {
+    let queues: Vec<_> = (0..count)
+        .filter(|_| !random.one_in(8))
+        .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), size)))
+        .collect();
+    guest.start_queues(features, &queues);
+    let driver = |rings| Driver::new(guest.rig.memory.clone(), rings);
+    queues
+        .into_iter()
+        .map(|(index, rings)| (index, driver(rings)))
+        .collect()
+}
+
+/// Lets `offer` put something into one of the queues, if there is one, and rings its bell.
+fn offer_on_one(
+    random: &mut Random,
+    guest: &Guest,
+    drivers: &mut [(u16, Driver)],
+    offer: fn(&mut Random, u16, &mut Driver),
+) {
+    let place = random.below(drivers.len().max(1) as u64) as usize;
+    if let Some((index, driver)) = drivers.get_mut(place) {
+        offer(random, *index, driver);
+        let bell = guest.doorbell() + 4 * u64::from(*index);
+        guest.rig.write(bell, 0, 2);
+    }
+}
+
+/// Once in four times each device is paused and goes on.
+fn stand_still_at_times(random: &mut Random, rig: &Rig) {
+    if random.one_in(4) {
+        for device in &rig.devices.list {
+            device.pause().unwrap();
+            device.resume();
+        }
+    }
+}
+
 #[test]
 fn random_register_accesses_harm_nothing() {
     within_a_minute(random_register_accesses);
@@ -190,12 +236,7 @@ fn random_chains() {
                 offer_something(&mut random, &mut guest);
                 rig.write(guest.doorbell(), 0, 2);
             }
-            if random.one_in(4) {
-                for device in &rig.devices.list {
-                    device.pause().unwrap();
-                    device.resume();
-                }
-            }
+            stand_still_at_times(&mut random, &rig);
         }
         still_works(&rig, seed);
     }
@@ -341,15 +382,7 @@ fn random_frames(make: impl Fn(u64) -> (Rig, Vec<File>)) {
                 1 << 32 | net::F_MRG_RXBUF | 1 << 28,
             ]);
             let size = random.pick(&[1, 8, 16]);
-            let queues: Vec<_> = (0..5)
-                .filter(|_| !random.one_in(8))
-                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), size)))
-                .collect();
-            guest.start_queues(features, &queues);
-            let mut drivers: Vec<_> = queues
-                .iter()
-                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
-                .collect();
+            let mut drivers = start_most(&mut random, &mut guest, features, 5, size);
             for _ in 0..60 {
                 if random.one_in(3) {
                     let mut packet = vec![0; random.pick(&[0, 11, 12, 26, 600, 9000, 65_000])];
@@ -361,18 +394,9 @@ fn random_frames(make: impl Fn(u64) -> (Rig, Vec<File>)) {
                     let _ = wires[wire].write(&packet);
                     continue;
                 }
-                let place = random.below(drivers.len().max(1) as u64) as usize;
-                if let Some((index, driver)) = drivers.get_mut(place) {
-                    offer_frame(&mut random, *index, driver);
-                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
-                }
+                offer_on_one(&mut random, &guest, &mut drivers, offer_frame);
             }
-            if random.one_in(4) {
-                for device in &rig.devices.list {
-                    device.pause().unwrap();
-                    device.resume();
-                }
-            }
+            stand_still_at_times(&mut random, &rig);
             let mut bytes = [0; 1 << 17];
             for wire in &mut wires {
                 while matches!(wire.read(&mut bytes), Ok(1..)) {}
@@ -419,33 +443,16 @@ fn random_balloons() {
         for _ in 0..20 {
             let features = random.pick(&[ALL_FEATURES, 1 << 32, 1 << 32 | 1 << 28]);
             let size = random.pick(&[1, 8, 16]);
-            let queues: Vec<_> = (0..4)
-                .filter(|_| !random.one_in(8))
-                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), size)))
-                .collect();
-            guest.start_queues(features, &queues);
-            let mut drivers: Vec<_> = queues
-                .iter()
-                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
-                .collect();
+            let mut drivers = start_most(&mut random, &mut guest, features, 4, size);
             for _ in 0..40 {
                 if random.one_in(6) {
                     // What the host does meanwhile; a target that cannot be is refused.
                     let _ = rig.balloon.set_target(random.number() & !0xfff);
                     rig.device("balloon").stats();
                 }
-                let place = random.below(drivers.len().max(1) as u64) as usize;
-                if let Some((index, driver)) = drivers.get_mut(place) {
-                    offer_pages(&mut random, *index, driver);
-                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
-                }
+                offer_on_one(&mut random, &guest, &mut drivers, offer_pages);
             }
-            if random.one_in(4) {
-                for device in &rig.devices.list {
-                    device.pause().unwrap();
-                    device.resume();
-                }
-            }
+            stand_still_at_times(&mut random, &rig);
             let actual = random.number();
             rig.write(guest.bar + guest.device + 4, actual, 4);
             assert!(rig.device("balloon").stats()["ballooned"].as_u64().unwrap() <= MEMORY);
@@ -469,15 +476,7 @@ fn random_words() {
         let mut guest = Guest::probe(&rig, Place::PORTS);
         for _ in 0..20 {
             let features = random.pick(&[ALL_FEATURES, 1 << 32, 1 << 32 | 1 << 28]);
-            let queues: Vec<_> = (0..6)
-                .filter(|_| !random.one_in(8))
-                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), 8)))
-                .collect();
-            guest.start_queues(features, &queues);
-            let mut drivers: Vec<_> = queues
-                .iter()
-                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
-                .collect();
+            let mut drivers = start_most(&mut random, &mut guest, features, 6, 8);
             for _ in 0..40 {
                 if random.one_in(6) {
                     // The host reads and writes, or not.
@@ -486,18 +485,9 @@ fn random_words() {
                     let _ = far.read(&mut bytes);
                     let _ = far.write(&bytes[..random.below(4096) as usize]);
                 }
-                let place = random.below(drivers.len().max(1) as u64) as usize;
-                if let Some((index, driver)) = drivers.get_mut(place) {
-                    offer_words(&mut random, *index, driver);
-                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
-                }
+                offer_on_one(&mut random, &guest, &mut drivers, offer_words);
             }
-            if random.one_in(4) {
-                for device in &rig.devices.list {
-                    device.pause().unwrap();
-                    device.resume();
-                }
-            }
+            stand_still_at_times(&mut random, &rig);
         }
         still_works(&rig, seed);
     }
@@ -536,15 +526,7 @@ fn random_scsi_commands() {
         let mut guest = Guest::probe(&rig, Place::SCSI);
         for _ in 0..20 {
             let features = random.pick(&[ALL_FEATURES, 1 << 32, 1 << 32 | 1 << 28]);
-            let queues: Vec<_> = (0..4)
-                .filter(|_| !random.one_in(8))
-                .map(|index| (index, rings(0x1_0000 + 0x3000 * u64::from(index), 8)))
-                .collect();
-            guest.start_queues(features, &queues);
-            let mut drivers: Vec<_> = queues
-                .iter()
-                .map(|(index, rings)| (*index, Driver::new(rig.memory.clone(), *rings)))
-                .collect();
+            let mut drivers = start_most(&mut random, &mut guest, features, 4, 8);
             for _ in 0..40 {
                 if random.one_in(10) {
                     let force = random.one_in(2);
@@ -552,18 +534,9 @@ fn random_scsi_commands() {
                     // What the host does meanwhile; a drive that is locked keeps its medium.
                     let _ = rig.change("disk/cd", Change::Medium { medium, force });
                 }
-                let place = random.below(drivers.len().max(1) as u64) as usize;
-                if let Some((index, driver)) = drivers.get_mut(place) {
-                    offer_command(&mut random, *index, driver);
-                    rig.write(guest.doorbell() + 4 * u64::from(*index), 0, 2);
-                }
+                offer_on_one(&mut random, &guest, &mut drivers, offer_command);
             }
-            if random.one_in(4) {
-                for device in &rig.devices.list {
-                    device.pause().unwrap();
-                    device.resume();
-                }
-            }
+            stand_still_at_times(&mut random, &rig);
         }
         still_works(&rig, seed);
     }
@@ -614,7 +587,6 @@ fn offer_command(random: &mut Random, index: u16, driver: &mut Driver) {
     offer_head(random, driver, 20);
 }
 
-/// Page numbers, figures or free pages, but for a few things. The disk's rings and requests may be among the pages.
 /// Writes a descriptor as it is meant, or with something wrong: address and length once in `odds.0` times, flags and
 /// link once in `odds.1`.
 fn describe(
@@ -651,6 +623,7 @@ fn offer_head(random: &mut Random, driver: &mut Driver, odds: u64) {
     });
 }
 
+/// Page numbers, figures or free pages, but for a few things. The disk's rings and requests may be among the pages.
 fn offer_pages(random: &mut Random, index: u16, driver: &mut Driver) {
     let count = 1 + random.below(u64::from(driver.rings.size).min(3)) as u16;
     for place in 0..count {
