@@ -8,6 +8,7 @@
 use std::ffi::{c_int, CString};
 use std::sync::{Arc, Mutex};
 
+use serde::Deserialize;
 use vmbus_sandbox::narrow;
 use vmbus_vmm::thread::ThreadHook;
 use vmbus_vmm::{Event, Machine, Request};
@@ -77,6 +78,12 @@ unsafe fn handle<'a>(machine: *const VmbusMachine) -> Result<&'a VmbusMachine, F
     unsafe { machine.as_ref() }.ok_or_else(|| Failure::new("InvalidArgument", "no machine"))
 }
 
+/// What a caller's JSON says; `what` it is about is named where it is no such JSON.
+fn decode<'a, T: Deserialize<'a>>(json: &'a [u8], what: &str) -> Result<T, Failure> {
+    serde_json::from_slice(json)
+        .map_err(|error| Failure::about("InvalidArgument", what, format!("the {what}: {error}")))
+}
+
 /// Asks for something: 0 run, 1 pause, 2 resume, 3 power button, 4 reset, 5 stop, 6 stats,
 /// 7 memory target of `argument` bytes (the others have no argument: 0), 8 prefault, 9 cancel prefault, 10 cancel a save or a restore. The answer is an event with the same `id`.
 ///
@@ -135,17 +142,14 @@ pub unsafe extern "C" fn vmbus_machine_slot(
     guard(|| {
         // SAFETY: the caller's promise.
         let json = unsafe { borrowed(json, len) };
-        let wrong = |error: serde_json::Error| {
-            Failure::about("InvalidArgument", "device", format!("the device: {error}"))
-        };
         // SAFETY: the caller's promise.
         let machine = &unsafe { handle(machine) }?.machine;
         match operation {
-            0 => machine.attach_disk(id, &serde_json::from_slice(json).map_err(wrong)?)?,
-            1 => machine.attach_nic(id, &serde_json::from_slice(json).map_err(wrong)?)?,
-            2 => machine.detach(id, serde_json::from_slice(json).map_err(wrong)?),
-            3 => machine.keep(id, serde_json::from_slice(json).map_err(wrong)?),
-            4 => machine.change_medium(id, &serde_json::from_slice(json).map_err(wrong)?)?,
+            0 => machine.attach_disk(id, &decode(json, "device")?)?,
+            1 => machine.attach_nic(id, &decode(json, "device")?)?,
+            2 => machine.detach(id, decode(json, "device")?),
+            3 => machine.keep(id, decode(json, "device")?),
+            4 => machine.change_medium(id, &decode(json, "device")?)?,
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
@@ -174,14 +178,11 @@ pub unsafe extern "C" fn vmbus_machine_keep(
     guard(|| {
         // SAFETY: the caller's promise.
         let json = unsafe { borrowed(json, len) };
-        let wrong = |error: serde_json::Error| {
-            Failure::about("InvalidArgument", "file", format!("the file: {error}"))
-        };
         // SAFETY: the caller's promise.
         let machine = &unsafe { handle(machine) }?.machine;
         match operation {
-            0 => machine.save(id, &serde_json::from_slice(json).map_err(wrong)?)?,
-            1 => machine.restore(id, &serde_json::from_slice(json).map_err(wrong)?)?,
+            0 => machine.save(id, &decode(json, "file")?)?,
+            1 => machine.restore(id, &decode(json, "file")?)?,
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
@@ -209,9 +210,7 @@ pub unsafe extern "C" fn vmbus_machine_link(
     guard(|| {
         // SAFETY: the caller's promise.
         let json = unsafe { borrowed(json, len) };
-        let peer = serde_json::from_slice(json).map_err(|error| {
-            Failure::about("InvalidArgument", "peer", format!("the peer: {error}"))
-        })?;
+        let peer = decode(json, "peer")?;
         // SAFETY: the caller's promise.
         unsafe { handle(machine) }?.machine.link(id, &peer)?;
         Ok(0)
@@ -233,9 +232,7 @@ pub unsafe extern "C" fn vmbus_machine_change(
     guard(|| {
         // SAFETY: the caller's promise.
         let json = unsafe { borrowed(json, len) };
-        let change = serde_json::from_slice(json).map_err(|error| {
-            Failure::about("InvalidArgument", "change", format!("the change: {error}"))
-        })?;
+        let change = decode(json, "change")?;
         // SAFETY: the caller's promise.
         unsafe { handle(machine) }?.machine.change(id, change);
         Ok(0)
