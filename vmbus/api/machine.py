@@ -113,12 +113,20 @@ class MachineApi:
         """Start."""
         wanted = booleans(options, paused=False)
         item.machine.require("Start", "stopped", "crashed")
+        everything = self._with_parked(caller, item, files)
+        await self._lifecycle.start(item.machine, everything, paused=wanted["paused"])
+
+    def _with_parked(
+        self, caller: Caller, item: MachineObject, files: dict[str, PassedFile]
+    ) -> dict[str, PassedFile]:
+        """A start's files, taken over: those of AddFile, too, unless the call itself brings one for the
+        slot."""
         parked = self._parked.take(item.machine, caller.name)
         for slot, file in files.items():
             file.claimed = True
             if slot in parked:
                 parked[slot].close()
-        await self._lifecycle.start(item.machine, {**parked, **files}, paused=wanted["paused"])
+        return {**parked, **files}
 
     def add_file(self, caller: Caller, item: MachineObject, slot: str, file: PassedFile) -> None:
         """AddFile."""
@@ -230,12 +238,7 @@ class MachineApi:
         """Restore."""
         wanted = booleans(options, **{"paused": False, "changed-disks": False})
         item.machine.require("Restore", "stopped", "crashed")
-        parked = self._parked.take(item.machine, caller.name)
-        for slot, given in files.items():
-            given.claimed = True
-            if slot in parked:
-                parked[slot].close()
-        everything = {**parked, **files}
+        everything = self._with_parked(caller, item, files)
         file.claimed = True
         try:
             saved = resumption(file, changed_disks=wanted["changed-disks"])

@@ -253,18 +253,22 @@ def _secrets(to: argparse.ArgumentParser) -> None:
     _completed(action, "file")
 
 
-def _start(to: argparse.ArgumentParser) -> None:
-    _machines(to)
-    to.add_argument("--paused", action="store_true", help="stop before the first guest instruction")
+def _files(to: argparse.ArgumentParser, limit: str = "") -> None:
     action = to.add_argument(
         "--file",
         metavar="SLOT=PATH",
         action="append",
         default=[],
         dest="files",
-        help='open PATH here and pass it for a slot with source = "fd" (one machine only)',
+        help=f'open PATH here and pass it for a slot with source = "fd"{limit}',
     )
     _completed(action, "file")
+
+
+def _start(to: argparse.ArgumentParser) -> None:
+    _machines(to)
+    to.add_argument("--paused", action="store_true", help="stop before the first guest instruction")
+    _files(to, " (one machine only)")
     _secrets(to)
     to.add_argument("--console", action="store_true", help="attach to its console (one machine only)")
 
@@ -289,15 +293,7 @@ def _restore(to: argparse.ArgumentParser) -> None:
         action="store_true",
         help="even if its disks are other files (copies), or were written to since",
     )
-    action = to.add_argument(
-        "--file",
-        metavar="SLOT=PATH",
-        action="append",
-        default=[],
-        dest="files",
-        help='open PATH here and pass it for a slot with source = "fd"',
-    )
-    _completed(action, "file")
+    _files(to)
     _secrets(to)
 
 
