@@ -6,60 +6,27 @@
  * balloon-hostile: gives what is not its own to give, and breaks the rules; prints what became of each; ends at a key.
  * report touch=MIB: writes to that much memory and reports all of it free, then waits. */
 
-#include "virtio.h"
+#include "queues.h"
 
 enum { INFLATE = 0, DEFLATE = 1, STATISTICS = 2, REPORTING = 3, BATCH = 256, PAGE = 4096 };
 enum { FIRST = 16 << 20, BALLOON_FUNCTION = 6 << 3 };
 
-static volatile struct rings queues[4];
 static volatile u32 list[BATCH] __attribute__((aligned(4096)));
 static volatile u8 figures[40];
 
-static void set_up(u16 index)
-{
-    volatile u8 *bytes = (volatile u8 *)&queues[index];
-    for (u32 i = 0; i < sizeof queues[index]; i++)
-        bytes[i] = 0;
-    virtio_write(QUEUE_SELECT, 2, index);
-    virtio_write(QUEUE_SIZE, 2, SIZE);
-    virtio_write(QUEUE_DESCRIPTORS, 8, (u64)queues[index].descriptors);
-    virtio_write(QUEUE_AVAILABLE, 8, (u64)&queues[index].available);
-    virtio_write(QUEUE_USED, 8, (u64)&queues[index].used);
-    virtio_write(QUEUE_ENABLE, 2, 1);
-}
-
 static int start(void)
 {
-    if (!virtio_find(BALLOON_FUNCTION) || pci_read(BALLOON_FUNCTION, 2, 2) != 0x1045) {
-        print("balloon: none\n");
-        return 0;
-    }
-    virtio_reset();
-    virtio_write(STATUS, 1, ACKNOWLEDGE | DRIVER);
-    for (u32 half = 0; half < 2; half++) {
-        virtio_write(OFFER_SELECT, 4, half);
-        u32 accepted = mmio_read(virtio.common + OFFER);
-        virtio_write(ACCEPT_SELECT, 4, half);
-        virtio_write(ACCEPT, 4, accepted);
-    }
-    virtio_write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-    for (u16 index = 0; index < 4; index++)
-        set_up(index);
-    virtio_write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
-    return 1;
+    if (queues_start(BALLOON_FUNCTION, 0x1045, 4))
+        return 1;
+    print("balloon: none\n");
+    return 0;
 }
 
 /* Makes one buffer available in descriptor 0 of a queue. */
 static void give(u16 index, const volatile void *address, u32 len, u16 flags)
 {
-    volatile struct rings *queue = &queues[index];
-    queue->descriptors[0].address = (u64)address;
-    queue->descriptors[0].len = len;
-    queue->descriptors[0].flags = flags;
-    queue->available.ring[queue->available.index % SIZE] = 0;
-    barrier();
-    queue->available.index++;
-    virtio_kick(index);
+    queue_describe(index, 0, address, len, flags, 0);
+    queue_give(index, 0);
 }
 
 /* The same, and waits for it; 0 if the device asks for a reset instead. */
