@@ -54,11 +54,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final
 
-from tests.lab import initramfs, kernels
+from tests.lab import emulator, initramfs, kernels
 from tests.lab.kernels import CACHE, CHECKOUT
 
-QEMU: Final = "qemu-system-x86_64"
-QEMU_MAJOR: Final = 10
 BOOT_MODULES: Final = ("virtio_pci", "virtio_console", "virtio_rng", "9pnet_virtio", "9p", "overlay")
 SHARE: Final = "trans=virtio,version=9p2000.L,msize=512000,access=any"
 PR_SET_PDEATHSIG: Final = 1
@@ -365,7 +363,8 @@ class NestedHost:
             f"{'hugepagesz=1G hugepages=1' if self._memory >= MEMORY else ''}"
         )
         return [
-            *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+            *emulator.command(),
+            *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-M", self._machine, "-accel", "tcg,thread=multi", "-cpu", "max"),
             *("-smp", str(self._cpus), "-m", str(self._memory)),
             *self._nodes(),
@@ -440,15 +439,11 @@ class NestedHost:
 
 def absent() -> str:
     """Why this machine cannot run a nested host, "" if it can (as far as can be told without booting it)."""
-    if not shutil.which(QEMU):
-        return f"no {QEMU}"
-    shown = subprocess.run(
-        [QEMU, "--version"], capture_output=True, text=True, check=False, timeout=20
-    ).stdout
-    words = shown.split()
-    version = words[3] if len(words) > 3 else "0"
-    if int(version.split(".")[0]) < QEMU_MAJOR:
-        return f"QEMU {version} is older than {QEMU_MAJOR}"
+    words = emulator.command()
+    if not words:
+        return f"no {emulator.PROGRAM}"
+    if emulator.major(words) < emulator.LEAST:
+        return f"{words[0]} is older than QEMU {emulator.LEAST}"
     try:
         kernels.stock("6.12")
     except kernels.KernelUnavailable as error:
