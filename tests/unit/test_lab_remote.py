@@ -58,6 +58,7 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> remote.RemoteSes
     places = iter(tmp_path / str(number) for number in range(9))
     Host.begun = []
     monkeypatch.setattr(remote, "NestedHost", lambda: Host(next(places)))
+    monkeypatch.setattr(remote, "LIVES", 3)
     monkeypatch.setattr(kernels, "SERIES", ())
 
     def report(data: dict[str, Any], **_: object) -> SimpleNamespace:
