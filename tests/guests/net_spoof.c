@@ -40,6 +40,19 @@ static void arp(const u8 *hardware, const u8 *address, char letter)
     end(letter);
 }
 
+static void reverse(const u8 *hardware, char letter)
+{
+    begin(net_mac, 0x8035);
+    net_out[15] = 1;
+    net_out[16] = 8;
+    net_out[18] = 6;
+    net_out[19] = 4;
+    net_out[21] = 3;
+    copy(net_out + 22, hardware, 6);
+    copy(net_out + 32, hardware, 6);
+    end(letter);
+}
+
 static void udp(const u8 *from, const u8 *address, u8 port, char letter)
 {
     begin(from, 0x0800);
@@ -88,6 +101,8 @@ void mode_net_spoof(void)
     end('h'); /* IPv6, where only an IPv4 address was given */
     begin(net_mac, 0x88b5);
     end('i'); /* neither */
+    reverse(stranger, 'j'); /* another's MAC address asked for, where only an IPv4 address was given */
+    reverse(net_mac, 'N');
     arp(net_mac, own, 'J');
     arp(net_mac, none, 'K');
     udp(net_mac, none, 67, 'L');

@@ -60,6 +60,34 @@ def test_a_tap_is_a_port_of_its_bridge_and_goes_with_its_machine(bed: Bed) -> No
     machine.close()
 
 
+def seen_with(bed: Bed, mac: str) -> tuple[str, str]:
+    """The addresses of the bridge and of the tap while a machine with this address is there."""
+    client = bed.connect()
+    machine = bed.machine(client)
+    before = set(ports())
+    assert client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", mac=mac, bridge="vmbt0").error is None
+    (tap,) = set(ports()) - before
+    found = [(NET / name / "address").read_text().strip() for name in ("vmbt0", tap)]
+    client.ask(wire.Kill, uuid=machine.uuid)
+    client.wait_ended(machine.uuid)
+    wait_until(lambda: set(ports()) == before)
+    machine.close()
+    return found[0], found[1]
+
+
+def test_a_bridge_has_one_address_whatever_machines_come_and_go(bed: Bed) -> None:
+    own = "fe:54:00:00:00:01"
+    # Without a port or an address of its own it has the machine's: the same with the same machine.
+    assert [seen_with(bed, MAC) for _ in range(2)] == [(own, own)] * 2
+    assert seen_with(bed, "fe:54:00:00:00:01")[1] == "fa:54:00:00:00:01", "never the guest's"
+    ip("link", "add", "vmbt1", "address", "52:54:00:00:00:02", "type", "veth", "peer", "name", "vmbt2")
+    try:
+        ip("link", "set", "vmbt1", "master", "vmbt0")
+        assert seen_with(bed, MAC) == ("52:54:00:00:00:02", own)
+    finally:
+        ip("link", "del", "vmbt1")
+
+
 def test_a_tap_that_its_worker_made_persistent_goes_all_the_same(bed: Bed) -> None:
     client = bed.connect()
     machine = bed.machine(client)

@@ -136,7 +136,7 @@ def test_the_counters_and_a_pause(system: System) -> None:
     wait_until(lambda: ports() == [])
 
 
-@pytest.mark.parametrize(("address", "heard"), [("", "cefhiJKLM"), (",address=10.99.0.2", "JKLM")])
+@pytest.mark.parametrize(("address", "heard"), [("", "cefhijJKLMN"), (",address=10.99.0.2", "JKLMN")])
 def test_a_guest_that_says_it_is_somebody_else_is_not_heard(system: System, address: str, heard: str) -> None:
     system.rule(RULE)
     ctl(system, *definition(system, ALICE, "--cmdline", "net-spoof", "--nic", f"{BRIDGE}{address}"))

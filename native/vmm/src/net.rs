@@ -24,11 +24,14 @@
 //! for the buffers there are waits for more, unless there cannot be more: then it is dropped. So is what the
 //! tap does not take, and what came for the driver before this one. What breaks a ring gets DEVICE_NEEDS_RESET.
 //!
+//! An interface that goes on from a file announces its guest's address where it is now ([`announce`]).
+//!
 //! While the cable is pulled, everything is dropped in both directions, whatever the driver makes of the news.
 //!
 //! Left out: vhost-net, which could serve the same tap; see [`crate::virtio::net`]. No io_uring either: a tap
 //! never makes its reader wait, so there is nothing to have in flight, and a call moves a whole packet.
 
+mod announce;
 mod counters;
 mod frames;
 mod hub;

@@ -3,7 +3,8 @@
 
 A frame must come from the machine's MAC address, without a VLAN's tag, and an ARP packet must say the same
 inside. Where the machine's IPv4 address is given, that address alone is spoken of: in ARP (or none, RFC
-5227), in IPv4 (or none, with which DHCP begins), and nothing else passes, IPv6 included. All else is
+5227), in IPv4 (or none, with which DHCP begins), and nothing else passes, IPv6 included; but for the reverse
+ARP request for its own address with which a machine that goes on from a file says where it is. All else is
 dropped.
 """
 
@@ -18,6 +19,7 @@ _EQUAL, _OTHER = nft.EQUAL, nft.OTHER
 Match = tuple[int, int, int, bytes]  # base, offset, whether this or anything else must stand there
 _IPV4, _ARP = (_LINK, 12, _EQUAL, b"\x08\x00"), (_LINK, 12, _EQUAL, b"\x08\x06")
 _PLAIN = [(_LINK, 12, _OTHER, kind) for kind in (b"\x08\x06", b"\x81\x00", b"\x88\xa8")]
+_REVERSE = (_LINK, 12, _EQUAL, b"\x80\x35")
 _DHCP = [(_NETWORK, 9, _EQUAL, b"\x11"), (_TRANSPORT, 2, _EQUAL, struct.pack(">H", 67))]
 
 
@@ -31,7 +33,8 @@ def rules(mac: str, address: str) -> list[list[Match]]:
     only, none = socket.inet_aton(address), bytes(4)
     said = [[*arp, (_NETWORK, 14, _EQUAL, value)] for value in (only, none)]
     ipv4 = [[source, _IPV4, (_NETWORK, 12, _EQUAL, value)] for value in (only, none)]
-    return [*said, ipv4[0], [*ipv4[1], *_DHCP]]
+    announced = [source, _REVERSE, (_NETWORK, 6, _EQUAL, b"\0\3" + own), (_NETWORK, 18, _EQUAL, own)]
+    return [*said, ipv4[0], [*ipv4[1], *_DHCP], announced]
 
 
 class Rules:

@@ -6,6 +6,10 @@ machine has ended. What a guest may say on it, spoofing.py has. It carries a mar
 ``vmbus:INSTANCE:UUID:UID;``), and only what carries the instance's mark is ever swept. TUNSETIFF, the
 bridge's ioctls and the deletion take rtnl, which may be held for long: hence a child. Numbers from
 include/uapi/linux/{if_tun,if,sockios,if_link,rtnetlink,netlink}.h.
+
+Its own address is the guest's with another first byte, as high as it gets: a bridge without an address of its
+own takes the lowest of its ports', and if that changed with each machine that comes and goes, the others
+would go on speaking to one that nobody has.
 """
 
 import fcntl
@@ -25,7 +29,7 @@ from vmbus.wire.inlet import Delivery
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
 _SIOCBRADDIF, _IFF_UP = 0x89A2, 0x1
-_RTM_NEWLINK, _RTM_DELLINK, _IFLA_IFALIAS = 16, 17, 20
+_RTM_NEWLINK, _RTM_DELLINK, _IFLA_ADDRESS, _IFLA_IFALIAS = 16, 17, 1, 20
 _NLM_F_REQUEST, _NLM_F_ACK = 1, 4
 _NET = Path("/sys/class/net")
 
@@ -52,22 +56,29 @@ class _MakeTap:
 class _Join:
     """Step: mark the tap, bring it up, make it a port of the bridge. The tap's end takes that along."""
 
-    def __init__(self, name: str, bridge: str, mark: str) -> None:
-        self.name, self.bridge, self.mark = name, bridge, mark
+    def __init__(self, name: str, bridge: str, mark: str, mac: str) -> None:
+        self.name, self.bridge, self.mark, self.mac = name, bridge, mark, mac
 
     def describe(self) -> str:
         return f"{self.name} a port of bridge {self.bridge}, marked {self.mark}, up"
 
     def execute(self) -> None:
         index = socket.if_nametoindex(self.name)
-        mark = self.mark.encode()
-        alias = struct.pack("HH", 4 + len(mark), _IFLA_IFALIAS) + mark + bytes(-len(mark) % 4)
-        _netlink(_RTM_NEWLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP) + alias)
+        own = _attribute(_IFLA_ADDRESS, address_of(self.mac))
+        alias = _attribute(_IFLA_IFALIAS, self.mark.encode())
+        up = struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP)
+        _netlink(_RTM_NEWLINK, up + own + alias)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             fcntl.ioctl(sock, _SIOCBRADDIF, struct.pack("16si20x", self.bridge.encode(), index))
 
     def undo(self) -> None:
         pass
+
+
+def address_of(mac: str) -> bytes:
+    """A tap's own address: unicast, locally administered, and never that of its guest."""
+    guest = bytes.fromhex(mac.replace(":", ""))
+    return bytes([0xFA if guest[0] == 0xFE else 0xFE]) + guest[1:]
 
 
 def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
@@ -79,7 +90,7 @@ def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
     if not (_NET / bridge / "bridge").is_dir():
         raise VmbusError("NotFound", f"there is no bridge '{bridge}' on this host", argument="bridge")
     rules = spoofing.Rules(mark, name, request.mac, request.address)
-    steps: list[Step] = [_MakeTap(name, queues), rules, _Join(name, bridge, mark)]
+    steps: list[Step] = [_MakeTap(name, queues), rules, _Join(name, bridge, mark, request.mac)]
     try:
         carry_out(steps)
     except OSError as error:
@@ -114,6 +125,10 @@ def sweep(keep: list[str], prefixes: list[str], channel: Channel) -> None:
         if name.startswith(begins) and not name.startswith(kept)
     )
     channel.report(gone)
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
 
 
 def _netlink(kind: int, body: bytes) -> None:

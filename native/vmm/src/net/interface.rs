@@ -159,6 +159,11 @@ impl Active {
         self.settings.pairs
     }
 
+    /// The address that the driver has now.
+    pub(super) fn mac(&self) -> [u8; MAC] {
+        self.settings.mac()
+    }
+
     /// Whether the queue at `place` is one for receiving.
     pub(super) fn receives(&self, place: usize) -> bool {
         let queue = self.queues.get(place);

@@ -106,6 +106,18 @@ impl Link {
         }
     }
 
+    /// Sends a packet of ours where somebody learns from it; it may get lost, as on a wire.
+    pub(super) fn announce(&self, packet: &[u8]) {
+        if let Link::Tap(tap) = self {
+            let iovec = libc::iovec {
+                iov_base: packet.as_ptr().cast_mut().cast(),
+                iov_len: packet.len(),
+            };
+            // SAFETY: the packet lives through the call, which only reads it.
+            let _ = unsafe { tap.write(0, &[iovec]) };
+        }
+    }
+
     /// Reads one packet with its header from a source; its length, or `WouldBlock` when there is none.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
+use super::announce::{self, Announcement, Clock};
 use super::interface::{Active, Scratch};
 use super::{Counters, Link, Served};
 use crate::error::{Error, Kind, Result};
@@ -64,6 +65,8 @@ pub(super) struct Server {
     /// What to do although nobody rings; each job once.
     again: VecDeque<Job>,
     scratch: Scratch,
+    /// When an interface has something to announce.
+    clock: Clock,
     exiting: bool,
 }
 
@@ -77,6 +80,7 @@ struct Interface {
     pairs: u16,
     counters: Arc<Counters>,
     active: Option<Active>,
+    announcement: Announcement,
     paused: bool,
     /// Its link is gone, and its number free.
     closed: bool,
@@ -93,6 +97,7 @@ impl Server {
             devices: Vec::with_capacity(served.len()),
             again: VecDeque::new(),
             scratch: Scratch::default(),
+            clock: Clock::default(),
             exiting: false,
         };
         for nic in served {
@@ -122,6 +127,7 @@ impl Server {
             pairs: nic.pairs,
             counters: nic.counters,
             active: None,
+            announcement: Announcement::default(),
             paused: false,
             closed: false,
         };
@@ -137,7 +143,10 @@ impl Serve for Server {
     fn run(&mut self) -> Result<()> {
         let mut events = [EpollEvent::default(); 64];
         while !self.exiting {
-            let timeout = if self.again.is_empty() { -1 } else { 0 };
+            let timeout = match self.again.is_empty() {
+                true => self.clock.timeout(),
+                false => 0,
+            };
             let count = poll::wait(&self.epoll, timeout, &mut events)?;
             for event in events.iter().take(count) {
                 if event.data() == WAKE {
@@ -153,6 +162,9 @@ impl Serve for Server {
                     self.serve(job);
                 }
             }
+            if self.clock.has_struck() {
+                self.announce();
+            }
         }
         Ok(())
     }
@@ -166,6 +178,9 @@ impl Server {
                 let active = self.devices.get_mut(device).and_then(|d| d.active.take());
                 for kick in active.iter().flat_map(Active::kicks) {
                     unwatch(&self.epoll, kick);
+                }
+                if let Some(interface) = self.devices.get_mut(device) {
+                    interface.announcement.drop();
                 }
                 // Whoever asked may have gone.
                 let _ = sender.send(());
@@ -188,6 +203,7 @@ impl Server {
                     interface.paused = false;
                 }
                 self.look_at_all(device);
+                self.clock.now();
             }
             Command::Close(device, sender) => {
                 if let Some(interface) = self.devices.get_mut(device) {
@@ -253,6 +269,7 @@ impl Server {
             active.configured();
         }
         self.look_at_all(device);
+        self.clock.now();
     }
 
     fn activate(&mut self, device: usize, activation: Activation) -> Result<()> {
@@ -269,6 +286,9 @@ impl Server {
         // Frames for the driver before may be such as this one cannot take.
         self.scratch.empty(&mut interface.link);
         interface.ready.fill(true);
+        if activation.restored.is_some() {
+            interface.announcement.begin();
+        }
         interface.active = Some(Active::new(activation, interface.mac, interface.pairs));
         // The driver may have made requests available before it was ready.
         self.look_at_all(device);
@@ -287,6 +307,20 @@ impl Server {
         for job in (0..taps).map(|place| Job::Tap(device, place)) {
             soon(&mut self.again, job);
         }
+    }
+
+    /// Says for the guests that have just come here where they are.
+    fn announce(&mut self) {
+        let mut more = false;
+        for interface in &mut self.devices {
+            let heard = interface.carrier && !interface.paused && interface.announcement.is_due();
+            if let Some(active) = interface.active.as_ref().filter(|_| heard) {
+                interface.link.announce(&announce::packet(active.mac()));
+                interface.announcement.said();
+                more |= interface.announcement.is_due();
+            }
+        }
+        self.clock.later(more);
     }
 
     fn rung(&mut self, job: Job) {

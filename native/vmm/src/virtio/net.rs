@@ -223,6 +223,11 @@ impl Settings {
         }
     }
 
+    /// The address that the driver has now.
+    pub fn mac(&self) -> [u8; MAC] {
+        self.mac
+    }
+
     /// What the driver has set, for a state.
     pub fn saved(&self) -> State {
         let saved = Saved {

@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{json, Value};
 use vmbus_vmm::{EndReason, Event, Kind, Request};
@@ -78,6 +78,21 @@ pub(crate) fn ping(count: u32, bytes: u32) -> usize {
     let said = String::from_utf8_lossy(&done.stdout).into_owned();
     eprintln!("{said}");
     said.matches("bytes from 10.99.0.2").count()
+}
+
+/// Waits until the bridge knows where the guest is.
+pub(crate) fn learnt() {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let words = ["fdb", "show", "br", "br0", "brport", "tap0", "dynamic"];
+        let known = Command::new("bridge").args(words).output().unwrap();
+        let known = String::from_utf8_lossy(&known.stdout).into_owned();
+        if known.lines().any(|line| line.starts_with(MAC)) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the bridge knows {known:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 fn stats(guest: &mut Running) -> Value {
