@@ -9,9 +9,8 @@ are left fail with what is known.
 
 The emulator that the nested host is goes wrong now and then (tests/lab/emulator.py), and a test with many
 processors may wait too long when the machine is busy. So an item that failed, or that was running when QEMU
-ended by itself, gets one more try in a new nested host, in which the rest runs, too; the end of the run names
-it, with what went wrong at first. ``LIVES`` nested hosts are used up at most: what fails twice, or later, has
-failed.
+ended by itself, is tried again in a new nested host, in which the rest runs, too; the end of the run names
+it, with what went wrong. An item has ``TRIES``, and ``LIVES`` nested hosts are used up at most.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ from tests.lab.kernels import CHECKOUT
 from tests.lab.nested import Command, NestedHost, NestedHostDied, NestedHostFailed
 
 SILENCE: Final = 1200.0
-LIVES: Final = 5
+LIVES: Final = 6
+TRIES: Final = 3
 OPTIONS: Final = ("--soak", "--fuzz")
 
 
@@ -87,11 +87,10 @@ class RemoteSession:
         self._take(self._host.out / "reports")
         if self._complete(name):
             return ""
-        twice = self._had_a_try(name)
         self._give_up(name, error)
         if len(self.spent) == LIVES:
             self._broken = error
-        return error if self._broken or twice else ""
+        return error if self._broken or self._spent_on(name) == TRIES else ""
 
     def _give_up(self, name: str, why: str) -> None:
         """The host; item ``name`` begins anew in the next."""
@@ -102,11 +101,12 @@ class RemoteSession:
 
     def _settled(self, name: str) -> bool:
         """Whether there is an outcome that stands."""
-        last = self._had_a_try(name) or len(self.spent) >= LIVES - 1
+        last = self._spent_on(name) == TRIES - 1 or len(self.spent) >= LIVES - 1
         return self._complete(name) and (last or not self._failure(name))
 
-    def _had_a_try(self, name: str) -> bool:
-        return any(name == spent for spent, _ in self.spent)
+    def _spent_on(self, name: str) -> int:
+        """How many nested hosts were given up for item ``name``."""
+        return sum(name == spent for spent, _ in self.spent)
 
     def _failure(self, name: str) -> str:
         """What its failed reports say; "" if it has none."""
@@ -117,8 +117,7 @@ class RemoteSession:
             initramfs.base(kernels.stock(series))  # quick here, slow there
         self._host = NestedHost()
         self._host.start()
-        spent = [name for name, _ in self.spent]
-        left = [name for name in self._items if not self._complete(name) and spent.count(name) < 2]
+        left = [name for name in self._items if not self._complete(name) and self._spent_on(name) < TRIES]
         (self._host.out / "items").write_text("".join(f"{name}\n" for name in left))
         words = [sys.executable, "-m", "pytest", "--reports", "/out/reports", "-p", "no:cacheprovider", "-q"]
         words += [option for option in OPTIONS if self._config.getoption(option)]

@@ -59,6 +59,7 @@ def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> remote.RemoteSes
     Host.begun = []
     monkeypatch.setattr(remote, "NestedHost", lambda: Host(next(places)))
     monkeypatch.setattr(remote, "LIVES", 3)
+    monkeypatch.setattr(remote, "TRIES", 2)
     monkeypatch.setattr(kernels, "SERIES", ())
 
     def report(data: dict[str, Any], **_: object) -> SimpleNamespace:
