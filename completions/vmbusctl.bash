@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore console port attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore snapshot console port attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -80,6 +80,9 @@ _vmbusctl() {
         restore)
             options="-h --help --paused --changed-disks --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
+            ;;
+        snapshot)
+            options="-h --help --paused --unstable --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         console)
             options="-h --help --read-only --steal --json --bus-address --bus-name --no-ask --no-autostart"
@@ -303,6 +306,19 @@ _vmbusctl() {
             return
             ;;
         "restore --bus-address" | "restore --bus-name")
+            return
+            ;;
+        "snapshot --file")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "snapshot --secret")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "snapshot --bus-address" | "snapshot --bus-name")
             return
             ;;
         "console --bus-address" | "console --bus-name")

@@ -18,6 +18,7 @@ from vmbus.service.machine import Machine
 from vmbus.service.memory import Memory
 from vmbus.service.parked import Parked
 from vmbus.service.saving import Saving, resumption
+from vmbus.service.snapshots import Snapshots
 from vmbus.service.standard import Caller
 from vmbus.wire.dbus_form import build, parse_disk, parse_nic
 from vmbus.wire.definition import Disk, Nic, brought
@@ -94,6 +95,7 @@ class MachineApi:
         parked: Parked,
         memory: Memory,
         saving: Saving,
+        snapshots: Snapshots,
     ) -> None:
         self._lifecycle = lifecycle
         self._hotplug = hotplug
@@ -102,6 +104,7 @@ class MachineApi:
         self._parked = parked
         self._memory = memory
         self._saving = saving
+        self._snapshots = snapshots
 
     def brings(self, method: str, args: list[Any]) -> set[str]:
         """What a device that is attached asks for beyond the machine."""
@@ -246,6 +249,37 @@ class MachineApi:
             close_all(everything)
             raise
         await self._lifecycle.start(item.machine, everything, paused=wanted["paused"], saved=saved)
+
+    def create_snapshot(self, caller: Caller, item: MachineObject, name: str, options: dict[str, Any]) -> str:
+        """CreateSnapshot."""
+        wanted = booleans(options, unstable=False)
+        return job_path(self._snapshots.create(item.machine, name, unstable=wanted["unstable"]).number)
+
+    async def revert_to_snapshot(
+        self,
+        caller: Caller,
+        item: MachineObject,
+        name: str,
+        options: dict[str, Any],
+        files: dict[str, PassedFile],
+    ) -> None:
+        """RevertToSnapshot."""
+        wanted = booleans(options, paused=False)
+        everything = self._with_parked(caller, item, files)
+        await self._snapshots.revert(item.machine, name, everything, paused=wanted["paused"])
+
+    def delete_snapshot(
+        self, caller: Caller, item: MachineObject, name: str, files: dict[str, PassedFile]
+    ) -> str:
+        """DeleteSnapshot."""
+        everything = self._with_parked(caller, item, files)
+        return job_path(self._snapshots.delete(item.machine, name, everything).number)
+
+    def list_snapshots(self, caller: Caller, item: MachineObject) -> list[dict[str, Any]]:
+        """ListSnapshots."""
+        kinds = {"name": "s", "created": "t", "parent": "s", "current": "b", "memory": "t"}
+        found = self._snapshots.list(item.machine)
+        return [{key: Variant(kinds[key], value) for key, value in one.items()} for one in found]
 
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""

@@ -297,6 +297,20 @@ def _restore(to: argparse.ArgumentParser) -> None:
     _secrets(to)
 
 
+def _snapshot(to: argparse.ArgumentParser) -> None:
+    to.add_argument("action", choices=("create", "revert", "delete", "list", "tree"), help="what to do")
+    _machine(to)
+    to.add_argument("snapshot", metavar="NAME", nargs="?", help="the snapshot's; not for list and tree")
+    to.add_argument("--paused", action="store_true", help="revert: stop where it was")
+    to.add_argument(
+        "--unstable",
+        action="store_true",
+        help="create: even of type vmbus-0: only this version goes back to it",
+    )
+    _files(to)
+    _secrets(to)
+
+
 def _stop(to: argparse.ArgumentParser) -> None:
     _machines(to)
     to.add_argument(
@@ -556,6 +570,21 @@ COMMANDS: Final[Sequence[Command]] = (
         "All of the file is checked before the guest goes on.",
         (("vmbusctl restore web web.saved", "go on"),),
         _restore,
+    ),
+    Command(
+        "snapshot",
+        "keep a machine's memory and disks of one moment, and go back to it",
+        "Memory is kept by vmbus, the rest in the disks: those that can be written to have to be qcow2. All\n"
+        "of a snapshot is there, or nothing. To go back the machine has to be as it was: devices, memory,\n"
+        "processors; what it does now is lost, unless it is in a snapshot. tree shows which was made from\n"
+        "which.",
+        (
+            ("vmbusctl snapshot create web before --unstable", "the running machine goes on"),
+            ("vmbusctl snapshot revert web before", "and goes on from there"),
+            ("vmbusctl snapshot tree web", "* is where it is"),
+            ("vmbusctl snapshot delete web before", "those that were made from it stay"),
+        ),
+        _snapshot,
     ),
     Command(
         "console",

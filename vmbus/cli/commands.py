@@ -13,7 +13,18 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
-from vmbus.cli import chain, console, description, devices, files, host_memory, memory, output, saving
+from vmbus.cli import (
+    chain,
+    console,
+    description,
+    devices,
+    files,
+    host_memory,
+    memory,
+    output,
+    saving,
+    snapshots,
+)
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
 from vmbus.wire import dbus_form
 from vmbus.wire.definition import Definition, slots
@@ -258,6 +269,7 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "resume": simple("Resume", "resumed"),
     "save": saving.save,
     "restore": saving.restore,
+    "snapshot": snapshots.snapshot,
     "attach-nic": devices.attach_nic,
     "detach-nic": devices.detach("Nic"),
     "attach-disk": devices.attach_disk,

@@ -154,6 +154,27 @@ class Remote:
         options = self._connection.flags(**{"paused": paused, "changed-disks": changed_disks})
         await self._call(path, "Machine.Restore", file, options, dict(files))
 
+    async def create_snapshot(self, path: str, name: str, *, unstable: bool) -> str:
+        """Machine.CreateSnapshot; the path of its job."""
+        options = self._connection.flags(unstable=unstable)
+        return str(await self._call(path, "Machine.CreateSnapshot", name, options))
+
+    async def revert_to_snapshot(
+        self, path: str, name: str, files: Mapping[str, int], *, paused: bool
+    ) -> None:
+        """Machine.RevertToSnapshot; returns when the guest goes on."""
+        options = self._connection.flags(paused=paused)
+        await self._call(path, "Machine.RevertToSnapshot", name, options, dict(files))
+
+    async def delete_snapshot(self, path: str, name: str, files: Mapping[str, int]) -> str:
+        """Machine.DeleteSnapshot; the path of its job."""
+        return str(await self._call(path, "Machine.DeleteSnapshot", name, dict(files)))
+
+    async def snapshots(self, path: str) -> list[Mapping[str, Any]]:
+        """Machine.ListSnapshots."""
+        found: list[Mapping[str, Any]] = await self._call(path, "Machine.ListSnapshots")
+        return found
+
     async def attach_nic(self, path: str, nic: Nic) -> int:
         """Machine.AttachNic; its slot."""
         return int(await self._call(path, "Machine.AttachNic", self._connection.form(nic)))

@@ -82,12 +82,21 @@ class KsmConfig(_Strict, frozen=True, kw_only=True):
     tuner: TunerConfig = TunerConfig()
 
 
+class SnapshotsConfig(_Strict, frozen=True, kw_only=True):
+    """``[snapshots]``."""
+
+    most: Annotated[int, Meta(ge=0, le=1 << 24)] = (
+        16384  # MiB that the memory of one owner's snapshots may take
+    )
+
+
 class Config(_Strict, frozen=True, kw_only=True):
     """The whole file."""
 
     hugepages: HugePages = HugePages()
     pressure: Pressure = Pressure()
     ksm: KsmConfig = KsmConfig()
+    snapshots: SnapshotsConfig = SnapshotsConfig()
 
 
 def load(path: Path) -> Config:

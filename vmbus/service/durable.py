@@ -38,7 +38,7 @@ def write_bytes(path: Path, content: bytes, *, mode: int) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def read(path: Path, kind: type[T]) -> T | None:
@@ -55,7 +55,7 @@ def read(path: Path, kind: type[T]) -> T | None:
 def touch(path: Path) -> None:
     """An empty file (mode 0600), durably; it may be there. Raises OSError."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -65,10 +65,11 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """What was created, renamed or removed in it is so after a crash. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

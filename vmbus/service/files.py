@@ -153,6 +153,19 @@ class PassedFile:
             self.fd = -1
 
 
+class OwnFile:
+    """A file of the service's that is handed over as a client's is."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Closing twice is closing once."""
+        if self.fd >= 0:
+            descriptors.close(self.fd)
+            self.fd = -1
+
+
 def _too_many() -> VmbusError:
     text = f"at most {HELD} passed files can wait for a user's machines"
     return VmbusError("QuotaExceeded", text, argument="files")

@@ -128,7 +128,8 @@ class Firmware:
 
     def forget(self, uuid: str) -> None:
         """The machine is no more."""
-        durable.remove(self._variables / uuid)
+        if (self._variables / uuid).exists():
+            durable.remove(self._variables / uuid)
         self.sweep()
 
     def sweep(self) -> None:

@@ -25,7 +25,7 @@ import msgspec
 from vmbus.service import descriptors
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
-from vmbus.service.files import PassedFile
+from vmbus.service.files import OwnFile, PassedFile
 from vmbus.service.handover import Handover, check_passed, close_all
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import CLEAN_ENDS, Machine, Run
@@ -52,10 +52,15 @@ RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 @dataclasses.dataclass
 class Resumption:
     """A start that goes on from a saved machine: its file, closed with the start, and whether the files of
-    its disks may be others, or were written since."""
+    its disks may be others, or were written since. ``revert_to``: the disks go back to the internal
+    snapshots of that name, and what they held is kept in those named ``aside``. ``on_restored``: called
+    before the guest goes on."""
 
-    file: PassedFile
-    changed_disks: bool
+    file: PassedFile | OwnFile
+    changed_disks: bool = False
+    revert_to: str = ""
+    aside: str = ""
+    on_restored: Callable[[], None] = lambda: None
 
 
 class Lifecycle:
@@ -80,6 +85,8 @@ class Lifecycle:
         self._tasks: set[asyncio.Task[None]] = set()
         self.on_found: Callable[[Machine], Awaitable[None]] = _nothing_more
         """Called when a machine that was running before is reached again."""
+        self.tidy: Callable[[Machine], Awaitable[None]] = _nothing_more
+        """Takes away what broken off snapshots have left on the disks of a machine that is built."""
         self.on_console: Callable[[Machine], None] = lambda machine: None
         self.on_reset: Callable[[Machine], None] = lambda machine: None
         self.admit_to_merging: Callable[[Machine], str] = lambda machine: "no"
@@ -155,9 +162,14 @@ class Lifecycle:
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             *([("file", lambda: self._hand_over_saved(machine, saved))] if saved else []),
             ("build", lambda: self._build(machine, restore=saved is not None)),
+            ("tidy", lambda: self.tidy(machine)),
             *([("prefault", lambda: touch(machine, machine.job))] if prefault else []),
             ("links", lambda: self._networks.join(machine, machine.definition.nics)),
-            *([("restore", lambda: self._restore(machine, saved))] if saved else []),
+            *(
+                [("restore", lambda: self._restore(machine, saved)), ("tidy", lambda: self.tidy(machine))]
+                if saved
+                else []
+            ),
             ("run", lambda: self._let_go(machine, paused=paused, restored=saved is not None)),
         ]
 
@@ -215,8 +227,9 @@ class Lifecycle:
 
     async def _restore(self, machine: Machine, saved: Resumption) -> None:
         worker = machine.connection()
-        work = worker.restore(changed_disks=saved.changed_disks)
+        work = worker.restore(changed_disks=saved.changed_disks, revert_to=saved.revert_to, aside=saved.aside)
         await watched(machine, machine.job, work, worker.cancel_save, worker)
+        saved.on_restored()
 
     async def _build(self, machine: Machine, *, restore: bool) -> None:
         self._registry.write_run(
@@ -286,7 +299,7 @@ class Lifecycle:
 
     async def _stop(self, machine: Machine, deadline: float, before: Job | None) -> None:
         try:
-            if before is not None and before.kind == "save":
+            if before is not None and before.kind in ("save", "snapshot"):
                 with contextlib.suppress(VmbusError):
                     await before.cancel()
             if deadline:

@@ -48,6 +48,8 @@ from vmbus.service.polkit import Polkit
 from vmbus.service.pressure import PressurePolicy
 from vmbus.service.registry import Registry
 from vmbus.service.saving import Saving
+from vmbus.service.snapshot_store import Store
+from vmbus.service.snapshots import Snapshots
 from vmbus.service.tuner import Tuner
 from vmbus.wire import contract
 from vmbus.wire.errors import VmbusError
@@ -114,12 +116,15 @@ async def serve(options: argparse.Namespace) -> int:
     owned = Owned(notes, broker)
     firmware = Firmware(options.state_dir, options.firmware_root)
     firmware.named = lambda: [(machine.uuid, machine.firmware) for machine in registry.all()]
-    registry.forget_files = firmware.forget
+    registry.forget_files.append(firmware.forget)
+    snapshot_store = Store(options.state_dir)
+    registry.forget_files.append(snapshot_store.forget)
     handover = Handover(broker, claims, firmware)
     lifecycle = Lifecycle(registry, broker, owned, claims, jobs, handover)
     hotplug = Hotplug(registry, broker, claims, jobs, handover)
     lifecycle.on_detached = hotplug.detached
     definitions = Definitions(registry, broker, owned, firmware)
+    snapshots = Snapshots(snapshot_store, registry, jobs, lifecycle, quota=wanted.snapshots.most << 20)
     memory = Memory(jobs)
     lifecycle.on_found = memory.found
     hugepages = HugePages(registry, broker, jobs, wanted.hugepages.persistent)
@@ -145,6 +150,7 @@ async def serve(options: argparse.Namespace) -> int:
         jobs,
         parked,
         memory,
+        snapshots,
         broker,
         hugepages,
         ksm,
@@ -152,6 +158,7 @@ async def serve(options: argparse.Namespace) -> int:
     )
     registry.load()
     firmware.load()
+    snapshot_store.load(machine.uuid for machine in registry.all())
     owned.load({machine.uuid for machine in registry.all()})
     descriptors.begin()
 
@@ -214,6 +221,7 @@ def _on_the_bus(
     jobs: Jobs,
     parked: Parked,
     memory: Memory,
+    snapshots: Snapshots,
     broker: BrokerClient,
     hugepages: HugePages,
     ksm: Ksm,
@@ -232,7 +240,9 @@ def _on_the_bus(
     saving = Saving(jobs)
     handlers = {
         "org.vmbus1.Manager": manager,
-        "org.vmbus1.Machine": MachineApi(lifecycle, hotplug, changes, definitions, parked, memory, saving),
+        "org.vmbus1.Machine": MachineApi(
+            lifecycle, hotplug, changes, definitions, parked, memory, saving, snapshots
+        ),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
         "org.vmbus1.HugePages": HugePagesApi(hugepages),

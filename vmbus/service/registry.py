@@ -34,8 +34,8 @@ class Registry:
         self._order = 0
         self.on_added: Callable[[Machine], None] = lambda machine: None
         self.on_removed: Callable[[Machine], None] = lambda machine: None
-        self.forget_files: Callable[[str], None] = lambda uuid: None
-        """Takes away what lies elsewhere for the machine with this UUID."""
+        self.forget_files: list[Callable[[str], None]] = []
+        """Each takes away what lies elsewhere for the machine with this UUID."""
 
     def load(self) -> None:
         """Read everything that was stored. Machines with a run record may still have a worker: they show
@@ -151,8 +151,8 @@ class Registry:
             del self._named[key]
         if machine.persistent:
             durable.remove(self._state / f"{machine.uuid}.json")
-        if machine.firmware:
-            self.forget_files(machine.uuid)
+        for forget in self.forget_files:
+            forget(machine.uuid)
         self.on_removed(machine)
 
     def _add(self, machine: Machine) -> None:

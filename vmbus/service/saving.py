@@ -43,11 +43,7 @@ class Saving:
         """Write a machine to the empty ``file``, which is taken over; ``keep``: it then goes on, else it ends
         with reason ``saved``. ``unstable``: even if its type is not yet frozen."""
         try:
-            known = machine.definition.machine_type
-            if known in UNSTABLE and not unstable:
-                message = f"machine type {known} may change with any version of vmbus, and no other version "
-                message += "may go on from the file; say unstable=true (vmbusctl: --unstable) if that will do"
-                raise VmbusError("NotSupported", message, argument="machine-type")
+            check_stable(machine, unstable=unstable)
             machine.require("Save", "running", "paused")
             machine.connection()
             if machine.job is not None or machine.changing:
@@ -86,6 +82,15 @@ class Saving:
                 mine.discard(job)
                 if not mine:
                     del self._by_sender[sender]
+
+
+def check_stable(machine: Machine, *, unstable: bool) -> None:
+    """Raise NotSupported for a machine whose type is not frozen, unless ``unstable``."""
+    known = machine.definition.machine_type
+    if known in UNSTABLE and not unstable:
+        message = f"machine type {known} may change with any version of vmbus, and no other version "
+        message += "may go on from the file; say unstable=true (vmbusctl: --unstable) if that will do"
+        raise VmbusError("NotSupported", message, argument="machine-type")
 
 
 async def _cancel(job: Job) -> None:

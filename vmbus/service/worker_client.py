@@ -34,6 +34,8 @@ PREFAULT_DEADLINE: Final = 3600.0
 SAVE_DEADLINE: Final = 86400.0
 """Seconds for a machine to be written to a file, or read: the client cancels what takes too long."""
 BUILD_DEADLINE: Final = 60.0
+TIDY_DEADLINE: Final = 3600.0
+"""Seconds for internal snapshots to be dropped: all tables of the images are read."""
 CHANGE_DEADLINE: Final = 60.0
 """Seconds for a machine to be built: images are opened, huge pages are touched."""
 
@@ -205,10 +207,23 @@ class WorkerClient:
         """Write the machine to a file; returns when that is done. ``fd`` stays the caller's."""
         await self._ask(lambda n: wire.Save(id=n, end=end), fds=[fd], timeout=SAVE_DEADLINE)
 
-    async def restore(self, *, changed_disks: bool) -> None:
+    async def restore(self, *, changed_disks: bool, revert_to: str = "", aside: str = "") -> None:
         """Go on from the file in slot ``restore``; returns when the machine is paused where it was."""
         self._unrestricted()
-        await self._ask(lambda n: wire.Restore(id=n, changed_disks=changed_disks), timeout=SAVE_DEADLINE)
+        await self._ask(
+            lambda n: wire.Restore(id=n, changed_disks=changed_disks, revert_to=revert_to, aside=aside),
+            timeout=SAVE_DEADLINE,
+        )
+
+    async def snapshot(self, fd: int, name: str) -> None:
+        """Write the machine to a file and take internal snapshots of its disks; ``fd`` stays the caller's."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Snapshot(id=n, name=name), fds=[fd], timeout=SAVE_DEADLINE)
+
+    async def tidy(self, *, undo: list[str], drop: list[str]) -> None:
+        """Undo and drop internal snapshots of the disks."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Tidy(id=n, undo=undo, drop=drop), timeout=TIDY_DEADLINE)
 
     async def cancel_save(self) -> None:
         """Stop a save or a restore."""

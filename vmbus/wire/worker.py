@@ -83,10 +83,31 @@ class Restore(_Request, tag="restore", frozen=True, kw_only=True):
     """Go on from the file that was delivered for slot ``restore`` before Configure: the machine is paused
     when that is done, and ends if it cannot be.
 
-    ``changed_disks``: even if the files of its disks are others, or were written since.
+    ``changed_disks``: even if the files of its disks are others, or were written since. ``revert_to``: its
+    disks go back to the internal snapshot of that name, and what they held becomes one named ``aside``.
     """
 
     changed_disks: bool = False
+    revert_to: str = ""
+    aside: str = ""
+
+
+class Snapshot(_Request, tag="snapshot", frozen=True, kw_only=True):
+    """Write the machine to the empty file beside this, take an internal snapshot ``name`` of each disk that
+    can be written to, and go on. Result when all that is durable; if anything fails, nothing of it is
+    there.
+    """
+
+    name: str
+
+
+class Tidy(_Request, tag="tidy", frozen=True, kw_only=True):
+    """Of each disk: go back to the internal snapshots ``undo`` and delete them, and delete those of ``drop``,
+    where they are there.
+    """
+
+    undo: list[str] = []
+    drop: list[str] = []
 
 
 class CancelSave(_Request, tag="cancel-save", frozen=True, kw_only=True):
@@ -217,6 +238,8 @@ Request = (
     | Save
     | Restore
     | CancelSave
+    | Snapshot
+    | Tidy
     | Media
     | OpenPort
 )

@@ -49,8 +49,10 @@ from vmbus.wire.worker import (
     Result,
     Run,
     Save,
+    Snapshot,
     State,
     Stats,
+    Tidy,
 )
 from vmbus.worker.events import EventQueue
 from vmbus.worker.files import Files, close
@@ -83,9 +85,22 @@ _BEYOND_LIFELINE = (
     Change,
     Restore,
     CancelSave,
+    Snapshot,
+    Tidy,
     Media,
     OpenPort,
 )
+
+
+_TAKES: Final[dict[type, int]] = {
+    AddFile: packet.MAX_FDS,
+    AddLink: 1,
+    Console: 1,
+    OpenPort: 1,
+    Save: 1,
+    Snapshot: 1,
+}
+"""How many descriptors come with a request."""
 
 
 class Desk(Protocol):
@@ -279,7 +294,7 @@ class Control:
 
     def _dispatch(self, request: Request, fds: list[int]) -> None:
         """The one boundary at which a handler's error becomes a result. Raises Violation."""
-        takes = {AddFile: packet.MAX_FDS, AddLink: 1, Console: 1, OpenPort: 1, Save: 1}.get(type(request), 0)
+        takes = _TAKES.get(type(request), 0)
         if len(fds) > takes:
             close(fds)
             raise packet.Violation(f"{len(fds)} file descriptors beside {type(request).__name__}")

@@ -53,7 +53,7 @@ OPERATIONS: Final = {
     "cancel-prefault": 9,
     "cancel-save": 10,
 }
-FILE_OPERATIONS: Final = {"save": 0, "restore": 1}
+FILE_OPERATIONS: Final = {"save": 0, "restore": 1, "tidy": 2}
 
 
 class CoreError(msgspec.Struct):
@@ -366,7 +366,7 @@ class Core:
         call(lib.vmbus_machine_link(self._machine, request, words, len(words)))
 
     def keep(self, operation: str, request: int, **arguments: Any) -> None:
-        """One of FILE_OPERATIONS; ``fd`` among the arguments is the core's. An event answers."""
+        """One of FILE_OPERATIONS; ``fd``, if it is among the arguments, is the core's. An event answers."""
         words = _encoder.encode(arguments)
         call(lib.vmbus_machine_keep(self._machine, FILE_OPERATIONS[operation], request, words, len(words)))
 

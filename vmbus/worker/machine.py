@@ -47,9 +47,11 @@ from vmbus.wire.worker import (
     Run,
     Save,
     Shutdown,
+    Snapshot,
     State,
     Stats,
     Stop,
+    Tidy,
 )
 from vmbus.worker.console import Hub
 from vmbus.worker.control import Reply
@@ -148,8 +150,11 @@ class Machine:
             self._media(request, reply)
         elif isinstance(request, Change):
             self._change(request, reply)
-        elif isinstance(request, Save):
+        elif isinstance(request, Save | Snapshot):
             self._save(request, fds, reply)
+        elif isinstance(request, Tidy):
+            self._require("tidy", frozenset({"configured", *_PLUGGABLE}))
+            self.core.keep("tidy", self._expect("tidy", reply), undo=request.undo, drop=request.drop)
         elif isinstance(request, Restore):
             self._restore(request, reply)
         else:
@@ -296,7 +301,7 @@ class Machine:
         if waiting := self._replies.pop(number, None):
             waiting[1].failed(error)
 
-    def _save(self, request: Save, fds: list[int], reply: Reply) -> None:
+    def _save(self, request: Save | Snapshot, fds: list[int], reply: Reply) -> None:
         try:
             self._require("save", _PLUGGABLE)
             if not fds:
@@ -304,14 +309,19 @@ class Machine:
         except VmbusError:
             close(fds)
             raise
-        self.core.keep("save", self._expect("save", reply), fd=fds[0], end=request.end)
+        number = self._expect("save", reply)
+        if isinstance(request, Snapshot):
+            self.core.keep("save", number, fd=fds[0], snapshot=request.name)
+        else:
+            self.core.keep("save", number, fd=fds[0], end=request.end)
 
     def _restore(self, request: Restore, reply: Reply) -> None:
         self._require("restore", frozenset({"configured"}))
         fd = self._files.one(RESTORE)
         self._files.hand_over([RESTORE])
         number = self._expect("restore", reply)
-        self.core.keep("restore", number, fd=fd, changed_disks=request.changed_disks)
+        revert = {"to": request.revert_to, "aside": request.aside} if request.revert_to else None
+        self.core.keep("restore", number, fd=fd, changed_disks=request.changed_disks, revert=revert)
 
     # What the core says.
 

@@ -163,7 +163,8 @@ pub unsafe extern "C" fn vmbus_machine_slot(
 }
 
 /// What is done with a file: 0 save the machine to it (`json` is a `SaveTo` of native/vmm/src/config.rs), 1 go on from it (a
-/// `RestoreFrom`). Takes over the fd that it names unless it is no such JSON. The answer is an event with the same `id`.
+/// `RestoreFrom`); or 2 tidy up after snapshots that were broken off (a `Tidy` of snapshots.rs, without a file). Takes over the fd
+/// that it names unless it is no such JSON. The answer is an event with the same `id`.
 ///
 /// # Safety
 /// As `vmbus_machine_request`; `json` points to `len` bytes.
@@ -183,11 +184,12 @@ pub unsafe extern "C" fn vmbus_machine_keep(
         match operation {
             0 => machine.save(id, &decode(json, "file")?)?,
             1 => machine.restore(id, &decode(json, "file")?)?,
+            2 => machine.tidy(id, decode(json, "tidy")?),
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
                     "operation",
-                    format!("operation {operation} is none of 0 (save) and 1 (restore)"),
+                    format!("operation {operation} is none of 0 (save), 1 (restore) and 2 (tidy)"),
                 ))
             }
         }

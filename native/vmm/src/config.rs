@@ -265,6 +265,9 @@ pub struct SaveTo {
     /// The machine ends when it is saved, with reason `saved`.
     #[serde(default)]
     pub end: bool,
+    /// Together with it an internal snapshot of this name is taken of each disk, and the machine goes on.
+    #[serde(default)]
+    pub snapshot: Option<String>,
 }
 
 /// Where a machine goes on from.
@@ -276,6 +279,19 @@ pub struct RestoreFrom {
     /// Even if the files of its disks are others, or were written since.
     #[serde(default)]
     pub changed_disks: bool,
+    /// The disks go back, too.
+    #[serde(default)]
+    pub revert: Option<Revert>,
+}
+
+/// How a machine's disks go back with it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revert {
+    /// To the internal snapshot of this name.
+    pub to: String,
+    /// What they held before becomes one of this name, until somebody drops it.
+    pub aside: String,
 }
 
 impl SaveTo {

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use crate::error::{Error, Result};
 use crate::io::{Answer, Change};
 use crate::save::facts;
+use crate::snapshots::Mark;
 use crate::state::Stateful;
 
 /// A device, as the control thread sees it.
@@ -80,6 +81,14 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// What is wrong with it.
     fn take_up(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Does something with an internal snapshot of what lies behind it; called paused, taken up.
+    ///
+    /// # Errors
+    /// What is wrong with it, by its id.
+    fn mark(&self, _mark: Mark) -> Result<()> {
         Ok(())
     }
 

@@ -32,6 +32,7 @@ use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 use crate::net;
 use crate::save::facts;
+use crate::snapshots::{self, Mark};
 use crate::state::State;
 use crate::thread::{spawn, Role, ThreadHook};
 use crate::virtio::{Activation, Backend, Served};
@@ -426,6 +427,10 @@ impl Device for IoDevice {
         done.map_err(|error| about(&self.id, error))
     }
 
+    fn mark(&self, mark: Mark) -> Result<()> {
+        snapshots::mark(&self.id, self.behind.image.as_deref(), mark)
+    }
+
     fn stats(&self) -> serde_json::Value {
         match &self.counters {
             Some(counters) => counters.to_json(),
@@ -521,6 +526,10 @@ impl Device for Unit {
     fn take_up(&self) -> Result<()> {
         let done = self.unit.image().map_or(Ok(()), |image| image.activate());
         done.map_err(|error| about(&self.unit.id, error))
+    }
+
+    fn mark(&self, mark: Mark) -> Result<()> {
+        snapshots::mark(&self.unit.id, self.unit.image().as_deref(), mark)
     }
 
     fn stats(&self) -> serde_json::Value {

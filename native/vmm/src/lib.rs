@@ -47,6 +47,7 @@ pub mod prefault;
 pub mod save;
 pub mod scsi;
 pub mod slots;
+pub mod snapshots;
 pub mod state;
 pub mod thread;
 pub mod virtio;

@@ -65,6 +65,7 @@ use crate::ports;
 use crate::save::facts::{Answer, Hardware};
 use crate::save::file::Section;
 use crate::slots::{self, Source, View};
+use crate::snapshots::Tidy;
 use crate::thread::{self, Role, ThreadHook};
 use crate::virtio;
 use crate::virtio::balloon::Balloon;
@@ -307,7 +308,7 @@ impl Machine {
     /// `InvalidArgument` for a number that is no fd.
     pub fn save(&self, id: u64, to: &SaveTo) -> Result<()> {
         let file = to.take_file()?.into();
-        let mail = Mail::Keep(id, Keep::Save(file, to.end));
+        let mail = Mail::Keep(id, Keep::Save(file, to.clone()));
         self.mailbox.inbox.push(mail);
         Ok(())
     }
@@ -319,9 +320,15 @@ impl Machine {
     /// `InvalidArgument` for a number that is no fd.
     pub fn restore(&self, id: u64, from: &RestoreFrom) -> Result<()> {
         let file = from.take_file()?.into();
-        let mail = Mail::Keep(id, Keep::Restore(file, from.changed_disks));
+        let mail = Mail::Keep(id, Keep::Restore(file, from.clone()));
         self.mailbox.inbox.push(mail);
         Ok(())
+    }
+
+    /// Removes what snapshots that were broken off have left on the disks; in any state, which stays. The answer is
+    /// [`Event::Done`] with the same id.
+    pub fn tidy(&self, id: u64, what: Tidy) {
+        self.mailbox.inbox.push(Mail::Keep(id, Keep::Tidy(what)));
     }
 
     /// Another machine has come to an isolated network; takes over the fd that is named.

@@ -11,11 +11,12 @@ use std::sync::{Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use crate::config::OnWatchdog;
+use crate::config::{OnWatchdog, RestoreFrom, SaveTo};
 use crate::cpu::gate::Cause;
 use crate::error::{Error, Result};
 use crate::hotplug::Arrival;
 use crate::io::Change;
+use crate::snapshots::Tidy;
 
 /// What a machine is asked to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,10 +139,12 @@ pub(crate) enum Slot {
 
 /// What is done with a file.
 pub(crate) enum Keep {
-    /// Write the machine to it, and end it if so.
-    Save(File, bool),
-    /// Go on from it, whatever has become of the disks if so.
-    Restore(File, bool),
+    /// Write the machine to it.
+    Save(File, SaveTo),
+    /// Go on from it.
+    Restore(File, RestoreFrom),
+    /// Remove what broken off snapshots have left on the disks.
+    Tidy(Tidy),
 }
 
 /// To the control thread.

@@ -8,6 +8,9 @@
 //! | memory, then the rest, then the header | crew |
 //! | the machine ends; or takes its disks up and goes on as it was, as after any failure before | control |
 //!
+//! With a snapshot, disks stay taken up, since nobody writes to them, and each gets its own after the header
+//! ([`crate::snapshots`]); should one fail, the file is empty again. On the way back they follow the devices.
+//!
 //! | step of a restore | who |
 //! |---|---|
 //! | header, facts, states are read and compared | control |
@@ -24,14 +27,16 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileMemory};
 
 use super::{Control, State};
+use crate::config::{RestoreFrom, Revert, SaveTo};
 use crate::cpu::gate::Errand;
 use crate::cpu::state::VcpuState;
 use crate::error::{Error, Kind, Result};
 use crate::mailbox::{EndReason, Event, Keep, Mail};
-use crate::save::facts::{self, Facts, Hardware};
+use crate::save::facts::{self, Disks, Facts, Hardware};
 use crate::save::file::{damaged, target, Saved, Section};
 use crate::save::pages::{Reader, Writer};
 use crate::save::States;
+use crate::snapshots::{self, Tidy};
 use crate::state;
 
 /// Where a vCPU's thread writes its state down, or finds it with the nanoseconds that have passed since.
@@ -54,7 +59,7 @@ enum Job {
     Save {
         id: u64,
         file: Arc<File>,
-        end: bool,
+        to: SaveTo,
         ran: bool,
         /// It was stopped before it began.
         stopped: bool,
@@ -62,8 +67,9 @@ enum Job {
     Restore {
         id: u64,
         saved: Arc<Saved>,
+        facts: Box<Facts>,
         states: Box<States>,
-        passed: u64,
+        revert: Option<Revert>,
     },
 }
 
@@ -116,8 +122,12 @@ impl Control {
     pub(super) fn keep(&mut self, id: u64, keep: Keep) {
         let begun = match keep {
             _ if self.keeping.busy() => Err(busy("another file")),
-            Keep::Save(file, end) => self.stand_for_save(id, file, end),
-            Keep::Restore(file, changed_disks) => self.begin_restore(id, file, changed_disks),
+            Keep::Save(file, to) => self.stand_for_save(id, file, to),
+            Keep::Restore(file, from) => self.begin_restore(id, file, from),
+            Keep::Tidy(what) => self.tidy(&what).map(|()| {
+                let result = Ok(String::new());
+                self.tell(Event::Done { id, result });
+            }),
         };
         if let Err(error) = begun {
             self.tell(Event::Done {
@@ -137,7 +147,7 @@ impl Control {
         }
     }
 
-    fn stand_for_save(&mut self, id: u64, file: File, end: bool) -> Result<()> {
+    fn stand_for_save(&mut self, id: u64, file: File, to: SaveTo) -> Result<()> {
         let ran = match self.state {
             State::Running => true,
             State::Paused => false,
@@ -157,7 +167,7 @@ impl Control {
         self.keeping.job = Some(Job::Save {
             id,
             file: Arc::new(file),
-            end,
+            to,
             ran,
             stopped: false,
         });
@@ -166,15 +176,18 @@ impl Control {
     }
 
     pub(super) fn begin_save(&mut self) {
-        let Some(Job::Save { file, stopped, .. }) = &self.keeping.job else {
+        let Some(Job::Save {
+            file, to, stopped, ..
+        }) = &self.keeping.job
+        else {
             return;
         };
-        let file = Arc::clone(file);
+        let (file, with_disks) = (Arc::clone(file), to.snapshot.is_some());
         let begun = if *stopped {
             let message = "it was stopped before it began";
             Err(Error::new(Kind::Cancelled, "", message))
         } else if self.state == State::Paused {
-            self.write_down(&file)
+            self.write_down(&file, with_disks)
         } else {
             let message = "the guest ended the machine before it was saved";
             Err(Error::new(Kind::InvalidState, "", message))
@@ -185,8 +198,12 @@ impl Control {
     }
 
     /// Collects everything but memory and sends the crew.
-    fn write_down(&mut self, file: &Arc<File>) -> Result<()> {
-        self.devices.iter().try_for_each(|device| device.let_go())?;
+    fn write_down(&mut self, file: &Arc<File>, with_disks: bool) -> Result<()> {
+        if with_disks {
+            snapshots::check(&self.devices)?;
+        } else {
+            self.devices.iter().try_for_each(|device| device.let_go())?;
+        }
         let states = self.states()?;
         let facts = self.facts()?;
         let json = |value: serde_json::Result<Vec<u8>>| {
@@ -256,28 +273,37 @@ impl Control {
     pub(super) fn kept(&mut self, result: Result<u64>) {
         match self.keeping.job.take() {
             Some(Job::Save {
-                id, file, end, ran, ..
+                id, file, to, ran, ..
             }) => {
+                let taken = to.snapshot.as_deref().map_or(Ok(()), |name| {
+                    // Not of a machine whose memory is not there.
+                    result
+                        .as_ref()
+                        .map_or(Ok(()), |_| snapshots::take(&self.devices, name))
+                });
+                let result = result.and_then(|bytes| taken.map(|()| bytes));
                 if result.is_err() {
                     // Nobody is to find half of a machine.
                     let _ = file.set_len(0);
                 }
-                self.after_save(id, end, ran, result);
+                self.after_save(id, &to, ran, result);
             }
             Some(Job::Restore {
                 id,
                 saved,
+                facts,
                 states,
-                passed,
+                revert,
             }) => {
-                let result = result.and_then(|_| self.go_on_from(&saved, &states, passed));
+                let result =
+                    result.and_then(|_| self.go_on_from(&saved, &facts, &states, revert.as_ref()));
                 self.after_restore(id, result);
             }
             None => {}
         }
     }
 
-    fn after_save(&mut self, id: u64, end: bool, ran: bool, result: Result<u64>) {
+    fn after_save(&mut self, id: u64, to: &SaveTo, ran: bool, result: Result<u64>) {
         let saved = result.is_ok();
         let answer = Event::Done {
             id,
@@ -285,7 +311,7 @@ impl Control {
         };
         if self.state != State::Paused {
             self.tell(answer);
-        } else if saved && end {
+        } else if saved && to.end {
             self.tell(answer);
             self.end(EndReason::Saved, String::new());
         } else {
@@ -306,22 +332,27 @@ impl Control {
         }
     }
 
-    fn begin_restore(&mut self, id: u64, file: File, changed_disks: bool) -> Result<()> {
+    fn begin_restore(&mut self, id: u64, file: File, from: RestoreFrom) -> Result<()> {
         if self.state != State::Built || !self.keeping.awaits {
             let message = "only a machine that was built to be restored is";
             return Err(Error::new(Kind::InvalidState, "", message));
         }
-        if let Err(error) = self.read_up(id, file, changed_disks) {
+        if let Err(error) = self.read_up(id, file, from) {
             self.after_restore(id, Err(error));
         }
         Ok(())
     }
 
     /// Reads everything but memory and sends the crew.
-    fn read_up(&mut self, id: u64, file: File, changed_disks: bool) -> Result<()> {
+    fn read_up(&mut self, id: u64, file: File, from: RestoreFrom) -> Result<()> {
         let saved = Arc::new(Saved::open(file)?);
         let facts: Facts = parse(&saved, Section::Facts)?;
-        facts.check(&self.facts()?, changed_disks)?;
+        let disks = match (&from.revert, from.changed_disks) {
+            (Some(_), _) => Disks::GoingBack,
+            (None, true) => Disks::Any,
+            (None, false) => Disks::Same,
+        };
+        facts.check(&self.facts()?, disks)?;
         let states: States = parse(&saved, Section::State)?;
         if states.vcpus.len() != self.keeping.vcpus.len() {
             return Err(damaged("another number of vCPUs"));
@@ -335,20 +366,26 @@ impl Control {
                 ));
             }
         }
-        let passed = facts::now().saturating_sub(facts.saved_at);
         let reader = Reader::new(Arc::clone(&saved), Arc::clone(&self.keeping.memory))?;
         self.send(Arc::new(reader))?;
         self.keeping.job = Some(Job::Restore {
             id,
             saved,
+            facts: Box::new(facts),
             states: Box::new(states),
-            passed,
+            revert: from.revert,
         });
         Ok(())
     }
 
     /// Memory is there: all parts take over what they remembered.
-    fn go_on_from(&mut self, saved: &Saved, states: &States, passed: u64) -> Result<u64> {
+    fn go_on_from(
+        &mut self,
+        saved: &Saved,
+        facts: &Facts,
+        states: &States,
+        revert: Option<&Revert>,
+    ) -> Result<u64> {
         let roms = self.keeping.roms.iter().map(|(kind, rom)| {
             let bytes = saved.section(*kind)?;
             Ok((rom, bytes.unwrap_or_default()))
@@ -361,6 +398,7 @@ impl Control {
                 .map_err(|e| Error::internal(format!("firmware: {e}")))?;
         }
         self.devices.iter().try_for_each(|device| device.pause())?;
+        let passed = facts::now().saturating_sub(facts.saved_at);
         for (place, state) in self.keeping.vcpus.iter().zip(&states.vcpus) {
             *place.lock().unwrap_or_else(|e| e.into_inner()) = Some((state.clone(), passed));
         }
@@ -382,10 +420,44 @@ impl Control {
         self.devices
             .iter()
             .try_for_each(|device| device.take_up())?;
-        if saved.mark_used() {
+        if let Some(revert) = revert {
+            self.go_back(facts, revert)?;
+        }
+        if revert.is_some() || saved.mark_used() {
             self.renew_generation()?;
         }
         Ok(self.keeping.memory())
+    }
+
+    /// The disks, too, become what they were.
+    fn go_back(&self, facts: &Facts, revert: &Revert) -> Result<()> {
+        snapshots::go_back(&self.devices, &revert.to, &revert.aside)?;
+        let same = self.facts().and_then(|now| facts.check(&now, Disks::Any));
+        same.map_err(|error| snapshots::undone(&self.devices, &revert.aside, error))
+    }
+
+    /// Disks that nobody has taken up yet are taken up for it.
+    fn tidy(&mut self, what: &Tidy) -> Result<()> {
+        let devices = &self.devices;
+        match self.state {
+            State::Ended => {
+                let message = "no snapshot is removed: the machine is at its end";
+                Err(Error::new(Kind::InvalidState, "", message))
+            }
+            State::Running => {
+                let done = self.stand_still();
+                let done = done.and_then(|()| snapshots::tidy(&self.devices, what));
+                self.let_go();
+                done
+            }
+            State::Built if self.keeping.awaits => {
+                devices.iter().try_for_each(|device| device.take_up())?;
+                let done = snapshots::tidy(devices, what);
+                devices.iter().try_for_each(|device| device.let_go())?;
+                done
+            }
+            State::Built | State::Paused => snapshots::tidy(devices, what),
+        }
     }
 
     fn renew_generation(&self) -> Result<()> {

@@ -62,6 +62,27 @@ pub struct Device {
     pub files: Vec<FileStamp>,
 }
 
+impl Device {
+    fn without_size(&self) -> State {
+        let mut same = self.same.clone();
+        if let Some(same) = same.as_object_mut() {
+            same.remove("size");
+        }
+        same
+    }
+}
+
+/// Which disks a machine may go on with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disks {
+    /// The same files, which nobody has written to since.
+    Same,
+    /// Any of the same size.
+    Any,
+    /// Those that will be what they were then.
+    GoingBack,
+}
+
 /// By what a file is known again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,12 +102,11 @@ pub fn now() -> u64 {
 }
 
 impl Facts {
-    /// Whether the machine `own` can go on from here; `changed_disks`: even if the files of its disks are others, or
-    /// were written since.
+    /// Whether the machine `own` can go on from here, on such disks.
     ///
     /// # Errors
     /// `NotSupported` for another processor; `InvalidArgument` for another machine; `Changed` for disks.
-    pub fn check(&self, own: &Facts, changed_disks: bool) -> Result<()> {
+    pub fn check(&self, own: &Facts, disks: Disks) -> Result<()> {
         let (saved, built) = (&self.hardware, &own.hardware);
         let differs = |argument: &str,
                        saved: &dyn std::fmt::Display,
@@ -143,10 +163,14 @@ impl Facts {
                 let message = format!("the machine was saved without {id}");
                 return Err(Error::invalid(id, message));
             };
-            if saved.same != built.same {
+            let same = match disks {
+                Disks::GoingBack => saved.without_size() == built.without_size(),
+                Disks::Same | Disks::Any => saved.same == built.same,
+            };
+            if !same {
                 return differs(id, &saved.same, &built.same);
             }
-            if !changed_disks && saved.files != built.files {
+            if disks == Disks::Same && saved.files != built.files {
                 let message = "is another file, or was written to since the machine was saved";
                 return Err(Error::new(Kind::Changed, id, message));
             }
@@ -187,11 +211,11 @@ mod tests {
     #[test]
     fn another_machine_is_told_by_what_differs() {
         let saved = facts();
-        saved.check(&facts(), false).unwrap();
+        saved.check(&facts(), Disks::Same).unwrap();
         let refused = |change: &dyn Fn(&mut Facts)| {
             let mut own = facts();
             change(&mut own);
-            let error = saved.check(&own, false).unwrap_err();
+            let error = saved.check(&own, Disks::Same).unwrap_err();
             (error.kind, error.argument)
         };
         let invalid = |argument: &str| (Kind::InvalidArgument, argument.to_owned());
@@ -220,8 +244,19 @@ mod tests {
     fn a_disk_that_was_written_is_refused_unless_that_is_meant() {
         let mut own = facts();
         own.devices.get_mut("disk/root").unwrap().files[0].modified = 6;
-        let error = facts().check(&own, false).unwrap_err();
+        let error = facts().check(&own, Disks::Same).unwrap_err();
         assert_eq!(error.kind, Kind::Changed);
-        facts().check(&own, true).unwrap();
+        facts().check(&own, Disks::Any).unwrap();
+    }
+
+    #[test]
+    fn a_disk_of_another_size_is_refused_unless_it_goes_back_to_its_own() {
+        let mut own = facts();
+        own.devices.get_mut("disk/root").unwrap().same = serde_json::json!({ "size": 8192 });
+        for disks in [Disks::Same, Disks::Any] {
+            let error = facts().check(&own, disks).unwrap_err();
+            assert_eq!(error.kind, Kind::InvalidArgument);
+        }
+        facts().check(&own, Disks::GoingBack).unwrap();
     }
 }

@@ -10,6 +10,7 @@ mod firmware;
 mod memory;
 mod network;
 mod save;
+mod snapshots;
 mod states;
 
 use std::fs::{File, OpenOptions};

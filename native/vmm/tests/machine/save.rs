@@ -19,18 +19,18 @@ use crate::{build, fd, requires_kvm, run, Running, PATIENCE};
 const MIB: u64 = 1 << 20;
 
 /// A file without a name.
-fn file() -> File {
+pub(crate) fn file() -> File {
     // SAFETY: the name is a C string; the fd that comes back is ours.
     unsafe { File::from_raw_fd(libc::memfd_create(c"saved".as_ptr(), libc::MFD_CLOEXEC)) }
 }
 
-fn copy(file: &File) -> i32 {
+pub(crate) fn copy(file: &File) -> i32 {
     file.try_clone().unwrap().into_raw_fd()
 }
 
 impl Running {
     /// Waits for the answer to request `id`; gives it and the events before it.
-    fn answer(&self, id: u64) -> (Result<Value, Error>, Vec<Event>) {
+    pub(crate) fn answer(&self, id: u64) -> (Result<Value, Error>, Vec<Event>) {
         let mut before = Vec::new();
         loop {
             match self.event() {
@@ -47,13 +47,14 @@ impl Running {
         let to = SaveTo {
             fd: copy(file),
             end,
+            snapshot: None,
         };
         self.machine.save(1000, &to).unwrap();
         self.answer(1000)
     }
 
     /// Saves it and sees it end; gives the bytes written.
-    fn save_and_end(&mut self, file: &File) -> u64 {
+    pub(crate) fn save_and_end(&mut self, file: &File) -> u64 {
         let (result, _) = self.save(file, true);
         let bytes = result.unwrap()["bytes"].as_u64().unwrap();
         assert_eq!(self.end(), (EndReason::Saved, String::new()));
@@ -64,6 +65,7 @@ impl Running {
         let from = RestoreFrom {
             fd: copy(file),
             changed_disks: false,
+            revert: None,
         };
         self.machine.restore(1001, &from).unwrap();
         let (result, events) = self.answer(1001);
@@ -384,7 +386,7 @@ fn a_full_disk_leaves_the_machine_as_it_was_and_nothing_on_the_disk() {
 }
 
 /// A file system of 64 KiB in a mount namespace of this thread's own; None where that is not allowed.
-fn small_disk() -> Option<std::path::PathBuf> {
+pub(crate) fn small_disk() -> Option<std::path::PathBuf> {
     let directory = std::env::temp_dir().join(format!("vmbus-small-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
     let path = std::ffi::CString::new(directory.to_str().unwrap()).unwrap();
@@ -426,6 +428,7 @@ fn a_save_that_is_cancelled_leaves_the_machine_as_it_was() {
             &SaveTo {
                 fd: copy(&file),
                 end: true,
+                snapshot: None,
             },
         )
         .unwrap();
@@ -446,7 +449,7 @@ fn a_save_that_is_cancelled_leaves_the_machine_as_it_was() {
 }
 
 /// The generation ID of a guest that booted without firmware, as its file has it.
-fn generation(file: &File) -> [u8; 16] {
+pub(crate) fn generation(file: &File) -> [u8; 16] {
     let saved = Saved::open(file.try_clone().unwrap()).unwrap();
     let memory = saved.place(Section::Memory).unwrap();
     let mut id = [0; 16];
