@@ -24,18 +24,18 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore snapshot console port attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore snapshot console port vsock attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --vsock --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --dry-run --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         abi)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --vsock --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --uuid --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         run)
-            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --detach --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --name --memory --vcpus --kernel --initrd --cmdline --firmware --boot --boot-menu --disk --nic --watchdog --port --vsock --cpu-model --machine-type --memory-kind --page-size --memory-minimum --memory-node --locked --prefault --no-balloon --on-reset --no-rng --detach --secret --json --bus-address --bus-name --no-ask --no-autostart"
             files=yes
             ;;
         list)
@@ -91,6 +91,9 @@ _vmbusctl() {
         port)
             options="-h --help --read-only --steal --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
+            ;;
+        vsock)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         attach-nic)
             options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
@@ -181,7 +184,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --boot" | "define --disk" | "define --nic" | "define --port" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --memory-node" | "define --bus-address" | "define --bus-name")
+        "define --name" | "define --memory" | "define --vcpus" | "define --cmdline" | "define --boot" | "define --disk" | "define --nic" | "define --port" | "define --vsock" | "define --cpu-model" | "define --machine-type" | "define --memory-minimum" | "define --memory-node" | "define --bus-address" | "define --bus-name")
             return
             ;;
         "abi --kernel")
@@ -214,7 +217,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -W "restart end" -- "$current"))
             return
             ;;
-        "abi --name" | "abi --memory" | "abi --vcpus" | "abi --cmdline" | "abi --boot" | "abi --disk" | "abi --nic" | "abi --port" | "abi --cpu-model" | "abi --machine-type" | "abi --memory-minimum" | "abi --memory-node" | "abi --uuid" | "abi --bus-address" | "abi --bus-name")
+        "abi --name" | "abi --memory" | "abi --vcpus" | "abi --cmdline" | "abi --boot" | "abi --disk" | "abi --nic" | "abi --port" | "abi --vsock" | "abi --cpu-model" | "abi --machine-type" | "abi --memory-minimum" | "abi --memory-node" | "abi --uuid" | "abi --bus-address" | "abi --bus-name")
             return
             ;;
         "run --kernel")
@@ -252,7 +255,7 @@ _vmbusctl() {
             COMPREPLY=($(compgen -f -- "${current#*=}"))
             return
             ;;
-        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --boot" | "run --disk" | "run --nic" | "run --port" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --memory-node" | "run --bus-address" | "run --bus-name")
+        "run --name" | "run --memory" | "run --vcpus" | "run --cmdline" | "run --boot" | "run --disk" | "run --nic" | "run --port" | "run --vsock" | "run --cpu-model" | "run --machine-type" | "run --memory-minimum" | "run --memory-node" | "run --bus-address" | "run --bus-name")
             return
             ;;
         "list --bus-address" | "list --bus-name")
@@ -325,6 +328,9 @@ _vmbusctl() {
             return
             ;;
         "port --bus-address" | "port --bus-name")
+            return
+            ;;
+        "vsock --bus-address" | "vsock --bus-name")
             return
             ;;
         "attach-nic --bus-address" | "attach-nic --bus-name")

@@ -49,6 +49,7 @@ def describe(definition: Definition, uuid: str = NOBODY) -> dict[str, Any]:
             ],
             "nics": [{"id": nic.id, "mac": nic.mac, "queues": nic.queues} for nic in nics],
             "ports": definition.ports,
+            "vsock": definition.vsock or None,
             "watchdog": definition.watchdog != "off",
             "rng": definition.rng,
             "balloon": has_balloon(definition),

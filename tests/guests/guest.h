@@ -127,5 +127,7 @@ void mode_scsi_hostile(void);
 void mode_ports(void);
 void mode_watchdog(void);
 void mode_ports_hostile(void);
+void mode_vsock(void);
+void mode_vsock_hostile(void);
 
 #endif

@@ -48,6 +48,8 @@ static const struct mode modes[] = {
     { "ports", mode_ports },
     { "watchdog", mode_watchdog },
     { "ports-hostile", mode_ports_hostile },
+    { "vsock", mode_vsock },
+    { "vsock-hostile", mode_vsock_hostile },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

@@ -44,6 +44,7 @@ def test_what_the_guest_sees_does() -> None:
     plain = abi.canonical(describe(disks=[DISK]))
     assert plain != abi.canonical(describe(disks=[{**DISK, "serial": "s"}]))
     assert plain != abi.canonical(describe(disks=[DISK], vcpus=2))
+    assert plain != abi.canonical(describe(disks=[DISK], vsock=3))
     assert plain != abi.canonical(describe(disks=[DISK], **{"cpu-model": "x86-64-v1-amd-1"}))
 
 

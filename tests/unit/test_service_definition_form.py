@@ -215,3 +215,12 @@ def test_a_machine_is_never_asked_for_more_than_three_quarters_of_its_memory_unl
     assert memory_floor(dbus_form.parse({**LEAST, "memory": 8 << 20})) == 4 << 20
     asked = {**LEAST, "memory": 512 << 20, "memory-minimum": 32 << 20}
     assert memory_floor(dbus_form.parse(asked)) == 32 << 20
+
+
+def test_a_reserved_cid_is_none_of_a_guests() -> None:
+    assert dbus_form.parse({**LEAST, "vsock": 3}).vsock == 3
+    for cid in (1, 2):
+        error = refusal(vsock=cid)
+        assert error.argument == "vsock"
+        assert "from 3 on" in error.message
+    assert refusal(vsock=(1 << 32) - 1).argument == "vsock"

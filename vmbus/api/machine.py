@@ -20,6 +20,7 @@ from vmbus.service.parked import Parked
 from vmbus.service.saving import Saving, resumption
 from vmbus.service.snapshots import Snapshots
 from vmbus.service.standard import Caller
+from vmbus.service.vsock import Vsock
 from vmbus.wire.dbus_form import build, parse_disk, parse_nic
 from vmbus.wire.definition import Disk, Nic, brought
 from vmbus.wire.errors import VmbusError
@@ -96,6 +97,7 @@ class MachineApi:
         memory: Memory,
         saving: Saving,
         snapshots: Snapshots,
+        vsock: Vsock,
     ) -> None:
         self._lifecycle = lifecycle
         self._hotplug = hotplug
@@ -105,6 +107,7 @@ class MachineApi:
         self._memory = memory
         self._saving = saving
         self._snapshots = snapshots
+        self._vsock = vsock
 
     def brings(self, method: str, args: list[Any]) -> set[str]:
         """What a device that is attached asks for beyond the machine."""
@@ -174,6 +177,14 @@ class MachineApi:
         write, steal = wanted["write"], wanted["steal"]
         fd = await self._lifecycle.open_port(item.machine, name, write=write, steal=steal)
         return Reply([0], [fd])
+
+    async def connect_vsock(self, caller: Caller, item: MachineObject, port: int) -> Reply:
+        """ConnectVsock."""
+        return Reply([0], [await self._vsock.connect(item.machine, port)])
+
+    def listen_vsock(self, caller: Caller, item: MachineObject, port: int) -> Reply:
+        """ListenVsock."""
+        return Reply([0], [self._vsock.listen(item.machine, port)])
 
     async def attach_nic(self, caller: Caller, item: MachineObject, form: dict[str, Any]) -> int:
         """AttachNic."""

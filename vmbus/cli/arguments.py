@@ -172,6 +172,12 @@ def _description(to: argparse.ArgumentParser) -> None:
         dest="ports",
         help="a named port (/dev/virtio-ports/NAME); may be repeated",
     )
+    add(
+        "--vsock",
+        metavar="CID",
+        type=int,
+        help="sockets between guest and host (AF_VSOCK): the guest's CID, from 3; others may have the same",
+    )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
     add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")
     add("--memory-kind", choices=("mergeable", "shareable", "huge"), help="default mergeable")
@@ -336,6 +342,23 @@ def _console(to: argparse.ArgumentParser) -> None:
     _machine(to)
     to.add_argument("--read-only", action="store_true", help="only look")
     to.add_argument("--steal", action="store_true", help="take the place of who writes there now")
+
+
+def _vsock(to: argparse.ArgumentParser) -> None:
+    to.add_argument(
+        "what",
+        choices=("connect", "listen"),
+        help="connect: to a port of the guest's; listen: take its connections to a port of the host's",
+    )
+    _machine(to)
+    to.add_argument("port", metavar="PORT", type=int, help="0 to 4294967295")
+    to.add_argument(
+        "program",
+        metavar="COMMAND",
+        nargs=argparse.REMAINDER,
+        help="of listen: serves each connection as its standard input and output; "
+        "without it one connection is taken, here",
+    )
 
 
 def _port(to: argparse.ArgumentParser) -> None:
@@ -605,6 +628,17 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl port web log --read-only </dev/null >>web.log", "record it"),
         ),
         _port,
+    ),
+    Command(
+        "vsock",
+        "connect to a port of a guest's, or listen for its connections",
+        "For a machine with vsock, the guest's CID, in its definition. The guest uses AF_VSOCK; the host is\n"
+        "CID 2, and its ports are this machine's alone. An end of file on standard input is passed on.",
+        (
+            ("vmbusctl vsock connect web 1024", "read and write; ^] leaves"),
+            ("vmbusctl vsock listen web 514 tee -a web.log", "a program for each connection"),
+        ),
+        _vsock,
     ),
     Command(
         "attach-nic",

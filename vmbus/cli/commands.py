@@ -24,6 +24,7 @@ from vmbus.cli import (
     output,
     saving,
     snapshots,
+    vsock,
 )
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
 from vmbus.wire import dbus_form
@@ -279,6 +280,7 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "change-media": devices.change_media,
     "console": open_console,
     "port": open_port,
+    "vsock": vsock.vsock,
     "wait": wait,
     "undefine": simple("Undefine", "undefined"),
     "memory": memory.memory,
@@ -325,6 +327,7 @@ def _flags(arguments: argparse.Namespace) -> description.Flags:
         cpu_model=arguments.cpu_model,
         ports=arguments.ports,
         watchdog=arguments.watchdog,
+        vsock=arguments.vsock,
         machine_type=arguments.machine_type,
         memory_kind=arguments.memory_kind,
         page_size=arguments.page_size,

@@ -39,17 +39,19 @@ _RESTORE: Final = (
 Ending = Literal["left", "closed", "interrupted"]
 
 
-def attach(console: socket.socket, *, stdin: int = 0, stdout: int = 1) -> Ending:
+def attach(console: socket.socket, *, stdin: int = 0, stdout: int = 1, pass_end_on: bool = False) -> Ending:
     """Carry bytes between the terminal and ``console`` until one of them ends; closes neither.
+
+    ``pass_end_on``: the end of stdin is the end of what ``console`` gets, which may still answer.
 
     Returns "left" for ^], "closed" when the machine's side ended, "interrupted" for SIGTERM or SIGHUP.
     Raises BrokenPipeError when stdout's reader is gone.
     """
     with _signals_wake() as woken, _raw(stdin), _screen_restored(stdout):
-        return _carry(console, stdin, stdout, woken)
+        return _carry(console, stdin, stdout, woken, pass_end_on=pass_end_on)
 
 
-def _carry(console: socket.socket, stdin: int, stdout: int, woken: int) -> Ending:
+def _carry(console: socket.socket, stdin: int, stdout: int, woken: int, *, pass_end_on: bool) -> Ending:
     keyboard_open = True
     typed = b""  # from the keyboard, not yet taken by the guest
     while True:
@@ -78,6 +80,10 @@ def _carry(console: socket.socket, stdin: int, stdout: int, woken: int) -> Endin
             typed += data
         if typed and ready & select.POLLOUT:
             typed = typed[_send(console, typed) :]
+        if pass_end_on and not keyboard_open and not typed:
+            pass_end_on = False
+            with contextlib.suppress(OSError):  # it is gone already, and reading says so
+                console.shutdown(socket.SHUT_WR)
 
 
 def _read_keyboard(fd: int) -> bytes:

@@ -76,6 +76,7 @@ class Flags:
     nics: Sequence[str] = field(default_factory=tuple)
     ports: Sequence[str] = field(default_factory=tuple)
     watchdog: str | None = None
+    vsock: int | None = None
 
 
 def build(file: str | None, flags: Flags) -> Definition:
@@ -208,6 +209,7 @@ def _apply(tree: dict[str, Any], flags: Flags) -> None:
         ("balloon", flags.balloon),
         ("on-reset", flags.on_reset),
         ("watchdog", flags.watchdog),
+        ("vsock", flags.vsock),
         ("rng", flags.rng),
     ):
         if value is not None:

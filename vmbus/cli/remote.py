@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from vmbus.wire.definition import Definition, Disk, Medium, Nic
 from vmbus.wire.errors import KINDS, VmbusError
@@ -213,6 +213,10 @@ class Remote:
         """Machine.OpenPort; the caller closes the socket."""
         options = self._connection.flags(write=write, steal=steal)
         return socket.socket(fileno=await self._call(path, "Machine.OpenPort", name, options))
+
+    async def vsock(self, path: str, how: Literal["Connect", "Listen"], port: int) -> socket.socket:
+        """Machine.ConnectVsock or ListenVsock; the caller closes the socket."""
+        return socket.socket(fileno=await self._call(path, f"Machine.{how}Vsock", port))
 
     async def stats(self, path: str) -> Mapping[str, Any]:
         """Machine.GetStats."""

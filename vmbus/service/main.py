@@ -51,6 +51,7 @@ from vmbus.service.saving import Saving
 from vmbus.service.snapshot_store import Store
 from vmbus.service.snapshots import Snapshots
 from vmbus.service.tuner import Tuner
+from vmbus.service.vsock import Vsock
 from vmbus.wire import contract
 from vmbus.wire.errors import VmbusError
 
@@ -241,7 +242,7 @@ def _on_the_bus(
     handlers = {
         "org.vmbus1.Manager": manager,
         "org.vmbus1.Machine": MachineApi(
-            lifecycle, hotplug, changes, definitions, parked, memory, saving, snapshots
+            lifecycle, hotplug, changes, definitions, parked, memory, saving, snapshots, Vsock()
         ),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),

@@ -31,6 +31,8 @@ EVENTS: Final = 100
 """Events that are taken from a worker in a second; each is written down and sent on."""
 PREFAULT_DEADLINE: Final = 3600.0
 """Seconds for a guest's memory to be touched: a TiB takes some minutes."""
+WAITING: Final = 1e9
+"""Seconds for what may never come: whoever waits ends it."""
 SAVE_DEADLINE: Final = 86400.0
 """Seconds for a machine to be written to a file, or read: the client cancels what takes too long."""
 BUILD_DEADLINE: Final = 60.0
@@ -112,6 +114,20 @@ class WorkerClient:
         """Give a port's hub one end of a socketpair; ``fd`` stays the caller's."""
         self._unrestricted()
         await self._ask(lambda n: wire.OpenPort(id=n, name=name, write=write, steal=steal), fds=[fd])
+
+    async def vsock_connect(self, port: int, fd: int, *, timeout: float) -> None:
+        """Connect a socket with a port of the guest's; returns when it has said yes."""
+        self._unrestricted()
+        await self._ask(lambda n: wire.Vsock(id=n, port=port), fds=[fd], timeout=timeout)
+
+    async def vsock_accept(self, port: int, fd: int) -> int:
+        """Have a socket wait for the guest to connect to a port of the host's; the guest's port, then."""
+        self._unrestricted()
+        ask = self._ask(lambda n: wire.Vsock(id=n, port=port, accept=True), fds=[fd], timeout=WAITING)
+        guests = (await ask).stats.get("port")
+        if not isinstance(guests, int) or not 0 <= guests < 1 << 32:
+            raise VmbusError("Internal", "the worker names no port of its guest's")
+        return guests
 
     async def add_link(self, device: str, peer: str, fd: int) -> None:
         """Give one end of a pair of sockets to an isolated network; ``fd`` stays the caller's."""

@@ -24,6 +24,7 @@ from msgspec import inspect
 from vmbus.wire.definition import (
     BLOCK_DISKS,
     BOOT_CLASSES,
+    CID_LEAST,
     ID_PATTERN,
     NAME_PATTERN,
     Definition,
@@ -244,6 +245,8 @@ def _check(definition: Definition) -> None:
     for index, name in enumerate(definition.ports):
         if name in definition.ports[:index]:
             raise _bad(f"ports[{index}]", f"{name!r} is there twice; each port has a name of its own")
+    if 0 < definition.vsock < CID_LEAST:
+        raise _bad("vsock", f"{definition.vsock} is no CID of a guest: those from {CID_LEAST} on are")
     block = sum(not is_scsi(disk) for disk in definition.disks)
     if block > BLOCK_DISKS:
         raise _bad("disks", f"{block} have bus blk, and {BLOCK_DISKS} fit; give the others bus scsi")

@@ -116,6 +116,10 @@ def queue_pairs(nic: Nic, vcpus: int) -> int:
     return nic.queues or min(vcpus, 8)
 
 
+CID_LEAST: Final = 3
+"""The least CID that a guest may have in virtio-vsock; those below are reserved."""
+
+
 class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """A machine. ``machine_type`` and ``cpu_model`` never change after definition."""
 
@@ -133,6 +137,7 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     disks: Annotated[list[Disk], Meta(max_length=DISKS_MOST)] = []
     nics: Annotated[list[Nic], Meta(max_length=16)] = []
     ports: Annotated[list[Name], Meta(max_length=15)] = []  # of virtio-console
+    vsock: Annotated[int, Meta(ge=0, le=(1 << 32) - 2)] = 0  # the guest's CID, from 3; 0: no virtio-vsock
     rng: bool = True
     balloon: bool = True  # virtio-balloon; see ``has_balloon``
     prefault: bool = False  # memory is touched before the guest runs

@@ -187,6 +187,18 @@ class OpenPort(_Request, tag="open-port", frozen=True, kw_only=True):
     steal: bool = False
 
 
+class Vsock(_Request, tag="vsock", frozen=True, kw_only=True):
+    """A socket for a connection between guest and host, one end of a non-blocking pair, is beside this.
+
+    It is connected with ``port`` of the guest's; result when the guest has said yes (Unavailable if it says
+    no). ``accept``: it is given to the guest's next connection to ``port`` of the host's; result then, with
+    the guest's port (``port``) in ``stats``. Closing the other end takes either back.
+    """
+
+    port: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+    accept: bool = False
+
+
 class Media(_Request, tag="media", frozen=True, kw_only=True):
     """Put the medium that the layers of ``disk`` are, delivered before, into that CD-ROM drive, or take its
     medium out, if there are none. Result when it is done; InUse if the guest has locked it, unless
@@ -242,6 +254,7 @@ Request = (
     | Tidy
     | Media
     | OpenPort
+    | Vsock
 )
 
 

@@ -53,6 +53,7 @@ from vmbus.wire.worker import (
     State,
     Stats,
     Tidy,
+    Vsock,
 )
 from vmbus.worker.events import EventQueue
 from vmbus.worker.files import Files, close
@@ -89,6 +90,7 @@ _BEYOND_LIFELINE = (
     Tidy,
     Media,
     OpenPort,
+    Vsock,
 )
 
 
@@ -99,6 +101,7 @@ _TAKES: Final[dict[type, int]] = {
     OpenPort: 1,
     Save: 1,
     Snapshot: 1,
+    Vsock: 1,
 }
 """How many descriptors come with a request."""
 

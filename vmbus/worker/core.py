@@ -39,7 +39,7 @@ from vmbus.worker.loop import Loop
 ABI: Final = 2
 PROFILES: Final = {"plain": 0, "vfio": 1}
 ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4, "memory": 5, "crew": 6}
-SLOT_OPERATIONS: Final = {"attach-disk": 0, "attach-nic": 1, "detach": 2, "keep": 3, "medium": 4}
+SLOT_OPERATIONS: Final = {"attach-disk": 0, "attach-nic": 1, "detach": 2, "keep": 3, "medium": 4, "vsock": 5}
 OPERATIONS: Final = {
     "run": 0,
     "pause": 1,
@@ -178,6 +178,7 @@ def configuration(
             {"name": name, "fd": files.all(f"port/{number}")[-1]}
             for number, name in enumerate(definition.ports)
         ],
+        "vsock": definition.vsock or None,
         "rng": definition.rng,
         "balloon": has_balloon(definition),
         "merge": merge and definition.memory_kind == "mergeable",
@@ -354,6 +355,11 @@ class Core:
         """Ask the guest to "detach" a device or let it "keep" it. Never waits."""
         json = _encoder.encode(device)
         call(lib.vmbus_machine_slot(self._machine, SLOT_OPERATIONS[operation], request, json, len(json)))
+
+    def vsock(self, request: int, port: int, fd: int, *, accept: bool) -> None:
+        """A socket for a connection with the guest; ``fd`` is the core's. An event answers."""
+        json = _encoder.encode({"port": port, "accept": accept, "fd": fd})
+        call(lib.vmbus_machine_slot(self._machine, SLOT_OPERATIONS["vsock"], request, json, len(json)))
 
     def change(self, request: int, device: str, kind: str, value: bool | int) -> None:
         """Change a device; ``kind`` is one of native/vmm/src/config.rs, ``ChangeKind``. An event answers."""

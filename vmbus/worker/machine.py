@@ -9,7 +9,7 @@
 | paused | Pause, Save, Restore | Resume, Reset, Save, Stop, Stats, Console, memory, links, devices |
 | ended | the guest, Stop, Save, an error, a build or a restore that failed | none |
 
-About devices are Attach, Detach, Keep, Change and Media.
+About devices are Attach, Detach, Keep, Change, Media and Vsock.
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
 stored that event, or when no control connection was there for LINGER_SECONDS. A machine that cannot be
@@ -52,6 +52,7 @@ from vmbus.wire.worker import (
     Stats,
     Stop,
     Tidy,
+    Vsock,
 )
 from vmbus.worker.console import Hub
 from vmbus.worker.control import Reply
@@ -134,6 +135,8 @@ class Machine:
             reply.done()
         elif isinstance(request, OpenPort):
             self._open_port(request, fds, reply)
+        elif isinstance(request, Vsock):
+            self._vsock(request, fds, reply)
         elif isinstance(request, AddLink):
             self._add_link(request, fds, reply)
         elif isinstance(request, Configure):
@@ -226,6 +229,16 @@ class Machine:
                 "InvalidState", "a link comes with its file descriptor to a machine that is built"
             )
         self.core.link(self._expect("link", reply), request.device, request.peer, fds[0])
+
+    def _vsock(self, request: Vsock, fds: list[int], reply: Reply) -> None:
+        try:
+            self._require("vsock", _PLUGGABLE)
+            if not fds:
+                raise VmbusError("InvalidArgument", "no file descriptor came with the message")
+        except VmbusError:
+            close(fds)
+            raise
+        self.core.vsock(self._expect("vsock", reply), request.port, fds[0], accept=request.accept)
 
     def _operate(self, request: Request, reply: Reply) -> None:
         operation, states = _OPERATIONS[type(request)]

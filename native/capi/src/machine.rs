@@ -126,7 +126,8 @@ pub unsafe extern "C" fn vmbus_machine_request(
 /// Asks about a device in a hotplug slot: 0 attach a disk, 1 attach a network interface (`json` is a `Disk` or a
 /// `Nic` of native/vmm/src/config.rs with a slot; takes over the fds that it names, whatever the result, unless
 /// it is no such JSON), 2 ask the guest to let go of the device whose name `json` is, 3 let it keep it; or 4 put another medium into a
-/// CD-ROM drive (`json` is a `MediumChange`, whose fds are taken over likewise). The answer
+/// CD-ROM drive (`json` is a `MediumChange`, whose fds are taken over likewise), 5 connect a socket with the guest, or have it wait
+/// for the guest (`json` is a `VsockEnd`, whose fd is taken over likewise). The answer
 /// is an event with the same `id`. Attaching a disk opens its images and may take long.
 ///
 /// # Safety
@@ -150,11 +151,12 @@ pub unsafe extern "C" fn vmbus_machine_slot(
             2 => machine.detach(id, decode(json, "device")?),
             3 => machine.keep(id, decode(json, "device")?),
             4 => machine.change_medium(id, &decode(json, "device")?)?,
+            5 => machine.vsock(id, &decode(json, "socket")?)?,
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
                     "operation",
-                    format!("operation {operation} is none of 0 (attach a disk) to 4 (a medium)"),
+                    format!("operation {operation} is none of 0 (attach a disk) to 5 (a socket)"),
                 ))
             }
         }

@@ -242,6 +242,7 @@ fn network(allowed: &mut Allowed) -> Result<(), Error> {
     allowed.always(&[
         libc::SYS_readv,
         libc::SYS_writev,
+        libc::SYS_shutdown,
         libc::SYS_epoll_create1,
         libc::SYS_epoll_ctl,
         libc::SYS_eventfd2,

@@ -67,6 +67,7 @@ const NAMED: &[i64] = &[
     libc::SYS_exit_group,
     libc::SYS_accept4,
     libc::SYS_recvmsg,
+    libc::SYS_shutdown,
     libc::SYS_fstat,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,

@@ -41,7 +41,7 @@ use crate::scsi::{Outcome, Unit, INQUIRY};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::net::PAIRS_MAX;
 use crate::virtio::pci::VirtioPci;
-use crate::virtio::{blk, console, net, rng, scsi, Activation, Backend, Model};
+use crate::virtio::{blk, console, net, rng, scsi, vsock, Activation, Backend, Model};
 
 /// A machine, as far as a guest can see what is said here.
 #[derive(Clone, Debug, Deserialize)]
@@ -67,6 +67,9 @@ pub struct Machine {
     /// The names of the ports.
     #[serde(default)]
     pub ports: Vec<String>,
+    /// The guest's CID.
+    #[serde(default)]
+    pub vsock: Option<u32>,
     /// As there.
     pub rng: bool,
     /// As there.
@@ -293,6 +296,14 @@ fn functions(machine: &Machine) -> Result<Vec<Described>> {
     if !machine.ports.is_empty() {
         let model = console::model(machine.ports.len());
         all.push(virtio(Place::PORTS, "ports".to_owned(), model, None)?);
+    }
+    if let Some(cid) = machine.vsock {
+        all.push(virtio(
+            Place::VSOCK,
+            "vsock".to_owned(),
+            vsock::model(cid),
+            None,
+        )?);
     }
     if machine.rng {
         all.push(virtio(Place::RNG, "rng".to_owned(), rng::model(), None)?);

@@ -14,6 +14,7 @@ use crate::error::{Error, Kind, Result};
 use crate::io::Change;
 use crate::layout;
 use crate::memory::Plan;
+use crate::virtio::vsock::{CID_LEAST, CID_MOST};
 
 /// The machine type that this crate builds.
 pub const MACHINE_TYPE: &str = "vmbus-0";
@@ -76,6 +77,9 @@ pub struct Config {
     /// The named ports of virtio-console.
     #[serde(default)]
     pub ports: Vec<Port>,
+    /// The guest's CID; with one there is a virtio-vsock device.
+    #[serde(default)]
+    pub vsock: Option<u32>,
     /// Whether there is a virtio-rng device.
     #[serde(default)]
     pub rng: bool,
@@ -357,6 +361,28 @@ pub struct Port {
     pub fd: RawFd,
 }
 
+/// A socket for a connection between a port of the guest's and one of the host's.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockEnd {
+    /// The guest's port, or with `accept` the host's.
+    pub port: u32,
+    /// It waits for the guest to connect; else the guest is asked.
+    pub accept: bool,
+    /// One end of a non-blocking SOCK_STREAM socket pair.
+    pub fd: RawFd,
+}
+
+impl VsockEnd {
+    /// Takes over the fd.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn take_file(&self) -> Result<OwnedFd> {
+        take("fd", self.fd)
+    }
+}
+
 /// Another machine of an isolated network.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -521,6 +547,15 @@ impl Config {
             return Err(Error::invalid(
                 "balloon",
                 "locked memory stays where it is; a balloon could give nothing back",
+            ));
+        }
+        if let Some(cid) = self
+            .vsock
+            .filter(|cid| !(CID_LEAST..=CID_MOST).contains(cid))
+        {
+            return Err(Error::invalid(
+                "vsock",
+                format!("{cid} is no CID of a guest: {CID_LEAST} to {CID_MOST} are"),
             ));
         }
         if let Some(node) = self.memory_nodes.iter().find(|node| **node >= NODES_MAX) {

@@ -283,10 +283,7 @@ impl Control {
     /// The answer comes from the thread that serves the device.
     fn begin_change(&self, id: u64, name: &str, change: Change) {
         let mailbox = Arc::clone(&self.mailbox);
-        let answer = Answer::new(move |result| {
-            let result = result.map(|()| String::new());
-            mailbox.outbox.push(Event::Done { id, result });
-        });
+        let answer = Answer::new(move |result| mailbox.outbox.push(Event::Done { id, result }));
         if self.state == State::Ended {
             let message = "no device changes: the machine is at its end";
             answer.give(Err(Error::new(Kind::InvalidState, "", message)));

@@ -36,7 +36,8 @@ use crate::virtio::live::ChangingConfig;
 use crate::virtio::net::{self as virtio_net, MAC, PAIRS_MAX};
 use crate::virtio::pci::VirtioPci;
 use crate::virtio::scsi::{self, TARGETS_MAX};
-use crate::virtio::{blk, rng, Model};
+use crate::virtio::{blk, rng, vsock as virtio_vsock, Model};
+use crate::vsock;
 
 /// The most disks there are places for.
 pub const DISKS_MAX: usize = 16;
@@ -116,6 +117,8 @@ pub struct Parts {
     pub nics: Vec<NicSpec>,
     /// Named ports, at most [`PORTS_MAX`]; with any there is a device for them.
     pub ports: Vec<PortSpec>,
+    /// The guest's CID; with one there is a device for sockets.
+    pub vsock: Option<u32>,
     /// A watchdog.
     pub watchdog: Option<Arc<Watchdog>>,
     /// Whether there is a random number generator.
@@ -177,6 +180,7 @@ pub fn assemble(
         scsi: units_wanted,
         nics,
         ports: named,
+        vsock: cid,
         watchdog,
         rng: with_rng,
         balloon,
@@ -327,6 +331,22 @@ pub fn assemble(
             rom: None,
             behind: Behind {
                 same: json!({ "names": names }),
+                image: None,
+            },
+        };
+        served_by.extend([endpoint].into_iter().zip(ports));
+        others.push(Arc::new(thread));
+    }
+    if let Some(cid) = cid {
+        let (thread, ports, counters) = vsock::start(cid, hook, &board.trouble)?;
+        let endpoint = Endpoint {
+            id: "vsock".to_owned(),
+            seat: Seat::Bus0(Place::VSOCK),
+            model: virtio_vsock::model(cid),
+            counters: Some(counters),
+            rom: None,
+            behind: Behind {
+                same: json!({ "cid": cid }),
                 image: None,
             },
         };

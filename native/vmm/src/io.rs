@@ -94,6 +94,10 @@ pub enum Change {
         /// Even if the guest has locked it.
         force: bool,
     },
+    /// A socket of the host's is connected to a port of the guest's; answered when the guest has said yes.
+    Connect(u32, OwnedFd),
+    /// It is given to the guest's next connection to a port of the host's; answered then.
+    Accept(u32, OwnedFd),
 }
 
 impl Change {
@@ -103,20 +107,26 @@ impl Change {
             Change::Carrier(_) => "a link",
             Change::Size(_) => "a size that can be changed",
             Change::Medium { .. } => "a medium that can be changed",
+            Change::Connect(..) | Change::Accept(..) => "ports that can be connected to",
         };
         Error::invalid("device", format!("has not {what}"))
     }
 }
 
 /// Who hears how a change went; whoever drops it unheard says that the thread is gone.
-pub struct Answer(Option<Box<dyn FnOnce(Result<()>) + Send>>);
+pub struct Answer(Option<Box<dyn FnOnce(Result<String>) + Send>>);
 
 impl Answer {
-    pub(crate) fn new(tell: impl FnOnce(Result<()>) + Send + 'static) -> Answer {
+    /// `tell` gets JSON, or "" where there is nothing to say.
+    pub(crate) fn new(tell: impl FnOnce(Result<String>) + Send + 'static) -> Answer {
         Answer(Some(Box::new(tell)))
     }
 
-    pub(crate) fn give(mut self, result: Result<()>) {
+    pub(crate) fn give(self, result: Result<()>) {
+        self.give_more(result.map(|()| String::new()));
+    }
+
+    pub(crate) fn give_more(mut self, result: Result<String>) {
         if let Some(tell) = self.0.take() {
             tell(result);
         }

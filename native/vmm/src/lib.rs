@@ -52,6 +52,7 @@ pub mod state;
 pub mod thread;
 pub mod virtio;
 pub mod vm;
+pub mod vsock;
 
 pub use config::Config;
 pub use error::{Error, Kind, Result};

@@ -25,7 +25,7 @@ use vmbus_qcow2::Ring;
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
 use crate::config::{
-    Config, DeviceChange, Disk, Files, MediumChange, Nic, Peer, RestoreFrom, SaveTo,
+    Config, DeviceChange, Disk, Files, MediumChange, Nic, Peer, RestoreFrom, SaveTo, VsockEnd,
 };
 use crate::control::{Control, Keeping, VcpuThreads};
 use crate::cpu::entry::Entry;
@@ -175,6 +175,7 @@ impl Machine {
             scsi: disks.scsi,
             nics,
             ports,
+            vsock: config.vsock,
             watchdog: watchdog.clone(),
             rng: config.rng,
             balloon: balloon.clone(),
@@ -367,6 +368,23 @@ impl Machine {
     pub fn change(&self, id: u64, change: DeviceChange) {
         let mail = Mail::Change(id, change.device, change.change.into());
         self.mailbox.inbox.push(mail);
+    }
+
+    /// Connects a socket to a port of the guest's, or has it wait for the guest to connect to one of the host's; takes
+    /// over the fd that is named. Answered by an event with this id when they are connected; of an accepted one it says the
+    /// guest's port.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn vsock(&self, id: u64, end: &VsockEnd) -> Result<()> {
+        let socket = end.take_file()?;
+        let what = match end.accept {
+            true => Change::Accept(end.port, socket),
+            false => Change::Connect(end.port, socket),
+        };
+        let mail = Mail::Change(id, "vsock".to_owned(), what);
+        self.mailbox.inbox.push(mail);
+        Ok(())
     }
 
     fn ask(&self, id: u64, slot: Slot) {

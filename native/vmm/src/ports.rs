@@ -276,6 +276,8 @@ impl Server {
             return;
         };
         let purpose = *purpose;
+        let open = active.talk.open().to_vec();
+        let had_room = active.talk.has_room();
         match active.serve(place, &mut self.sockets, &self.names, &self.counters) {
             Ok(true) => soon(&mut self.again, place),
             Ok(false) => {}
@@ -285,13 +287,17 @@ impl Server {
                 active.interrupt.fail();
             }
         }
+        // Only what has changed is looked at, or this would never come to rest.
+        let speaks = !active.talk.is_silent();
+        let opened = active.talk.open() != open;
+        let has_room = !had_room && active.talk.has_room();
         match purpose {
-            // There may be something to say, and ports that are open now.
-            Purpose::FromGuest => {
-                self.look_at(|purpose| matches!(purpose, Purpose::ToGuest | Purpose::Receive(_)))
-            }
-            // There may be room for what the driver says.
-            Purpose::ToGuest => self.look_at(|purpose| purpose == Purpose::FromGuest),
+            Purpose::FromGuest => self.look_at(|purpose| match purpose {
+                Purpose::ToGuest => speaks,
+                Purpose::Receive(_) => opened,
+                _ => false,
+            }),
+            Purpose::ToGuest if has_room => self.look_at(|purpose| purpose == Purpose::FromGuest),
             _ => {}
         }
     }

@@ -18,7 +18,9 @@
 //! | 08.0 | named ports (virtio-console); the place is kept when there are none |
 //! | 08.1 – 08.7 | free |
 //! | 09.0 | watchdog, 8086:25ab; the place is kept when there is none |
-//! | 09.1 – 0f.7 | free |
+//! | 09.1 – 09.7 | free |
+//! | 0a.0 | sockets (virtio-vsock); the place is kept when there are none |
+//! | 0a.1 – 0f.7 | free |
 //! | 10.0 – 10.7 | root ports for hotplug, slots 1 to 8, buses 1 to 8 |
 //! | 11.0 – 11.7 | kept for eight more root ports |
 //! | 12.0 – 1e.7 | free |
@@ -78,6 +80,8 @@ impl Place {
     pub const PORTS: Place = Place::new(8, 0);
     /// The watchdog.
     pub const WATCHDOG: Place = Place::new(9, 0);
+    /// Sockets.
+    pub const VSOCK: Place = Place::new(0xa, 0);
     /// The LPC bridge.
     pub const LPC: Place = Place::new(0x1f, 0);
 

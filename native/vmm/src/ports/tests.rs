@@ -9,7 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::pci::Place;
 use crate::virtio::console::{FROM_GUEST, F_MULTIPORT, TO_GUEST};
 use crate::virtio::queue::testing::{rings, Driver};
-use crate::virtio::rig::{until, Guest, Rig, ALL_FEATURES};
+use crate::virtio::rig::{until, until_asleep, Guest, Rig, ALL_FEATURES};
 
 const WRITE: u16 = 2;
 const PLACES: u64 = 0x4_0000;
@@ -247,4 +247,14 @@ fn a_driver_cannot_make_us_hold_more_and_more() {
     until("it is heard", || {
         ports.queue(FROM_GUEST).used_index() == told + 1
     });
+}
+
+#[test]
+fn its_thread_sleeps_when_there_is_nothing_to_do() {
+    let rig = Rig::new(None);
+    let mut ports = Ports::opened(&rig);
+    ports.write(TX, b"hello");
+    ports.give(RX, 64, WRITE);
+    ports.give(TO_GUEST, 128, WRITE);
+    until_asleep("ports");
 }

@@ -120,6 +120,11 @@ impl Conversation {
         self.open.get(port).is_some_and(|open| *open)
     }
 
+    /// The same of each port.
+    pub fn open(&self) -> &[bool] {
+        &self.open
+    }
+
     /// Whether a further message of the driver's may be looked at.
     pub fn has_room(&self) -> bool {
         self.waiting.len() < WAITING_MAX

@@ -8,7 +8,7 @@
 //! | [`interrupt`] | what a device raises, from any thread |
 //! | [`live`] | a configuration that changes while it is looked at |
 //! | [`pci`] | the PCI function around all that |
-//! | [`balloon`], [`blk`], [`console`], [`net`], [`rng`], [`scsi`] | what the requests of a kind of device mean |
+//! | [`balloon`], [`blk`], [`console`], [`net`], [`rng`], [`scsi`], [`vsock`] | what the requests of a kind of device mean |
 //!
 //! Requests are carried out on I/O threads ([`crate::io`]), never on a vCPU. A device's feature list is
 //! part of the machine type: what the host can or cannot do never shows in it.
@@ -27,6 +27,7 @@ pub mod pci;
 pub mod queue;
 pub mod rng;
 pub mod scsi;
+pub mod vsock;
 
 use std::fmt::Debug;
 use std::sync::mpsc::Receiver;

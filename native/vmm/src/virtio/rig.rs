@@ -8,7 +8,7 @@ use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,7 @@ use crate::thread::unconfined;
 
 pub const DISK_BYTES: u64 = 1 << 20;
 pub const ALL_FEATURES: u64 = u64::MAX;
+pub const CID: u32 = 5;
 pub const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 
 pub struct Rig {
@@ -53,7 +54,7 @@ pub struct Rig {
 impl Rig {
     /// Two disks on one file's worth of space each (the second read-only), a disk and two CD-ROM drives (the second
     /// empty) on a SCSI host adapter, a network interface with two queue
-    /// pairs, a random number generator and a balloon.
+    /// pairs, a random number generator, a balloon, two named ports and a socket device.
     pub fn new(ring: Option<Ring>) -> Rig {
         let (ours, theirs): (Vec<_>, Vec<_>) =
             (0..2).map(|_| UnixDatagram::pair().unwrap()).unzip();
@@ -115,6 +116,7 @@ impl Rig {
             ],
             nics: vec![nic],
             ports: named,
+            vsock: Some(CID),
             watchdog: Some(Arc::new(Watchdog::new().unwrap())),
             rng: true,
             balloon: Some(balloon.clone()),
@@ -150,10 +152,19 @@ impl Rig {
 
     /// Changes a device as the control thread would; how it went.
     pub fn change(&self, id: &str, change: Change) -> Result<()> {
+        let told = self.begin_change(id, change);
+        told.recv_timeout(Duration::from_secs(10))
+            .unwrap()
+            .map(|_| ())
+    }
+
+    /// The same; whoever waits hears how it went.
+    pub fn begin_change(&self, id: &str, change: Change) -> Receiver<Result<String>> {
         let (tell, told) = channel();
-        let answer = Answer::new(move |result| tell.send(result).unwrap());
+        // Nobody may wait any more.
+        let answer = Answer::new(move |result| drop(tell.send(result)));
         self.device(id).change(change, answer);
-        told.recv_timeout(Duration::from_secs(10)).unwrap()
+        told
     }
 
     pub fn sector(&self, index: u64) -> [u8; 512] {
@@ -382,4 +393,19 @@ pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "{what}: not within 10 s");
         std::thread::sleep(Duration::from_micros(200));
     }
+}
+
+/// Waits for a moment in which all threads of this name sleep, those of other tests' machines included; one that goes
+/// round and round never does.
+pub fn until_asleep(name: &str) {
+    let asleep = format!("({name}) S ");
+    until("all sleep", || {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let stats = tasks.filter_map(|task| {
+            // Others end meanwhile.
+            std::fs::read_to_string(task.ok()?.path().join("stat")).ok()
+        });
+        let mut ours = stats.filter(|stat| stat.contains(&format!("({name})")));
+        ours.all(|stat| stat.contains(&asleep))
+    });
 }
