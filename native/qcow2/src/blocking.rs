@@ -2,6 +2,7 @@
 //! Plans carried out on the calling thread, for what is not a guest's request: deactivation,
 //! snapshots, resizing and the tools. The same plans, the same commits, by plain system calls.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use crate::buffer::Buffer;
@@ -19,7 +20,7 @@ pub(crate) fn run<T>(
     image: &Image,
     mut plan: impl FnMut(&mut State, &Waiter) -> Planned<T>,
 ) -> Result<T> {
-    let mailbox = new_mailbox()?;
+    let mailbox = mailbox()?;
     loop {
         let waiter = Waiter {
             mailbox: mailbox.clone(),
@@ -29,8 +30,11 @@ pub(crate) fn run<T>(
         match stopped {
             Ok(value) => return Ok(value),
             Err(Stop::Fail(error)) => return Err(error),
-            Err(Stop::Wait) => mailbox.wait(),
-            Err(Stop::Commit) => commit(image)?,
+            Err(Stop::Wait | Stop::Release { commit: false }) => {
+                mailbox.wait();
+                mailbox.take();
+            }
+            Err(Stop::Commit | Stop::Release { commit: true }) => commit(image)?,
             Err(Stop::Load(need)) => {
                 let mut buffer = Buffer::zeroed(need.len);
                 let read = match image.files().get(need.file) {
@@ -46,7 +50,7 @@ pub(crate) fn run<T>(
 
 /// Make all that was finished before durable.
 pub(crate) fn commit(image: &Image) -> Result<()> {
-    let mailbox = new_mailbox()?;
+    let mailbox = mailbox()?;
     let waiter = Waiter {
         mailbox: mailbox.clone(),
         task: 0,
@@ -126,9 +130,20 @@ fn perform(image: &Image, io: &CommitIo) -> Result<()> {
     }
 }
 
-fn new_mailbox() -> Result<Arc<Mailbox>> {
-    let event = event_fd().map_err(|e| Error::io("eventfd", &e))?;
-    Ok(Arc::new(Mailbox::new(event)))
+thread_local! {
+    static MAILBOX: OnceCell<Arc<Mailbox>> = const { OnceCell::new() };
+}
+
+/// The calling thread's own. A letter that nobody waited for any more only makes the next one look again; the
+/// outcome of a commit is always waited for.
+fn mailbox() -> Result<Arc<Mailbox>> {
+    MAILBOX.with(|cell| match cell.get() {
+        Some(mailbox) => Ok(mailbox.clone()),
+        None => {
+            let event = event_fd().map_err(|e| Error::io("eventfd", &e))?;
+            Ok(cell.get_or_init(|| Arc::new(Mailbox::new(event))).clone())
+        }
+    })
 }
 
 /// The bytes of a plan's extents, read at once.

@@ -26,7 +26,7 @@
 //!
 //! One commit runs at a time. Whoever asks during one gets the next, all together. A failed commit
 //! leaves its blocks dirty. After a failed fdatasync the kernel may have dropped data that was
-//! reported written, so from then on every commit fails, until the image is closed.
+//! reported written, so from then on every commit fails, until the image is closed (`Image::close`).
 
 use std::collections::VecDeque;
 

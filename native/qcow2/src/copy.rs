@@ -3,7 +3,12 @@
 //!
 //! The disk is cut into pieces; threads take the next piece each, read what of it is data, leave out
 //! what is zeros, and write the rest. A piece is a few clusters of a plain image, so that one piece's
-//! clusters lie together on the host. Compressing threads do one cluster at a time.
+//! clusters lie together on the host; where tables or a file's map say that nothing is, it is all of that, so
+//! that a nearly empty disk takes no longer for being large. Compressing threads do one cluster at a time.
+//!
+//! What goes through the host's page cache is moved by plain system calls, `STEP` bytes at a time, which stay in the
+//! processor's cache between read and write: io_uring hands such writes to threads of its own, which then
+//! contend for the file's lock.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,11 +19,13 @@ use crate::compress::Packer;
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
-use crate::map::range_at;
+use crate::map::{range_at, step};
 use crate::state::Layer;
 use crate::types::GuestCluster;
 
 const PIECE: u64 = 2 << 20;
+/// Bytes moved at once through the page cache.
+const STEP: u64 = 256 << 10;
 
 /// How far a long operation is, and the wish to end it; shared between threads.
 #[derive(Debug, Default)]
@@ -104,11 +111,23 @@ pub fn copy(
     let piece = PIECE.max(cluster.map_or(0, |(size, _)| size));
     let packing = cluster.filter(|_| options.compress);
     let lost = AtomicU64::new(0);
-    let pace = (options.threads, options.rate);
-    on_threads(source.size(), piece, pace, progress, || {
+    let work = Pieces {
+        size: source.size(),
+        piece,
+        threads: options.threads,
+        rate: options.rate,
+    };
+    let step = STEP.max(cluster.map_or(0, |(size, _)| size));
+    let hole = |at| match options.sparse {
+        // Zeros are written then, too.
+        0 => Ok(0),
+        _ => hole_at(source, at, options.above),
+    };
+    work.on_threads(progress, hole, || {
         let mut worker = Worker {
-            from: Disk::new(source.clone())?,
-            to: Disk::new(target.clone())?,
+            from: through(source)?,
+            to: through(target)?,
+            step,
             options: options.clone(),
             packing: packing
                 .map(|(size, codec)| Ok((size, Packer::new(codec)?)))
@@ -116,7 +135,7 @@ pub fn copy(
             buffer: Vec::new(),
             lost: &lost,
         };
-        Ok(move |at, len| worker.piece(at, len).map(|()| true))
+        Ok(move |piece: Piece| worker.piece(piece.start, piece.len).map(|()| true))
     })?;
     crate::blocking::commit(target)?;
     Ok(lost.into_inner())
@@ -130,24 +149,25 @@ pub fn compare(
     progress: &Progress,
 ) -> Result<Option<u64>> {
     let first = AtomicU64::new(u64::MAX);
-    on_threads(
-        left.size().min(right.size()),
-        PIECE,
-        (threads, 0),
-        progress,
-        || {
-            let (mut one, mut other) = (Disk::new(left.clone())?, Disk::new(right.clone())?);
-            let first = &first;
-            Ok(move |at, len| {
-                let at_difference = difference(&mut one, &mut other, at, len)?;
-                if let Some(found) = at_difference {
-                    first.fetch_min(found, Ordering::SeqCst);
-                }
-                // Pieces before this one are being looked at by others; none behind it matters.
-                Ok(first.load(Ordering::SeqCst) > at)
-            })
-        },
-    )?;
+    let work = Pieces {
+        size: left.size().min(right.size()),
+        piece: PIECE,
+        threads,
+        rate: 0,
+    };
+    let hole = |at| Ok(hole_at(left, at, None)?.min(hole_at(right, at, None)?));
+    work.on_threads(progress, hole, || {
+        let (mut one, mut other) = (through(left)?, through(right)?);
+        let first = &first;
+        Ok(move |piece: Piece| {
+            if !piece.hole {
+                let found = difference(&mut one, &mut other, piece.start, piece.len)?;
+                first.fetch_min(found.unwrap_or(u64::MAX), Ordering::SeqCst);
+            }
+            // Pieces before this one are being looked at by others; none behind it matters.
+            Ok(first.load(Ordering::SeqCst) > piece.start)
+        })
+    })?;
     Ok(Some(first.load(Ordering::SeqCst)).filter(|at| *at != u64::MAX))
 }
 
@@ -157,7 +177,7 @@ pub fn first_nonzero(image: &Arc<Image>, start: u64, end: u64) -> Result<Option<
     let mut at = start;
     let mut buffer = Vec::new();
     while at < end {
-        let range = range_at(image, at, PIECE.min(end - at))?;
+        let range = step(image, at, end)?;
         if !range.zero {
             buffer.resize(range.len as usize, 0);
             disk.read(at, &mut buffer)?;
@@ -190,73 +210,140 @@ fn difference(one: &mut Disk, other: &mut Disk, at: u64, len: u64) -> Result<Opt
     Ok(Some(at + found as u64))
 }
 
-/// Call a worker of each thread for the pieces of `size` bytes until one fails or wants no more.
-pub(crate) fn on_threads<W>(
-    size: u64,
-    piece: u64,
-    (threads, rate): (usize, u64),
-    progress: &Progress,
-    worker: impl Fn() -> Result<W> + Sync,
-) -> Result<()>
-where
-    W: FnMut(u64, u64) -> Result<bool>,
-{
-    progress.total.store(size, Ordering::Relaxed);
-    progress.done.store(0, Ordering::Relaxed);
-    let begun = Instant::now();
-    let next = AtomicU64::new(0);
-    let stop = AtomicBool::new(false);
-    let failed: Mutex<Option<Error>> = Mutex::new(None);
-    let body = || -> Result<()> {
-        let mut work = worker()?;
-        while !stop.load(Ordering::Relaxed) {
-            let at = next.fetch_add(piece, Ordering::SeqCst);
-            if at >= size {
-                break;
-            }
-            if progress.cancel.load(Ordering::Relaxed) {
-                return Err(Error::new(Kind::InvalidState, "cancelled"));
-            }
-            let len = piece.min(size - at);
-            if !work(at, len)? {
-                stop.store(true, Ordering::Relaxed);
-            }
-            let done = progress.done.fetch_add(len, Ordering::Relaxed) + len;
-            // Not before its time; a wish to end is heard in between.
-            while rate > 0 && begun.elapsed().as_secs_f64() < done as f64 / rate as f64 {
-                if stop.load(Ordering::Relaxed) || progress.cancel.load(Ordering::Relaxed) {
-                    break;
-                }
-                std::thread::sleep(Duration::from_millis(5));
-            }
-        }
-        Ok(())
-    };
-    if threads <= 1 {
-        return body();
+/// How many bytes from `at` on read as zeros by what one look at the tables tells, or are to be left alone because
+/// only layers from `above` on have them.
+pub(crate) fn hole_at(image: &Image, at: u64, above: Option<usize>) -> Result<u64> {
+    let range = step(image, at, image.size())?;
+    let below = above.is_some_and(|above| !range.present || range.depth >= above);
+    Ok(if range.zero || below { range.len } else { 0 })
+}
+
+/// A face on the image: io_uring where a file of it is opened with O_DIRECT.
+pub(crate) fn through(image: &Arc<Image>) -> Result<Disk> {
+    if image.files().iter().any(|file| file.alignment > 1) {
+        return Disk::new(image.clone());
     }
-    std::thread::scope(|scope| {
-        for _ in 0..threads.clamp(1, 64) {
-            scope.spawn(|| {
-                if let Err(error) = body() {
-                    stop.store(true, Ordering::Relaxed);
-                    failed
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .get_or_insert(error);
+    Disk::blocking(image.clone())
+}
+
+/// A part of a disk that one thread sees to.
+pub(crate) struct Piece {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    /// The tables told that nothing is there.
+    pub(crate) hole: bool,
+}
+
+/// A disk to be gone through.
+pub(crate) struct Pieces {
+    /// Bytes.
+    pub(crate) size: u64,
+    /// Bytes of a piece that is not a hole.
+    pub(crate) piece: u64,
+    pub(crate) threads: usize,
+    /// Bytes a second at most, holes left out; 0 for as fast as it goes.
+    pub(crate) rate: u64,
+}
+
+impl Pieces {
+    /// Call a worker of each thread for the next piece until all are done, one fails or one wants no more. `hole`
+    /// says how many bytes from a place on need no piece of their own.
+    pub(crate) fn on_threads<W>(
+        &self,
+        progress: &Progress,
+        hole: impl Fn(u64) -> Result<u64> + Sync,
+        worker: impl Fn() -> Result<W> + Sync,
+    ) -> Result<()>
+    where
+        W: FnMut(Piece) -> Result<bool>,
+    {
+        progress.total.store(self.size, Ordering::Relaxed);
+        progress.done.store(0, Ordering::Relaxed);
+        let begun = Instant::now();
+        let next = Mutex::new(0);
+        let stop = AtomicBool::new(false);
+        let moved = AtomicU64::new(0);
+        let failed: Mutex<Option<Error>> = Mutex::new(None);
+        let body = || -> Result<()> {
+            let mut work = worker()?;
+            while !stop.load(Ordering::Relaxed) {
+                let Some(piece) = self.take(&next, &hole)? else {
+                    break;
+                };
+                if progress.cancel.load(Ordering::Relaxed) {
+                    return Err(Error::new(Kind::InvalidState, "cancelled"));
                 }
-            });
+                let (len, hole) = (piece.len, piece.hole);
+                if !work(piece)? {
+                    stop.store(true, Ordering::Relaxed);
+                }
+                progress.done.fetch_add(len, Ordering::Relaxed);
+                if hole || self.rate == 0 {
+                    continue;
+                }
+                let moved = moved.fetch_add(len, Ordering::Relaxed) + len;
+                // Not before its time; a wish to end is heard in between.
+                while begun.elapsed().as_secs_f64() < moved as f64 / self.rate as f64 {
+                    if stop.load(Ordering::Relaxed) || progress.cancel.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+            Ok(())
+        };
+        if self.threads <= 1 {
+            return body();
         }
-    });
-    failed
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner)
-        .map_or(Ok(()), Err)
+        std::thread::scope(|scope| {
+            for _ in 0..self.threads.clamp(1, 64) {
+                scope.spawn(|| {
+                    if let Err(error) = body() {
+                        stop.store(true, Ordering::Relaxed);
+                        failed
+                            .lock()
+                            .unwrap_or_else(PoisonError::into_inner)
+                            .get_or_insert(error);
+                    }
+                });
+            }
+        });
+        failed
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+            .map_or(Ok(()), Err)
+    }
+
+    /// The next piece. All begin at multiples of a piece's size.
+    fn take(&self, next: &Mutex<u64>, hole: impl Fn(u64) -> Result<u64>) -> Result<Option<Piece>> {
+        let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = *next;
+        if start >= self.size {
+            return Ok(None);
+        }
+        let rest = self.size - start;
+        let empty = match hole(start)?.min(rest) {
+            all if all == rest => all,
+            some => some / self.piece * self.piece,
+        };
+        let len = if empty > 0 {
+            empty
+        } else {
+            self.piece.min(rest)
+        };
+        *next = start + len;
+        Ok(Some(Piece {
+            start,
+            len,
+            hole: empty > 0,
+        }))
+    }
 }
 
 struct Worker<'a> {
     from: Disk,
     to: Disk,
+    step: u64,
     options: CopyOptions,
     packing: Option<(u64, Packer)>,
     buffer: Vec<u8>,
@@ -283,7 +370,8 @@ impl Worker<'_> {
                     (*cluster - at % *cluster).min(end - at)
                 }
                 Some((cluster, _)) => range.len / *cluster * *cluster,
-                None => range.len,
+                None if range.zero => range.len,
+                None => range.len.min(self.step),
             };
             if range.zero && range.len >= step {
                 self.zeros(at, step)?;

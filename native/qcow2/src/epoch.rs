@@ -6,13 +6,20 @@
 //! released when that epoch and all before it are empty. (The other condition, that what pointed to
 //! the cluster is off the disk, is the commit's.)
 
+//!
+//! A request that finds no room *waits* for what was freed. It must not wait for itself, so first it moves to the
+//! current epoch, when nothing planned for it is under way any more.
+
 use std::collections::VecDeque;
+
+use crate::mailbox::Waiter;
 
 /// The requests under way, by the epoch they entered.
 #[derive(Default)]
 pub(crate) struct Epochs {
     first: u64,
     counts: VecDeque<u64>,
+    waiters: Vec<Waiter>,
 }
 
 impl Epochs {
@@ -37,6 +44,22 @@ impl Epochs {
             self.counts.pop_front();
             self.first += 1;
         }
+        self.waiters.drain(..).for_each(Waiter::wake);
+    }
+
+    /// A request of which nothing is under way now goes on in the current epoch; gives that.
+    pub(crate) fn renew(&mut self, epoch: u64) -> u64 {
+        if epoch == self.current() {
+            return epoch;
+        }
+        let renewed = self.enter();
+        self.leave(epoch);
+        renewed
+    }
+
+    /// Wake the waiter when a request has ended, or moved to another epoch.
+    pub(crate) fn wait(&mut self, waiter: Waiter) {
+        self.waiters.push(waiter);
     }
 
     /// Close the current epoch and give its number.

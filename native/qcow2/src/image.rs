@@ -190,6 +190,8 @@ impl Image {
     }
 
     /// Make everything durable and drop the locks. No request may be under way.
+    ///
+    /// If that fails the image stays active, and keeps its locks: it can be used on, and let go again.
     pub fn inactivate(&self) -> Result<()> {
         if !self.lock().active {
             return Ok(());
@@ -210,6 +212,19 @@ impl Image {
         drop(state);
         self.drop_locks();
         stored
+    }
+
+    /// As [`Image::inactivate`], for good: if that fails the locks are dropped all the same, and what could not be
+    /// made durable is lost.
+    pub fn close(&self) -> Result<()> {
+        let done = self.inactivate();
+        let mut state = self.lock();
+        if done.is_err() && state.active && state.epochs.under_way() == 0 {
+            state.abandon();
+            drop(state);
+            self.drop_locks();
+        }
+        done
     }
 
     /// The disk's size in bytes, as the guest sees it.
@@ -286,6 +301,10 @@ impl Image {
 
     pub(crate) fn leave(&self, epoch: u64) {
         self.lock().epochs.leave(epoch);
+    }
+
+    pub(crate) fn renew(&self, epoch: u64) -> u64 {
+        self.lock().epochs.renew(epoch)
     }
 
     pub(crate) fn plan_read(&self, at: u64, len: u64, waiter: &Waiter) -> Planned<Extents> {
@@ -381,6 +400,15 @@ impl Image {
     fn drop_locks(&self) {
         if self.options.locks {
             self.files.iter().for_each(|file| locks::unlock(file.fd()));
+        }
+    }
+}
+
+impl Drop for Image {
+    /// The locks of a passed file belong to its other holders too, so they would outlive our descriptor.
+    fn drop(&mut self) {
+        if self.lock().active {
+            self.drop_locks();
         }
     }
 }

@@ -119,3 +119,65 @@ fn command(fd: RawFd, command: i32, lock: &mut libc::flock64) -> io::Result<()> 
         Err(io::Error::last_os_error())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions as FileOptions};
+    use std::os::fd::AsRawFd;
+    use std::path::Path;
+
+    use super::{lock, unlock, Use};
+    use crate::{create_qcow2, CreateOptions, Error, Format, Image, Kind, LayerFiles, OpenOptions};
+
+    fn open(path: &Path) -> File {
+        FileOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .unwrap()
+    }
+
+    #[test]
+    fn an_image_that_could_not_be_let_go_is_locked_until_it_is_closed() {
+        let path = std::env::temp_dir().join(format!("vmbus-locked-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        create_qcow2(&open(&path), None, &CreateOptions::default()).unwrap();
+        // Its other holder keeps the open file description, and so its locks, beyond the image's end.
+        let shared = open(&path);
+        let other = open(&path);
+        let free = || {
+            let refused = lock(other.as_raw_fd(), Use::Write).err();
+            unlock(other.as_raw_fd());
+            refused.is_none_or(|error| {
+                assert_eq!(error.kind(), Kind::InUse);
+                false
+            })
+        };
+        let image = || {
+            let layer = LayerFiles {
+                format: Format::Qcow2,
+                file: shared.try_clone().unwrap(),
+                data_file: None,
+                backing_name: None,
+                data_name: None,
+                secret: None,
+            };
+            Image::open_chain(vec![layer], OpenOptions::default()).unwrap()
+        };
+        let lost = image();
+        lost.activate().unwrap();
+        lost.durable_write_failed(&Error::os("write", libc::EIO));
+        assert!(lost.inactivate().is_err() && lost.active() && !free());
+        assert!(lost.close().is_err() && !lost.active() && free());
+        lost.activate().unwrap();
+        lost.inactivate().unwrap();
+        let dropped = image();
+        dropped.activate().unwrap();
+        assert!(!free());
+        drop(dropped);
+        assert!(free());
+        std::fs::remove_file(&path).unwrap();
+    }
+}

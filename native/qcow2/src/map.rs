@@ -66,12 +66,13 @@ pub fn range_at(image: &Image, at: u64, len: u64) -> Result<Range> {
     Ok(range)
 }
 
-fn step(image: &Image, at: u64, end: u64) -> Result<Range> {
+/// What is at `at`, up to `end` at most: not all of that range, but found by one look at each layer.
+pub(crate) fn step(image: &Image, at: u64, end: u64) -> Result<Range> {
     run(image, |state, waiter| state.range(image, at, end, waiter))
 }
 
 impl State {
-    /// One cluster's worth at most, or a raw file's extent.
+    /// One cluster's worth at most, or a raw file's extent, or what has no L2 tables in a block of the L1 table.
     fn range(&mut self, image: &Image, at: u64, end: u64, waiter: &Waiter) -> Planned<Range> {
         let mut len = end.saturating_sub(at);
         let mut range = Range {
@@ -120,8 +121,14 @@ impl State {
                 None => break,
             };
             let size = geometry.cluster();
-            let mapping =
-                self.lookup(&geometry, GuestCluster(at >> geometry.cluster_bits), waiter)?;
+            let cluster = GuestCluster(at >> geometry.cluster_bits);
+            let bare = self.without_tables(&geometry, cluster, waiter)?;
+            if bare > 0 {
+                len = len.min(bare.saturating_mul(size) - at % size);
+                (range.len, range.offset) = (len, None);
+                continue;
+            }
+            let mapping = self.lookup(&geometry, cluster, waiter)?;
             let (part, run) = mapping.run(&geometry, at % size);
             len = len.min(run);
             range.len = len;

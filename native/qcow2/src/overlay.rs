@@ -19,7 +19,9 @@
 use std::sync::Arc;
 
 use crate::compress::Packer;
-use crate::copy::{copy, is_zero, on_threads, write_packed, CopyOptions, Progress};
+use crate::copy::{
+    copy, hole_at, is_zero, through, write_packed, CopyOptions, Piece, Pieces, Progress,
+};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -77,15 +79,33 @@ pub fn rebase(
             "an encrypted image's clusters are not compressed",
         ));
     }
-    let pace = (options.threads, options.rate);
-    on_threads(overlay.size(), PIECE, pace, progress, || {
+    let work = Pieces {
+        size: overlay.size(),
+        piece: PIECE,
+        threads: options.threads,
+        rate: options.rate,
+    };
+    // Where both read as zeros nothing is to be done, whoever says so.
+    let hole = |at| {
+        let below = match new {
+            Some(new) if at < new.size() => hole_at(new, at, None)?,
+            _ => u64::MAX,
+        };
+        Ok(below.min(hole_at(overlay, at, None)?))
+    };
+    work.on_threads(progress, hole, || {
         let mut worker = Worker {
-            overlay: Disk::new(overlay.clone())?,
-            new: new.map(|new| Disk::new(new.clone())).transpose()?,
+            overlay: through(overlay)?,
+            new: new.map(through).transpose()?,
             unit: if compress { cluster } else { UNIT },
             packer: compress.then(|| Packer::new(codec)).transpose()?,
         };
-        Ok(move |at, len| worker.piece(at, len).map(|()| true))
+        Ok(move |piece: Piece| {
+            if !piece.hole {
+                worker.piece(piece.start, piece.len)?;
+            }
+            Ok(true)
+        })
     })?;
     crate::blocking::commit(overlay)
 }

@@ -165,6 +165,12 @@ pub(crate) enum Stop {
     Wait,
     /// Too much is dirty: a commit has to end first.
     Commit,
+    /// Nothing is free but what was freed and cannot be used yet (alloc/freed.rs): once nothing that was planned
+    /// for the caller before is under way, a commit has to end first, or else the waiter is woken.
+    Release {
+        /// It takes a commit.
+        commit: bool,
+    },
     /// It cannot be done.
     Fail(Error),
 }

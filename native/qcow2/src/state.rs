@@ -119,6 +119,7 @@ impl State {
         self.cache.clear();
         self.writer = None;
         self.tracking = Tracking::default();
+        self.failed = None;
         for (number, layer) in self.layers.iter_mut().enumerate() {
             match layer {
                 Layer::Raw(raw) => raw.size = files.get(raw.file).ok_or_else(no_file)?.len()?,
@@ -202,7 +203,7 @@ impl State {
     }
 
     pub(crate) fn inactivate(&mut self, files: &[BlockFile]) -> Result<()> {
-        if let Some(writer) = self.writer.take() {
+        if let Some(writer) = &self.writer {
             let file = files.get(writer.geometry.file).ok_or_else(no_file)?;
             if file.regular && file.len()? > writer.used_len() {
                 file.set_len(writer.used_len())?;
@@ -211,9 +212,16 @@ impl State {
                 }
             }
         }
+        self.abandon();
+        Ok(())
+    }
+
+    /// Be inactive, whatever is lost by it.
+    pub(crate) fn abandon(&mut self) {
+        self.writer = None;
+        self.tracking = Tracking::default();
         self.cache.clear();
         self.active = false;
-        Ok(())
     }
 
     /// The files that a commit syncs: the image, and the data file where that is another.

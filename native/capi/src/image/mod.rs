@@ -63,7 +63,7 @@ pub unsafe extern "C" fn vmbus_image_close(image: *mut VmbusImage) -> c_int {
     guard(|| {
         // SAFETY: the caller's promise.
         let image = unsafe { Box::from_raw(image) };
-        image.image.inactivate()?;
+        image.image.close()?;
         Ok(0)
     })
 }

@@ -58,6 +58,9 @@ impl Engine {
                     let slot = self.tasks.get(key).map_or(0, |task| task.slot);
                     return self.join_commit(slot, &image, vec![waiter], Want::Room);
                 }
+                Err(Stop::Release { commit }) => {
+                    return self.wait_for_room(key, &image, waiter, commit)
+                }
                 Err(Stop::Fail(error)) => {
                     if let Some(task) = self.tasks.get_mut(key) {
                         task.fail(error);
@@ -126,6 +129,23 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Clusters that were freed become free: not while anything is under way that was planned for the task before.
+    fn wait_for_room(&mut self, key: u64, image: &Image, waiter: Waiter, commit: bool) {
+        let Some(task) = self.tasks.get_mut(key) else {
+            return;
+        };
+        if task.pending > 0 {
+            // It is advanced again when that has ended.
+            return;
+        }
+        task.parked = true;
+        task.epoch = image.renew(task.epoch);
+        if commit {
+            let slot = task.slot;
+            self.join_commit(slot, image, vec![waiter], Want::Data);
+        }
     }
 
     pub(super) fn park(&mut self, key: u64) {

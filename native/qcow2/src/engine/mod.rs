@@ -11,6 +11,7 @@
 //! | `Load`          | reads the metadata block through the ring           | the block was supplied         |
 //! | `Wait`          | nothing: a waiter is registered                     | it is woken through the mailbox|
 //! | `Commit`        | joins a commit, or drives a new one                 | the commit has ended           |
+//! | `Release`       | the same if that helps; what was planned ends first | that, or other requests, ended |
 //! | `Fail`          | fails the task; what is under way still ends        | -                              |
 //!
 //! So a metadata miss, an allocation or a flush of one request never holds up another, and nothing

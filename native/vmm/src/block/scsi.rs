@@ -370,7 +370,7 @@ fn attach(engine: &mut Engine, image: Arc<Image>) -> Result<(Arc<Image>, Slot)> 
 
 fn detach(engine: &mut Engine, (image, slot): (Arc<Image>, Slot)) -> Result<()> {
     engine.detach(slot).map_err(image_error)?;
-    image.inactivate().map_err(image_error)
+    image.close().map_err(image_error)
 }
 
 /// Whether a queue's chains wait there until there is something to tell.

@@ -359,7 +359,7 @@ impl Server {
             Kinds::Disk { image, slot, .. } => {
                 if let Some(slot) = slot.take() {
                     self.engine.detach(slot).map_err(image_error)?;
-                    image.inactivate().map_err(image_error)?;
+                    image.close().map_err(image_error)?;
                 }
                 Ok(())
             }

@@ -208,6 +208,7 @@ impl State {
         if self.cache.crowded() {
             return Err(Stop::Commit);
         }
+        self.release_freed(waiter)?;
         let geometry = self.geometry()?;
         let writer = self.writer()?;
         let mut start = if writer.regular {
@@ -219,7 +220,7 @@ impl State {
         while at < start.saturating_add(count) {
             let writer = self.writer()?;
             if !writer.regular && start + count > writer.end {
-                return Err(Stop::Fail(full()));
+                return Err(self.no_room(waiter));
             }
             if self.ensure_counted(files, HostCluster(at), HostCluster(start), waiter)? {
                 start = start.max(self.writer()?.end.min(start + 1));
@@ -273,7 +274,7 @@ impl State {
                 return Ok(None);
             }
             if at >= end && !writer.regular {
-                return Err(Stop::Fail(full()));
+                return Err(self.no_room(waiter));
             }
             let limit = if at >= end { u64::MAX } else { end };
             let (start, free) = self.scan(&geometry, at, limit, max, waiter)?;
@@ -392,13 +393,6 @@ impl State {
     fn geometry(&mut self) -> Result<Geometry> {
         self.writer().map(|writer| writer.geometry)
     }
-}
-
-fn full() -> Error {
-    Error::new(
-        Kind::NoSpace,
-        "the block device that holds the image is full",
-    )
 }
 
 fn get_count(bytes: &[u8], order: u32, index: u64) -> u64 {
