@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks of 2 PiB with next to nothing in them: what goes over a whole disk goes by its tables, not by its bytes.
+"""Disks of 2 PiB with next to nothing in them: what goes over a whole disk goes by its tables.
 
 Nothing here looks at a clock: going by bytes, or by clusters, none of it would end within pytest's limit.
 """

@@ -72,7 +72,7 @@ pub(crate) fn step(image: &Image, at: u64, end: u64) -> Result<Range> {
 }
 
 impl State {
-    /// One cluster's worth at most, or a raw file's extent, or what has no L2 tables in a block of the L1 table.
+    /// One cluster's worth at most, or a raw file's extent, or what one block of a table says is not there.
     fn range(&mut self, image: &Image, at: u64, end: u64, waiter: &Waiter) -> Planned<Range> {
         let mut len = end.saturating_sub(at);
         let mut range = Range {
@@ -122,7 +122,7 @@ impl State {
             };
             let size = geometry.cluster();
             let cluster = GuestCluster(at >> geometry.cluster_bits);
-            let bare = self.without_tables(&geometry, cluster, waiter)?;
+            let bare = self.bare(&geometry, cluster, waiter)?;
             if bare > 0 {
                 len = len.min(bare.saturating_mul(size) - at % size);
                 (range.len, range.offset) = (len, None);

@@ -145,32 +145,40 @@ impl State {
         Ok(decode_l1(geometry, entry)?)
     }
 
-    /// How many guest clusters from this one on have no L2 table, as far as one block of the L1 table tells; 0 if
-    /// it has one.
-    pub(crate) fn without_tables(
+    /// How many guest clusters from this one on the layer does not have, as far as one block of the L1 table or of
+    /// an L2 table tells; 0 if it has this one.
+    pub(crate) fn bare(
         &mut self,
         geometry: &Geometry,
         cluster: GuestCluster,
         waiter: &Waiter,
     ) -> Planned<u64> {
         let per_table = geometry.l2_entries();
+        let (index, within) = (cluster.0 / per_table, cluster.0 % per_table);
         let Some((l1, entries)) = self.l1(geometry.layer) else {
             return Ok(0);
         };
-        let index = cluster.0 / per_table;
         if index >= entries {
             return Ok(u64::MAX >> geometry.cluster_bits);
+        }
+        if let Some(table) = self.l2_table(geometry, cluster, waiter)? {
+            let (need, at) = l2_place(geometry, table.offset, within);
+            let block = self.cache.fetch(need, waiter)?;
+            let rest = block.bytes().get(at..).unwrap_or(&[]);
+            let bare = L2Entry::all(geometry, rest)
+                .take_while(|entry| matches!(entry.decode(geometry), Ok(Mapping::Unallocated)));
+            return Ok(bare.count() as u64);
         }
         let at = l1.0.saturating_add(index.saturating_mul(8));
         let need = block_of(geometry, at);
         let block = self.cache.fetch(need, waiter)?;
-        let from = block.bytes().get((at - need.offset.0) as usize..);
-        let words = from.unwrap_or(&[]).chunks_exact(8);
-        let bare = words
+        let rest = block.bytes().get((at - need.offset.0) as usize..);
+        let tables = rest.unwrap_or(&[]).chunks_exact(8);
+        let none = tables
             .take((entries - index) as usize)
             .take_while(|word| be64(word, 0).is_some_and(|entry| entry & OFFSET == 0))
             .count() as u64;
-        Ok((bare * per_table).saturating_sub(cluster.0 % per_table))
+        Ok((none * per_table).saturating_sub(within))
     }
 
     /// A guest cluster's mapping in one layer.
