@@ -4,9 +4,23 @@
 //! Fixed newstyle negotiation, structured replies, base:allocation and qemu:dirty-bitmap, flush, FUA, trim, write-zeroes and
 //! several connections at once, which see each other's writes (the image is one). Left out: TLS (the
 //! socket's permissions say who may connect), resizing, extended headers.
+//!
+//! | module       | job                                                             |
+//! |--------------|-----------------------------------------------------------------|
+//! | `handshake`  | options, and what was agreed                                    |
+//! | `connection` | one client's requests, from its socket to the engine and back   |
+//! | `inbox`      | what comes from the socket                                      |
+//! | `outbox`     | answers on their way                                            |
+//! | `memory`     | memory for requests                                             |
+//! | `status`     | block status                                                    |
+//! | `wire`       | headers and numbers of the protocol                             |
 
 mod connection;
 mod handshake;
+mod inbox;
+mod memory;
+mod outbox;
+mod status;
 mod wire;
 
 use std::os::unix::net::{UnixListener, UnixStream};
