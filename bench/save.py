@@ -36,6 +36,28 @@ TOUCHED: Final = 300  # MiB
 MAPPED: Final = {"mapped-ram": True, "multifd": True}
 
 
+class Qmp:
+    """What a QEMU is told, on its socket."""
+
+    def __init__(self, control: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(control))
+        self._lines = self._socket.makefile("r")
+        self._lines.readline()
+        self.ask("qmp_capabilities")
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        """The answer to a command; events are passed over."""
+        words = json.dumps({"execute": command, "arguments": arguments})
+        self._socket.sendall(words.encode())
+        while True:
+            answer = json.loads(self._lines.readline())
+            if "error" in answer:
+                raise RuntimeError(f"{command}: {answer['error']}")
+            if "return" in answer:
+                return answer["return"]
+
+
 class Qemu:
     """A QEMU with the guest in it, spoken to by QMP."""
 
@@ -49,23 +71,8 @@ class Qemu:
         for line in self.process.stdout:
             if b"filled" in line:
                 break
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(control))
-        self._lines = self._socket.makefile("r")
-        self._lines.readline()
-        self.ask("qmp_capabilities")
+        self.ask = Qmp(control).ask
         self.ask("migrate-set-parameters", **{"max-bandwidth": 1 << 40, "multifd-channels": 2})
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        """The answer to a command; events are passed over."""
-        words = json.dumps({"execute": command, "arguments": arguments})
-        self._socket.sendall(words.encode())
-        while True:
-            answer = json.loads(self._lines.readline())
-            if "error" in answer:
-                raise RuntimeError(f"{command}: {answer['error']}")
-            if "return" in answer:
-                return answer["return"]
 
     def save(self, place: Path, *, mapped: bool) -> tuple[float, float, int]:
         """Seconds until it is completed, and until the file is synced; bytes on the disk."""

@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore snapshot console port vsock attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore snapshot template clone console port vsock attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -83,6 +83,13 @@ _vmbusctl() {
             ;;
         snapshot)
             options="-h --help --paused --unstable --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            ;;
+        template)
+            options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"
+            ;;
+        clone)
+            options="-h --help --paused --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
             ;;
         console)
             options="-h --help --read-only --steal --json --bus-address --bus-name --no-ask --no-autostart"
@@ -322,6 +329,22 @@ _vmbusctl() {
             return
             ;;
         "snapshot --bus-address" | "snapshot --bus-name")
+            return
+            ;;
+        "template --bus-address" | "template --bus-name")
+            return
+            ;;
+        "clone --file")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "clone --secret")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "clone --bus-address" | "clone --bus-name")
             return
             ;;
         "console --bus-address" | "console --bus-name")

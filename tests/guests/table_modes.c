@@ -23,7 +23,8 @@ void mode_memory(void)
 }
 
 /* fill equal=MIB unlike=MIB seed=N: writes to that much memory from 16 MiB on, pages that are no two alike within the
- * guest; another guest has the same `equal` ones, and the same `unlike` ones only with the same seed. Then sleeps. */
+ * guest; another guest has the same `equal` ones, and the same `unlike` ones only with the same seed. Then sleeps, or
+ * with the word flood prints lines. */
 void mode_fill(void)
 {
     u64 page = 16 << 20, equal = page + (option("equal", 0) << 20), end = equal + (option("unlike", 0) << 20);
@@ -31,6 +32,8 @@ void mode_fill(void)
     for (; page < end; page += 4096)
         *(volatile u64 *)page = page < equal ? page : page | seed;
     print("filled\n");
+    if (has_word("flood"))
+        mode_flood();
     halt();
 }
 

@@ -20,6 +20,7 @@ from vmbus.service.parked import Parked
 from vmbus.service.saving import Saving, resumption
 from vmbus.service.snapshots import Snapshots
 from vmbus.service.standard import Caller
+from vmbus.service.templates import Templates
 from vmbus.service.vsock import Vsock
 from vmbus.wire.dbus_form import build, parse_disk, parse_nic
 from vmbus.wire.definition import Disk, Nic, brought
@@ -98,6 +99,7 @@ class MachineApi:
         saving: Saving,
         snapshots: Snapshots,
         vsock: Vsock,
+        templates: Templates,
     ) -> None:
         self._lifecycle = lifecycle
         self._hotplug = hotplug
@@ -108,6 +110,7 @@ class MachineApi:
         self._saving = saving
         self._snapshots = snapshots
         self._vsock = vsock
+        self._templates = templates
 
     def brings(self, method: str, args: list[Any]) -> set[str]:
         """What a device that is attached asks for beyond the machine."""
@@ -291,6 +294,19 @@ class MachineApi:
         kinds = {"name": "s", "created": "t", "parent": "s", "current": "b", "memory": "t"}
         found = self._snapshots.list(item.machine)
         return [{key: Variant(kinds[key], value) for key, value in one.items()} for one in found]
+
+    async def clone(
+        self,
+        caller: Caller,
+        item: MachineObject,
+        template: str,
+        options: dict[str, Any],
+        files: dict[str, PassedFile],
+    ) -> None:
+        """Clone."""
+        wanted = booleans(options, paused=False)
+        everything = self._with_parked(caller, item, files)
+        await self._templates.clone(item.machine, template, everything, paused=wanted["paused"])
 
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""

@@ -7,7 +7,7 @@ import contextlib
 from typing import Any
 
 from vmbus import __version__
-from vmbus.api.machine import machine_path
+from vmbus.api.machine import job_path, machine_path
 from vmbus.api.options import booleans
 from vmbus.bus import Prepared, Variant
 from vmbus.service.definitions import Definitions
@@ -17,6 +17,7 @@ from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
 from vmbus.service.registry import Registry
 from vmbus.service.standard import Caller
+from vmbus.service.templates import Templates
 from vmbus.wire.dbus_form import parse
 from vmbus.wire.definition import brought
 from vmbus.wire.errors import VmbusError
@@ -45,12 +46,18 @@ class ManagerApi:
     """Its methods."""
 
     def __init__(
-        self, registry: Registry, definitions: Definitions, lifecycle: Lifecycle, subscribers: Subscribers
+        self,
+        registry: Registry,
+        definitions: Definitions,
+        lifecycle: Lifecycle,
+        subscribers: Subscribers,
+        templates: Templates,
     ) -> None:
         self._registry = registry
         self._definitions = definitions
         self._lifecycle = lifecycle
         self._subscribers = subscribers
+        self._templates = templates
         self._lists: dict[int, Prepared] = {}
         self._unstarted: dict[str, list[Machine]] = {}
 
@@ -105,6 +112,27 @@ class ManagerApi:
             prepared = Prepared("ao", [machine_path(machine.uuid) for machine in machines])
             self._lists[caller.uid] = prepared
         return prepared
+
+    def import_template(self, caller: Caller, item: ManagerObject, name: str, file: PassedFile) -> str:
+        """ImportTemplate."""
+        file.claimed = True
+        return job_path(self._templates.make(caller.uid, name, file, ROOT).number)
+
+    def list_templates(self, caller: Caller, item: ManagerObject) -> list[dict[str, Any]]:
+        """ListTemplates."""
+        return [
+            {
+                "name": Variant("s", one.name),
+                "created": Variant("t", one.created),
+                "size": Variant("t", one.size),
+                "verity": Variant("b", one.verity),
+            }
+            for one in self._templates.of(caller.uid)
+        ]
+
+    def delete_template(self, caller: Caller, item: ManagerObject, name: str) -> None:
+        """DeleteTemplate."""
+        self._templates.remove(caller.uid, name)
 
     async def subscribe(self, caller: Caller, item: ManagerObject) -> None:
         """Subscribe."""

@@ -317,6 +317,20 @@ def _snapshot(to: argparse.ArgumentParser) -> None:
     _secrets(to)
 
 
+def _template(to: argparse.ArgumentParser) -> None:
+    to.add_argument("action", choices=("import", "list", "delete"), help="what to do")
+    to.add_argument("template", metavar="NAME", nargs="?", help="the template's; not for list")
+    _completed(to.add_argument("source", metavar="FILE", nargs="?", help="import: what save wrote"), "file")
+
+
+def _clone(to: argparse.ArgumentParser) -> None:
+    _machine(to)
+    to.add_argument("template", metavar="TEMPLATE", help="a template of yours")
+    to.add_argument("--paused", action="store_true", help="stop where it was saved")
+    _files(to)
+    _secrets(to)
+
+
 def _stop(to: argparse.ArgumentParser) -> None:
     _machines(to)
     to.add_argument(
@@ -608,6 +622,26 @@ COMMANDS: Final[Sequence[Command]] = (
             ("vmbusctl snapshot delete web before", "those that were made from it stay"),
         ),
         _snapshot,
+    ),
+    Command(
+        "template",
+        "keep a saved machine, for others to begin as",
+        "vmbus copies the file once, to one that nobody can change; import checks nothing of it, clone does.",
+        (
+            ("vmbusctl template import worker web.saved", "from what save wrote"),
+            ("vmbusctl template list", "yours, and what they take"),
+            ("vmbusctl template delete worker", "clones that run go on"),
+        ),
+        _template,
+    ),
+    Command(
+        "clone",
+        "start a machine as a template, at once",
+        "The machine is defined like the one that was saved, and its disks hold what that one's did, in\n"
+        "other files (copies, or overlays). Memory is read when the guest uses it, and copied when it\n"
+        "writes. Cables on bridges are pulled, since all clones have one address: set-link plugs them in.",
+        (("vmbusctl clone web-2 worker", "goes on where the template was saved"),),
+        _clone,
     ),
     Command(
         "console",

@@ -24,6 +24,7 @@ from vmbus.cli import (
     output,
     saving,
     snapshots,
+    templates,
     vsock,
 )
 from vmbus.cli.remote import ENDED, Machine, Moment, Remote
@@ -271,6 +272,8 @@ ACTIONS: Final[Mapping[str, Action]] = {
     "save": saving.save,
     "restore": saving.restore,
     "snapshot": snapshots.snapshot,
+    "template": templates.template,
+    "clone": templates.clone,
     "attach-nic": devices.attach_nic,
     "detach-nic": devices.detach("Nic"),
     "attach-disk": devices.attach_disk,

@@ -175,6 +175,24 @@ class Remote:
         found: list[Mapping[str, Any]] = await self._call(path, "Machine.ListSnapshots")
         return found
 
+    async def clone(self, path: str, template: str, files: Mapping[str, int], *, paused: bool) -> None:
+        """Machine.Clone; returns when the guest goes on."""
+        options = self._connection.flags(paused=paused)
+        await self._call(path, "Machine.Clone", template, options, dict(files))
+
+    async def import_template(self, name: str, file: int) -> str:
+        """Manager.ImportTemplate; the path of its job. ``file`` stays the caller's."""
+        return str(await self._call(ROOT, "Manager.ImportTemplate", name, file))
+
+    async def templates(self) -> list[Mapping[str, Any]]:
+        """Manager.ListTemplates."""
+        found: list[Mapping[str, Any]] = await self._call(ROOT, "Manager.ListTemplates")
+        return found
+
+    async def delete_template(self, name: str) -> None:
+        """Manager.DeleteTemplate."""
+        await self._call(ROOT, "Manager.DeleteTemplate", name)
+
     async def attach_nic(self, path: str, nic: Nic) -> int:
         """Machine.AttachNic; its slot."""
         return int(await self._call(path, "Machine.AttachNic", self._connection.form(nic)))

@@ -83,11 +83,9 @@ class KsmConfig(_Strict, frozen=True, kw_only=True):
 
 
 class SnapshotsConfig(_Strict, frozen=True, kw_only=True):
-    """``[snapshots]``."""
+    """``[snapshots]``: of machines, and templates."""
 
-    most: Annotated[int, Meta(ge=0, le=1 << 24)] = (
-        16384  # MiB that the memory of one owner's snapshots may take
-    )
+    most: Annotated[int, Meta(ge=0, le=1 << 24)] = 16384  # MiB that one owner's may take, without disks
 
 
 class Config(_Strict, frozen=True, kw_only=True):

@@ -60,6 +60,7 @@ class Resumption:
     changed_disks: bool = False
     revert_to: str = ""
     aside: str = ""
+    clone: bool = False
     on_restored: Callable[[], None] = lambda: None
 
 
@@ -161,7 +162,7 @@ class Lifecycle:
             ("ports", lambda: self._handover.ports(machine)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             *([("file", lambda: self._hand_over_saved(machine, saved))] if saved else []),
-            ("build", lambda: self._build(machine, restore=saved is not None)),
+            ("build", lambda: self._build(machine, saved)),
             ("tidy", lambda: self.tidy(machine)),
             *([("prefault", lambda: touch(machine, machine.job))] if prefault else []),
             ("links", lambda: self._networks.join(machine, machine.definition.nics)),
@@ -231,13 +232,17 @@ class Lifecycle:
         await watched(machine, machine.job, work, worker.cancel_save, worker)
         saved.on_restored()
 
-    async def _build(self, machine: Machine, *, restore: bool) -> None:
+    async def _build(self, machine: Machine, saved: Resumption | None) -> None:
         self._registry.write_run(
             machine, msgspec.structs.replace(_run(machine), merging=self.admit_to_merging(machine))
         )
         machine.on_change(machine, machine.state, ("Merging",))
         await machine.connection().configure(
-            machine.uuid, machine.definition, merge=machine.merging != "other-domain", restore=restore
+            machine.uuid,
+            machine.definition,
+            merge=machine.merging != "other-domain",
+            restore=saved is not None,
+            clone=saved is not None and saved.clone,
         )
 
     async def _let_go(self, machine: Machine, *, paused: bool, restored: bool) -> None:

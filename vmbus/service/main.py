@@ -50,6 +50,7 @@ from vmbus.service.registry import Registry
 from vmbus.service.saving import Saving
 from vmbus.service.snapshot_store import Store
 from vmbus.service.snapshots import Snapshots
+from vmbus.service.templates import Templates
 from vmbus.service.tuner import Tuner
 from vmbus.service.vsock import Vsock
 from vmbus.wire import contract
@@ -126,6 +127,8 @@ async def serve(options: argparse.Namespace) -> int:
     lifecycle.on_detached = hotplug.detached
     definitions = Definitions(registry, broker, owned, firmware)
     snapshots = Snapshots(snapshot_store, registry, jobs, lifecycle, quota=wanted.snapshots.most << 20)
+    templates = Templates(options.state_dir, jobs, lifecycle, hotplug, quota=wanted.snapshots.most << 20)
+    templates.used, snapshots.others = snapshots.used, templates.taken
     memory = Memory(jobs)
     lifecycle.on_found = memory.found
     hugepages = HugePages(registry, broker, jobs, wanted.hugepages.persistent)
@@ -152,6 +155,7 @@ async def serve(options: argparse.Namespace) -> int:
         parked,
         memory,
         snapshots,
+        templates,
         broker,
         hugepages,
         ksm,
@@ -159,6 +163,7 @@ async def serve(options: argparse.Namespace) -> int:
     )
     registry.load()
     firmware.load()
+    templates.load()
     snapshot_store.load(machine.uuid for machine in registry.all())
     owned.load({machine.uuid for machine in registry.all()})
     descriptors.begin()
@@ -223,6 +228,7 @@ def _on_the_bus(
     parked: Parked,
     memory: Memory,
     snapshots: Snapshots,
+    templates: Templates,
     broker: BrokerClient,
     hugepages: HugePages,
     ksm: Ksm,
@@ -237,12 +243,12 @@ def _on_the_bus(
     from vmbus.api.manager import ManagerApi, ManagerObject  # noqa: PLC0415
     from vmbus.api.publish import Publisher  # noqa: PLC0415
 
-    manager = ManagerApi(registry, definitions, lifecycle, subscribers)
+    manager = ManagerApi(registry, definitions, lifecycle, subscribers, templates)
     saving = Saving(jobs)
     handlers = {
         "org.vmbus1.Manager": manager,
         "org.vmbus1.Machine": MachineApi(
-            lifecycle, hotplug, changes, definitions, parked, memory, saving, snapshots, Vsock()
+            lifecycle, hotplug, changes, definitions, parked, memory, saving, snapshots, Vsock(), templates
         ),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -44,7 +44,8 @@ from vmbus.wire.errors import VmbusError
 
 MOST: Final = 64
 """Snapshots of a machine."""
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}")
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,62}")
+"""Of a snapshot, or a template."""
 _ENDED: Final = ("stopped", "crashed")
 _ALIVE: Final = ("running", "paused")
 
@@ -61,6 +62,8 @@ class Snapshots:
         self._lifecycle = lifecycle
         self._quota = quota
         lifecycle.tidy = self.tidy
+        self.others: Callable[[int], int] = lambda owner: 0
+        """Bytes of an owner's that count with snapshots to the quota."""
 
     def list(self, machine: Machine) -> list[dict[str, Any]]:
         """In the order in which they were made."""
@@ -77,13 +80,17 @@ class Snapshots:
             for snapshot in index.snapshots
         ]
 
+    def used(self, owner: int) -> int:
+        """Bytes that the memory of an owner's snapshots takes."""
+        return self._store.used(machine.uuid for machine in self._registry.of(owner))
+
     # -- create
 
     def create(self, machine: Machine, name: str, *, unstable: bool) -> Job:
         """Raises InvalidArgument, AlreadyExists, QuotaExceeded, NotSupported, InvalidState."""
         machine.require("CreateSnapshot", *_ALIVE)
         self._check_kept(machine)
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             text = (
                 "1 to 63 letters, digits, dots, dashes, plus signs and underscores, of which the first is a "
             )
@@ -95,9 +102,9 @@ class Snapshots:
             raise VmbusError("AlreadyExists", f"the machine has a snapshot '{name}'", argument="name")
         if len(index.snapshots) >= MOST:
             raise VmbusError("QuotaExceeded", f"the machine has {MOST} snapshots; delete one")
-        used = self._store.used(other.uuid for other in self._registry.of(machine.owner))
+        used = self.used(machine.owner) + self.others(machine.owner)
         if used + machine.definition.memory > self._quota:
-            text = f"the memory of your snapshots takes {used} bytes, and this one could take "
+            text = f"your snapshots and templates take {used} bytes, and this one could take "
             text += f"{machine.definition.memory}; {self._quota} are allowed (vmbusd.toml): delete some"
             raise VmbusError("QuotaExceeded", text)
         check_stable(machine, unstable=unstable)

@@ -135,12 +135,21 @@ class WorkerClient:
         await self._ask(lambda n: wire.AddLink(id=n, device=device, peer=peer), fds=[fd])
 
     async def configure(
-        self, uuid: str, definition: Definition, *, merge: bool, restore: bool = False
+        self,
+        uuid: str,
+        definition: Definition,
+        *,
+        merge: bool,
+        restore: bool = False,
+        clone: bool = False,
     ) -> None:
-        """Build the machine. ``merge``: its memory is offered to KSM; ``restore``: it is restored then."""
+        """Build the machine. ``merge``: its memory is offered to KSM; ``restore``: it is restored then, and
+        as a ``clone`` its memory is the file's."""
         self._unrestricted()
         await self._ask(
-            lambda n: wire.Configure(id=n, uuid=uuid, definition=definition, merge=merge, restore=restore),
+            lambda n: wire.Configure(
+                id=n, uuid=uuid, definition=definition, merge=merge, restore=restore, clone=clone
+            ),
             timeout=BUILD_DEADLINE,
         )
 

@@ -69,6 +69,7 @@ class Configure(_Request, tag="configure", frozen=True, kw_only=True):
     definition: Definition
     merge: bool = True  # offer mergeable memory to KSM
     restore: bool = False  # it goes on from a file: Restore follows, not Run; its disks are not used before
+    clone: bool = False  # with restore: memory is the file's, mapped copy-on-write
 
 
 class Save(_Request, tag="save", frozen=True, kw_only=True):

@@ -33,7 +33,7 @@ from vmbus.wire.definition import (
     slots,
 )
 from vmbus.wire.errors import KINDS, VmbusError
-from vmbus.worker.files import Files
+from vmbus.worker.files import RESTORE, Files
 from vmbus.worker.loop import Loop
 
 ABI: Final = 2
@@ -155,10 +155,12 @@ def configuration(
     console: int,
     merge: bool = True,
     restore: bool = False,
+    clone: bool = False,
 ) -> bytes:
     """The core's ``Config`` (native/vmm/src/config.rs) as JSON: the definition, each file by its fd.
 
-    ``merge``: whether mergeable memory is offered to KSM; ``restore``: the machine goes on from a file.
+    ``merge``: whether mergeable memory is offered to KSM; ``restore``: the machine goes on from a file, whose
+    memory a ``clone`` has.
     Raises InvalidArgument for a slot that is not
     filled. All the slots that it names, ``kvm`` and ``console``
     belong to the core once the bytes are given to it.
@@ -189,6 +191,8 @@ def configuration(
         "restore": restore,
     }
     config |= _beginning(definition, files)
+    if clone:
+        config["clone_fd"] = files.one(RESTORE)
     if definition.memory_kind != "mergeable":
         config["memory_fd"] = files.one("memory")
     return _encoder.encode(config)

@@ -115,6 +115,7 @@ class Machine:
         self._ports: dict[str, Hub] = {}
         self._watchdog = ""  # what it did, until that is told
         self._building = False
+        self._cloned = False
         self._stop_when_built: list[Reply] = []
         self._replies: dict[int, tuple[str, Reply]] = {}
         self._last_request = 0
@@ -192,11 +193,14 @@ class Machine:
             console=self._console_end,
             merge=request.merge,
             restore=request.restore,
+            clone=request.clone,
         )
         for number, name in enumerate(definition.ports):
             ours = socket.socket(fileno=self._files.all(f"port/{number}")[0])
             self._ports[name] = Hub(self._loop, ours, lambda: None)
-        self._files.hand_over(named_slots(definition, self._files), keep=RESTORE if request.restore else "")
+        self._cloned = request.clone
+        slots = [*named_slots(definition, self._files), *([RESTORE] if request.clone else [])]
+        self._files.hand_over(slots, keep=RESTORE if request.restore and not request.clone else "")
         self._files.built()
         self._building = True
         self.core.build(config, lambda error: self._built(error, reply))
@@ -330,6 +334,9 @@ class Machine:
 
     def _restore(self, request: Restore, reply: Reply) -> None:
         self._require("restore", frozenset({"configured"}))
+        if self._cloned:
+            self.core.keep("restore", self._expect("restore", reply), changed_disks=request.changed_disks)
+            return
         fd = self._files.one(RESTORE)
         self._files.hand_over([RESTORE])
         number = self._expect("restore", reply)

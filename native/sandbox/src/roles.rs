@@ -131,7 +131,7 @@ fn runtime(allowed: &mut Allowed) -> Result<(), Error> {
     ]);
     // W^X: nothing becomes executable that was not at the start. Huge pages come as a sealed memfd from
     // the broker, which counts them: so none by a flag, and no private mapping of a file, whose copies of that
-    // memfd's pages would be further ones of the pool.
+    // memfd's pages would be further ones of the pool (but see `build`).
     let kind = (libc::MAP_HUGETLB | libc::MAP_TYPE) as u64;
     for (mask, flags) in [
         (kind, libc::MAP_SHARED),
@@ -292,6 +292,18 @@ fn build(allowed: &mut Allowed) -> Result<(), Error> {
         libc::SYS_mlock2,
         libc::SYS_madvise,
     ]);
+    // An instant clone's memory is a saved machine's file, mapped privately. Nobody gains by it: what can be mapped
+    // so can be read(), writing makes copies of the process's own, and nothing becomes executable. It is here and not in
+    // `common` because such a mapping of the broker's memfd of huge pages would take further ones from the pool: once the
+    // machine is built, and before its guest has run, no thread may do it any more.
+    let kind = (libc::MAP_HUGETLB | libc::MAP_TYPE | libc::MAP_ANONYMOUS) as u64;
+    allowed.when(
+        libc::SYS_mmap,
+        &[
+            (2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0),
+            (3, SeccompCmpOp::MaskedEq(kind), libc::MAP_PRIVATE as u64),
+        ],
+    )?;
     allowed.one_of(
         libc::SYS_fcntl,
         1,

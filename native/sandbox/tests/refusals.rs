@@ -360,9 +360,17 @@ fn memory_never_becomes_executable_and_never_comes_from_the_huge_page_pool() {
     );
     assert_eq!(map(libc::PROT_READ | libc::PROT_EXEC, anonymous), REFUSED);
     assert_eq!(map(libc::PROT_EXEC, anonymous), REFUSED);
-    // A file: shared, never private. The kernel says EBADF to what passes.
+    // A file: shared; and privately while a machine is built. The kernel says EBADF to what passes.
+    let private = libc::MAP_PRIVATE as u64;
     assert_ne!(map(libc::PROT_READ, libc::MAP_SHARED as u64), REFUSED);
-    for file in [libc::MAP_PRIVATE, libc::MAP_SHARED_VALIDATE] {
+    assert_ne!(map(libc::PROT_READ | libc::PROT_WRITE, private), REFUSED);
+    for file in [private, libc::MAP_SHARED as u64] {
+        assert_eq!(map(libc::PROT_READ | libc::PROT_EXEC, file), REFUSED);
+    }
+    for file in [
+        libc::MAP_SHARED_VALIDATE,
+        libc::MAP_PRIVATE | libc::MAP_HUGETLB,
+    ] {
         assert_eq!(map(libc::PROT_READ, file as u64), REFUSED);
     }
     for huge in [0, libc::MAP_HUGE_2MB as u64, libc::MAP_HUGE_1GB as u64] {
@@ -570,6 +578,19 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
             "KVM_CREATE_VCPU",
             libc::SYS_ioctl,
             [BAD, 0xae41, 0, 0, 0, 0],
+            &[],
+        ),
+        (
+            "a private mapping of a file",
+            libc::SYS_mmap,
+            [
+                0,
+                4096,
+                libc::PROT_READ as u64,
+                libc::MAP_PRIVATE as u64,
+                BAD,
+                0,
+            ],
             &[],
         ),
         (

@@ -95,6 +95,10 @@ pub struct Config {
     /// The machine goes on from a file: it cannot begin otherwise, and its disks are not used before.
     #[serde(default)]
     pub restore: bool,
+    /// With `restore`: the file, whose memory becomes the machine's without being read; only of kind mergeable, not locked. It
+    /// must be one that nobody changes.
+    #[serde(default)]
+    pub clone_fd: Option<RawFd>,
 }
 
 /// How the guest's memory is made.
@@ -278,8 +282,10 @@ pub struct SaveTo {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreFrom {
-    /// A saved machine, open for reading; for writing too, if it is to be marked as used.
-    pub fd: RawFd,
+    /// A saved machine, open for reading; for writing too, if it is to be marked as used. None: the file that the machine was
+    /// built with.
+    #[serde(default)]
+    pub fd: Option<RawFd>,
     /// Even if the files of its disks are others, or were written since.
     #[serde(default)]
     pub changed_disks: bool,
@@ -313,8 +319,8 @@ impl RestoreFrom {
     ///
     /// # Errors
     /// `InvalidArgument` for a number that is no fd.
-    pub fn take_file(&self) -> Result<OwnedFd> {
-        take("file", self.fd)
+    pub fn take_file(&self) -> Result<Option<OwnedFd>> {
+        self.fd.map(|fd| take("file", fd)).transpose()
     }
 }
 
@@ -468,6 +474,8 @@ pub struct Files {
     pub nics: Vec<Vec<OwnedFd>>,
     /// For each port: its socket.
     pub ports: Vec<OwnedFd>,
+    /// The saved machine that it is a clone of.
+    pub clone: Option<OwnedFd>,
 }
 
 impl Config {
@@ -489,6 +497,7 @@ impl Config {
             disks: self.disks.iter().map(Disk::own_files).collect(),
             nics: self.nics.iter().map(Nic::own_files).collect(),
             ports: self.ports.iter().map(|port| own(port.fd)).collect(),
+            clone: self.clone_fd.map(own),
         })
     }
 
@@ -520,6 +529,11 @@ impl Config {
             ));
         }
         self.uuid_bytes()?;
+        let plain = self.memory_kind == MemoryKind::Mergeable && !self.locked;
+        if self.clone_fd.is_some() && !(self.restore && plain) {
+            let message = "a clone has memory of kind mergeable, not locked, and is restored";
+            return Err(Error::invalid("clone_fd", message));
+        }
         match (&self.kernel, &self.firmware) {
             (Some(kernel), None) => {
                 if kernel.cmdline.len() > CMDLINE_MAX || kernel.cmdline.contains('\0') {
@@ -608,6 +622,7 @@ impl Config {
             ("console_fd".to_owned(), self.console_fd),
         ];
         fds.extend(self.memory_fd.map(|fd| ("memory_fd".to_owned(), fd)));
+        fds.extend(self.clone_fd.map(|fd| ("clone_fd".to_owned(), fd)));
         if let Some(kernel) = &self.kernel {
             fds.push(("kernel.fd".to_owned(), kernel.fd));
             let initrd = kernel.initrd_fd;
@@ -759,6 +774,15 @@ mod tests {
             (r#"{"machine_type": "vmbus-9"}"#, "machine_type"),
             (r#"{"memory_kind": "huge"}"#, "memory_fd"),
             (r#"{"memory_fd": 9}"#, "memory_fd"),
+            (r#"{"clone_fd": 9}"#, "clone_fd"),
+            (
+                r#"{"clone_fd": 9, "restore": true, "memory_kind": "shareable", "memory_fd": 8}"#,
+                "clone_fd",
+            ),
+            (
+                r#"{"clone_fd": 9, "restore": true, "locked": true}"#,
+                "clone_fd",
+            ),
             (
                 r#"{"memory_kind": "shareable", "memory_fd": 9, "merge": true}"#,
                 "merge",

@@ -20,6 +20,7 @@ use std::thread::JoinHandle;
 
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::mmap::MmapRegion;
+use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::Ring;
 
 use crate::acpi;
@@ -63,7 +64,8 @@ use crate::platform::{self, Legacy, Platform, Start};
 use crate::ports;
 
 use crate::save::facts::{Answer, Hardware};
-use crate::save::file::Section;
+use crate::save::file::{Saved, Section};
+use crate::save::mapped;
 use crate::slots::{self, Source, View};
 use crate::snapshots::Tidy;
 use crate::thread::{self, Role, ThreadHook};
@@ -97,6 +99,7 @@ impl Machine {
             disks,
             nics,
             ports,
+            clone: clone_file,
         } = files;
         let kernel = kernel.map(|fd| BootFile::new(fd, "kernel")).transpose()?;
         let initrd = initrd.map(|fd| BootFile::new(fd, "initrd")).transpose()?;
@@ -221,6 +224,9 @@ impl Machine {
         };
         let platform = Platform::new(vm, legacy, start, entry)?;
         platform.reset()?;
+        // Last: until here memory is made and written to as any machine's is.
+        let image = clone_file.map(|file| clone_from(file, &memory, config.merge));
+        let image = image.transpose()?;
         let hardware = Hardware {
             machine_type: facts.machine_type.clone(),
             cpu_model: config.cpu_model.clone(),
@@ -235,6 +241,7 @@ impl Machine {
             (hardware, config.uuid.clone()),
             roms,
             config.restore,
+            image,
         );
         let vcpus = VcpuThreads::start(Arc::clone(&gate), vcpus, &hook)?;
         gate.reset()?;
@@ -320,7 +327,7 @@ impl Machine {
     /// # Errors
     /// `InvalidArgument` for a number that is no fd.
     pub fn restore(&self, id: u64, from: &RestoreFrom) -> Result<()> {
-        let file = from.take_file()?.into();
+        let file = from.take_file()?.map(Into::into);
         let mail = Mail::Keep(id, Keep::Restore(file, from.clone()));
         self.mailbox.inbox.push(mail);
         Ok(())
@@ -512,6 +519,13 @@ fn tables(facts: &Facts, root: &Root) -> Result<Vec<(u64, Vec<u8>)>> {
     tables.push((smbios::ENTRY, entry));
     tables.push((smbios::STRUCTURES, structures));
     Ok(tables)
+}
+
+/// The machine that was saved to this file, whose memory is this one's now.
+fn clone_from(file: OwnedFd, memory: &GuestMemoryMmap, merge: bool) -> Result<Arc<Saved>> {
+    let saved = Saved::open(file.into())?;
+    mapped::map(&saved, memory, merge)?;
+    Ok(Arc::new(saved))
 }
 
 fn create_vm(kvm: &Kvm) -> Result<VmFd> {

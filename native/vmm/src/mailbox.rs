@@ -141,8 +141,8 @@ pub(crate) enum Slot {
 pub(crate) enum Keep {
     /// Write the machine to it.
     Save(File, SaveTo),
-    /// Go on from it.
-    Restore(File, RestoreFrom),
+    /// Go on from it, or from what the machine was built with.
+    Restore(Option<File>, RestoreFrom),
     /// Remove what broken off snapshots have left on the disks.
     Tidy(Tidy),
 }

@@ -108,15 +108,15 @@ fn region(
     };
     let mapping = MmapRegion::build(source, size, libc::PROT_READ | libc::PROT_WRITE, flags)
         .map_err(|e| Error::kernel("mmap of the guest's memory", e))?;
-    advise(&mapping, libc::MADV_DONTFORK)?;
-    advise(&mapping, libc::MADV_DONTDUMP)?;
+    advise(mapping.as_ptr(), size, libc::MADV_DONTFORK)?;
+    advise(mapping.as_ptr(), size, libc::MADV_DONTDUMP)?;
     // What a kernel without KSM, or without huge pages in shmem, refuses (EINVAL) the machine only misses.
     match plan.kind {
         MemoryKind::Mergeable if plan.merge => {
-            let _ = advise(&mapping, libc::MADV_MERGEABLE);
+            let _ = advise(mapping.as_ptr(), size, libc::MADV_MERGEABLE);
         }
         MemoryKind::Shareable => {
-            let _ = advise(&mapping, libc::MADV_HUGEPAGE);
+            let _ = advise(mapping.as_ptr(), size, libc::MADV_HUGEPAGE);
         }
         MemoryKind::Mergeable | MemoryKind::Huge => {}
     }
@@ -133,10 +133,24 @@ fn region(
         .ok_or_else(|| Error::internal("a memory region wraps around"))
 }
 
-fn advise(mapping: &MmapRegion, advice: libc::c_int) -> Result<()> {
+/// What holds of all mergeable memory, for a mapping of a guest's RAM that replaces another.
+///
+/// # Errors
+/// `Unavailable` when the kernel refuses.
+pub fn advise_private(address: *mut u8, size: usize, merge: bool) -> Result<()> {
+    advise(address, size, libc::MADV_DONTFORK)?;
+    advise(address, size, libc::MADV_DONTDUMP)?;
+    if merge {
+        // A kernel without KSM refuses.
+        let _ = advise(address, size, libc::MADV_MERGEABLE);
+    }
+    Ok(())
+}
+
+fn advise(address: *mut u8, size: usize, advice: libc::c_int) -> Result<()> {
     // SAFETY: the range is exactly one mapping of ours, and none of the advices used here changes
     // its contents.
-    let result = unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), advice) };
+    let result = unsafe { libc::madvise(address.cast(), size, advice) };
     if result == 0 {
         Ok(())
     } else {

@@ -52,6 +52,8 @@ pub(crate) struct Keeping {
     roms: Vec<(Section, Arc<MmapRegion>)>,
     /// The machine begins by going on from a file.
     awaits: bool,
+    /// This one, whose memory it has.
+    image: Option<Arc<Saved>>,
     job: Option<Job>,
 }
 
@@ -86,6 +88,7 @@ impl Keeping {
         (hardware, uuid): (Hardware, String),
         roms: Vec<(Section, Arc<MmapRegion>)>,
         awaits: bool,
+        image: Option<Arc<Saved>>,
     ) -> Keeping {
         Keeping {
             memory,
@@ -94,6 +97,7 @@ impl Keeping {
             uuid,
             roms,
             awaits,
+            image,
             job: None,
         }
     }
@@ -332,7 +336,7 @@ impl Control {
         }
     }
 
-    fn begin_restore(&mut self, id: u64, file: File, from: RestoreFrom) -> Result<()> {
+    fn begin_restore(&mut self, id: u64, file: Option<File>, from: RestoreFrom) -> Result<()> {
         if self.state != State::Built || !self.keeping.awaits {
             let message = "only a machine that was built to be restored is";
             return Err(Error::new(Kind::InvalidState, "", message));
@@ -343,9 +347,18 @@ impl Control {
         Ok(())
     }
 
-    /// Reads everything but memory and sends the crew.
-    fn read_up(&mut self, id: u64, file: File, from: RestoreFrom) -> Result<()> {
-        let saved = Arc::new(Saved::open(file)?);
+    /// Reads everything but memory and sends the crew, unless memory is there.
+    fn read_up(&mut self, id: u64, file: Option<File>, from: RestoreFrom) -> Result<()> {
+        let (saved, mapped) = match (file, self.keeping.image.take()) {
+            (Some(file), None) => (Arc::new(Saved::open(file)?), false),
+            (None, Some(image)) => (image, true),
+            _ => {
+                return Err(Error::invalid(
+                    "file",
+                    "is given once: to build it, or to go on",
+                ))
+            }
+        };
         let facts: Facts = parse(&saved, Section::Facts)?;
         let disks = match (&from.revert, from.changed_disks) {
             (Some(_), _) => Disks::GoingBack,
@@ -366,8 +379,13 @@ impl Control {
                 ));
             }
         }
+        // Reads the index, too.
         let reader = Reader::new(Arc::clone(&saved), Arc::clone(&self.keeping.memory))?;
-        self.send(Arc::new(reader))?;
+        if mapped {
+            self.mailbox.inbox.push(Mail::Kept(Ok(0)));
+        } else {
+            self.send(Arc::new(reader))?;
+        }
         self.keeping.job = Some(Job::Restore {
             id,
             saved,

@@ -46,6 +46,7 @@
 pub mod checksum;
 pub mod facts;
 pub mod file;
+pub mod mapped;
 pub mod pages;
 
 use std::collections::BTreeMap;

@@ -63,7 +63,7 @@ impl Running {
 
     fn restore(&mut self, file: &File) -> Result<Value, Error> {
         let from = RestoreFrom {
-            fd: copy(file),
+            fd: Some(copy(file)),
             changed_disks: false,
             revert: None,
         };
@@ -547,4 +547,84 @@ fn a_network_interface_goes_on_with_another_tap() {
     learnt();
     assert_eq!(ping(2, 1000), 2);
     assert_eq!(guest.must(Request::Pause), [Event::Paused]);
+}
+
+/// A clone of the machine in the file, which is only read.
+fn cloned(file: &File, cmdline: &str, mut change: Value) -> Result<Running, Error> {
+    let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+    change["restore"] = true.into();
+    change["clone_fd"] = read_only.into_raw_fd().into();
+    let guest = build(cmdline, change)?;
+    let from = RestoreFrom {
+        fd: None,
+        changed_disks: true,
+        revert: None,
+    };
+    guest.machine.restore(1002, &from).unwrap();
+    guest.answer(1002).0.map(|_| guest)
+}
+
+#[test]
+fn clones_go_on_from_one_file_each_with_memory_and_a_generation_of_its_own() {
+    requires_kvm!();
+    let (file, disk) = (file(), disk());
+    let mode = "disk-loop sector=0 count=64 beat=50";
+    let mut guest = run(mode, with_disk(&disk));
+    guest.until("loop: beat");
+    guest.save_and_end(&file);
+    let before = whole(&file);
+    let mut generations = vec![generation(&file)];
+    for _ in 0..2 {
+        let mut clone = cloned(&file, mode, with_disk(&disk)).unwrap();
+        assert_eq!(clone.must(Request::Resume), [Event::Running]);
+        clone.until("loop: beat");
+        assert!(!clone.drain().contains("begins"));
+        // It is a machine like any other.
+        let again = self::file();
+        clone.save_and_end(&again);
+        generations.push(generation(&again));
+        go_on(&again, mode, with_disk(&disk)).until("loop: beat");
+    }
+    generations.sort_unstable();
+    generations.dedup();
+    assert_eq!(generations.len(), 3);
+    assert!(whole(&file) == before, "what clones write is their own");
+}
+
+fn whole(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn a_clone_of_a_file_whose_header_state_or_index_is_damaged_never_runs() {
+    requires_kvm!();
+    let file = file();
+    let mut guest = run("echo", json!({}));
+    guest.until("ready");
+    guest.save_and_end(&file);
+    let saved = Saved::open(file.try_clone().unwrap()).unwrap();
+    let mut places = vec![20];
+    for kind in [Section::Facts, Section::State, Section::Index] {
+        let place = saved.place(kind).unwrap();
+        places.extend([place.offset, place.offset + place.len / 2]);
+    }
+    for place in places {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, place).unwrap();
+        file.write_all_at(&[byte[0] ^ 0x10], place).unwrap();
+        let error = cloned(&file, "echo", json!({})).err().unwrap();
+        assert_eq!(error.kind, Kind::ImageInvalid, "at {place}: {error}");
+        file.write_all_at(&byte, place).unwrap();
+    }
+    let refused = |change: Value| cloned(&file, "echo", change).err().unwrap();
+    let error = refused(json!({ "memory": 65 * MIB }));
+    assert_eq!(
+        (error.kind, error.argument.as_str()),
+        (Kind::InvalidArgument, "memory")
+    );
+    let error = refused(json!({ "locked": true }));
+    assert_eq!(error.argument, "clone_fd");
+    cloned(&file, "echo", json!({})).unwrap();
 }

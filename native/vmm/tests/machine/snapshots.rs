@@ -87,7 +87,7 @@ fn revert(file: &File, to: &str, mut machine: Value) -> Result<Running, Error> {
     machine["restore"] = true.into();
     let guest = build(MODE, machine)?;
     let from = RestoreFrom {
-        fd: copy(file),
+        fd: Some(copy(file)),
         changed_disks: false,
         revert: Some(Revert {
             to: to.to_owned(),
