@@ -128,6 +128,8 @@ void mode_ports(void);
 void mode_watchdog(void);
 void mode_ports_hostile(void);
 void mode_vsock(void);
+void mode_rtc(void);
+void mode_rtc_seconds(void);
 void mode_vsock_hostile(void);
 
 #endif

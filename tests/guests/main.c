@@ -49,6 +49,8 @@ static const struct mode modes[] = {
     { "watchdog", mode_watchdog },
     { "ports-hostile", mode_ports_hostile },
     { "vsock", mode_vsock },
+    { "rtc", mode_rtc },
+    { "rtc-seconds", mode_rtc_seconds },
     { "vsock-hostile", mode_vsock_hostile },
 };
 

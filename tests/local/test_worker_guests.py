@@ -363,3 +363,20 @@ main.main()
 """
     with pytest.raises(ConnectionResetError):
         Guest("hello", program=("-c", broken))
+
+
+def test_the_clock_interrupts_for_seconds_an_alarm_and_many_times_a_second() -> None:
+    with Guest("rtc") as guest:
+        guest.start()
+        guest.said(b"rtc: update 1", 30)
+        guest.said(b"rtc: alarm 1", 30)
+        guest.said(b"rtc: periodic 10", 30)
+
+
+def test_the_clock_interrupts_again_once_a_paused_machine_goes_on() -> None:
+    with Guest("rtc-seconds") as guest:
+        guest.start()
+        guest.said(b"rtc-seconds: 1, 90", 30)
+        assert guest.service.do(Pause).error is None
+        assert guest.service.do(Resume).error is None
+        guest.said(b"rtc-seconds: 3, 90", 30)

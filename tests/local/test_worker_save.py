@@ -77,3 +77,14 @@ def test_a_save_that_is_refused_or_cancelled_leaves_the_machine_running(file: in
         assert guest.service.do(Stats).stats["memory"]["total"] == 1 << 30
         assert guest.service.do(Pause).error is None
         save(guest, os.memfd_create("again"))
+
+
+def test_the_clock_interrupts_where_a_guest_goes_on(file: int) -> None:
+    with Guest("rtc-seconds") as guest:
+        guest.start()
+        guest.said(b"rtc-seconds: 1, 90", 30)
+        save(guest, file)
+    with Guest("rtc-seconds", restore=file) as guest:
+        assert guest.service.do(Restore).error is None
+        assert guest.service.do(Resume).error is None
+        guest.said(b"rtc-seconds: 3, 90", 30)

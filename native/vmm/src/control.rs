@@ -43,6 +43,7 @@ use crate::virtio::balloon::Balloon;
 const INBOX: u64 = 0;
 const CONSOLE: u64 = 1;
 const WATCHDOG: u64 = 2;
+const CLOCK: u64 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -166,13 +167,16 @@ impl Control {
         if let Some((watchdog, _)) = &self.watchdog {
             watch(&epoll, watchdog.timer(), EventSet::IN, WATCHDOG)?;
         }
-        let mut ready = [EpollEvent::default(); 3];
+        watch(&epoll, self.platform.cmos.timer(), EventSet::IN, CLOCK)?;
+        let mut ready = [EpollEvent::default(); 4];
         loop {
             let count = poll::wait(&epoll, -1, &mut ready)?;
             for event in ready.iter().take(count) {
                 match event.data() {
                     CONSOLE => self.platform.serial.socket_ready(),
                     WATCHDOG => self.watchdog_ended(),
+                    CLOCK if self.state == State::Running => self.platform.cmos.wake(),
+                    CLOCK => self.platform.cmos.sleep(),
                     _ => {}
                 }
             }
@@ -407,6 +411,7 @@ impl Control {
         for device in &self.devices {
             device.resume();
         }
+        self.platform.cmos.wake();
         self.gate.run();
     }
 

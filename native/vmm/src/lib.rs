@@ -50,6 +50,7 @@ pub mod slots;
 pub mod snapshots;
 pub mod state;
 pub mod thread;
+mod timer;
 pub mod virtio;
 pub mod vm;
 pub mod vsock;

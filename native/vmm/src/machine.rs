@@ -198,7 +198,11 @@ impl Machine {
                 Line::new(Arc::clone(&vm.fd), layout::SCI),
                 Arc::clone(&gate),
             )),
-            cmos: Arc::new(Cmos::new(config.memory, config.vcpus)),
+            cmos: Arc::new(Cmos::new(
+                config.memory,
+                config.vcpus,
+                Line::new(Arc::clone(&vm.fd), layout::RTC_IRQ),
+            )?),
             i8042: Arc::new(I8042::new(Arc::clone(&gate))),
             reset_control: Arc::new(ResetControl::new(Arc::clone(&gate), devices.config_ports)),
             fw_cfg: Arc::new(FwCfg::new(files, Arc::clone(&vm.memory))),

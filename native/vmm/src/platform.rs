@@ -176,7 +176,8 @@ pub struct Platform {
     pub serial: Arc<Serial>,
     /// The power management block.
     pub pm: Arc<PowerManagement>,
-    cmos: Arc<Cmos>,
+    /// The clock.
+    pub(crate) cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
     reset_control: Arc<ResetControl>,
     fw_cfg: Arc<FwCfg>,

@@ -3,6 +3,8 @@
 //!
 //! The interrupt controllers and the PIT are KVM's own.
 
+mod alarm;
+mod calendar;
 pub mod cmos;
 pub mod fw_cfg;
 pub mod i8042;
@@ -63,7 +65,11 @@ mod tests {
                 layout::PM_SIZE,
                 Box::new(pm::PowerManagement::new(line(), gate.clone())),
             ),
-            (layout::CMOS, 2, Box::new(cmos::Cmos::new(1 << 30, 16))),
+            (
+                layout::CMOS,
+                2,
+                Box::new(cmos::Cmos::new(1 << 30, 16, line()).unwrap()),
+            ),
             (
                 layout::I8042_DATA,
                 1,

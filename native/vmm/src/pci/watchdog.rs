@@ -13,7 +13,7 @@
 //! The stages run one after the other. The first one's interrupt is not there: drivers switch it off. The time stands still
 //! while the machine does. A timer of the kernel's, armed by vCPUs, wakes the control thread.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -22,8 +22,9 @@ use serde::{Deserialize, Serialize};
 use super::config::{touches, ConfigSpace, Identity, BAR0, MULTIFUNCTION};
 use super::{Function, Place, Window};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::state::{self, Bytes, Stateful};
+use crate::timer::Timer;
 
 const CONFIG: u16 = 0x60;
 const LOCK: u16 = 0x68;
@@ -60,7 +61,7 @@ struct State {
 /// The device.
 pub struct Watchdog {
     state: Mutex<State>,
-    timer: OwnedFd,
+    timer: Timer,
 }
 
 impl Watchdog {
@@ -69,13 +70,6 @@ impl Watchdog {
     /// # Errors
     /// `Unavailable` when the kernel gives no timer.
     pub fn new() -> Result<Watchdog> {
-        let flags = libc::TFD_NONBLOCK | libc::TFD_CLOEXEC;
-        // SAFETY: it takes no pointers.
-        let fd = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
-        if fd < 0 {
-            let error = std::io::Error::last_os_error();
-            return Err(Error::kernel("timerfd_create", error));
-        }
         let mut space = ConfigSpace::new(Identity {
             vendor: 0x8086,
             device: 0x25ab,
@@ -99,21 +93,18 @@ impl Watchdog {
                 left: None,
                 told: None,
             }),
-            // SAFETY: the fd has just been made, and nobody else has it.
-            timer: unsafe { OwnedFd::from_raw_fd(fd) },
+            timer: Timer::new()?,
         })
     }
 
     /// Readable when [`Watchdog::has_ended`] is to be asked.
     pub fn timer(&self) -> RawFd {
-        self.timer.as_raw_fd()
+        self.timer.fd()
     }
 
     /// The timer is readable: whether the guest has let its time pass, and something is to happen.
     pub fn has_ended(&self) -> bool {
-        let mut count = [0u8; 8];
-        // SAFETY: the pointer and the length are those of `count`. What there is to read says nothing further.
-        unsafe { libc::read(self.timer(), count.as_mut_ptr().cast(), count.len()) };
+        self.timer.note();
         let mut state = self.lock();
         let now = Instant::now();
         if state.deadline.is_none_or(|deadline| now < deadline) {
@@ -140,25 +131,10 @@ impl Watchdog {
 
     /// Arms the kernel's timer for the deadline, or disarms it.
     fn arm(&self, state: &State) {
-        let left = state.deadline.map(|deadline| {
-            // None left would disarm it.
-            let left = deadline.saturating_duration_since(Instant::now());
-            left.max(Duration::from_nanos(1))
-        });
-        let left = left.unwrap_or_default();
-        let none = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let value = libc::itimerspec {
-            it_interval: none,
-            it_value: libc::timespec {
-                tv_sec: left.as_secs() as libc::time_t,
-                tv_nsec: i64::from(left.subsec_nanos()),
-            },
-        };
-        // SAFETY: the structure outlives the call, and nothing is asked back. It fails only for bad numbers.
-        unsafe { libc::timerfd_settime(self.timer(), 0, &value, std::ptr::null_mut()) };
+        let left = state
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        self.timer.arm(left);
     }
 }
 
