@@ -119,6 +119,7 @@ void mode_panic(void);
 void mode_shadow(void);
 void mode_fw_cfg(void);
 void mode_net_reach(void);
+void mode_net_serve(void);
 void mode_plug(void);
 void mode_net_spoof(void);
 void mode_net_ping(void);

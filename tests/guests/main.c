@@ -40,6 +40,7 @@ static const struct mode modes[] = {
     { "shadow", mode_shadow },
     { "fw-cfg", mode_fw_cfg },
     { "net-reach", mode_net_reach },
+    { "net-serve", mode_net_serve },
     { "plug", mode_plug },
     { "net-spoof", mode_net_spoof },
     { "net-ping", mode_net_ping },

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -21,14 +22,37 @@ POLICY = f'[user-network]\nusers = ["{ALICE}"]\n'
 
 
 @pytest.fixture
-def system() -> Iterator[System]:
+def outside() -> Iterator[str]:
+    """The namespace out there."""
+    with uplink() as space:
+        yield space
+
+
+@pytest.fixture
+def system(outside: str) -> Iterator[System]:
     """A whole system with a way out, which broker.toml lets alice use."""
-    with uplink(), System(policy=POLICY) as whole:
+    with System(policy=POLICY) as whole:
         yield whole
 
 
 def number(address: str) -> int:
     return int(ipaddress.IPv4Address(address))
+
+
+def from_outside(space: str, port: int) -> str:
+    """What greets somebody out there who connects to a port of this host's."""
+    script = f"""
+import socket
+try:
+    with socket.create_connection(("198.51.100.2", {port}), timeout=20) as connection:
+        connection.sendall(b"hello\\n")
+        print(connection.recv(100).decode().strip())
+except OSError as error:
+    print(type(error).__name__)
+"""
+    words = ["ip", "netns", "exec", space, "python3", "-c", script]
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip()
 
 
 def reach(first: str, count: int) -> str:
@@ -51,6 +75,36 @@ def test_a_guest_reaches_the_outside_and_not_the_loopback_of_its_host(system: Sy
     assert "0.0.1 open" not in text and "0.0.0.0 open" not in text
     ctl(system, "kill", "net")
     ctl(system, "undefine", "net")
+    assert system.settle(before) == before
+
+
+def test_a_port_is_forwarded_from_inside_and_from_outside_when_that_is_asked_for(
+    system: System, outside: str
+) -> None:
+    before = system.counts()
+    nic = "kind=user,forwards=tcp:8022:22,forwards=tcp:198.51.100.2:8023:22"
+    ctl(
+        system,
+        *definition(system, ALICE, "--cmdline", f"net-serve port=22 to={number(OUTSIDE)}", "--nic", nic),
+    )
+    printed(system, "net: serving", 60)
+    for port in (8022, 8023):
+        address = "127.0.0.1" if port == 8022 else "198.51.100.2"
+        with socket.create_connection((address, port), timeout=20) as connection:
+            connection.sendall(b"hello\n")
+            assert connection.recv(100) == b"welcome\n"
+    # The first is this host's alone.
+    assert from_outside(outside, 8023) == "welcome"
+    assert from_outside(outside, 8022) == "ConnectionRefusedError"
+    # Whoever has the port has it.
+    second = definition(system, ALICE, "--cmdline", "idle", "--nic", "kind=user,forwards=tcp:8022:22")
+    ctl(system, *["two" if word == "net" else word for word in second])
+    refused = system.vmbusctl(ALICE, "start", "two")
+    assert refused.returncode != 0
+    assert "port 8022 of 127.0.0.1 cannot be forwarded: Address already in use" in refused.stderr
+    ctl(system, "kill", "net")
+    for name in ("net", "two"):
+        ctl(system, "undefine", name)
     assert system.settle(before) == before
 
 
@@ -77,6 +131,7 @@ def test_who_has_no_grant_has_no_user_network(system: System) -> None:
         ("kind=user,bridge=br0", "nics[0].bridge"),
         ("kind=wifi", "nics[0].kind"),
         ("kind=bridge", "nics[0].bridge"),
+        ("kind=user,forwards=tcp:80:80", "nics[0].forwards[0]: port 80 of the host is below 1024"),
     ],
 )
 def test_a_kind_and_what_belongs_to_it_are_checked(system: System, flag: str, argument: str) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from vmbus.wire import dbus_form
+from vmbus.wire.broker import Spawn
 from vmbus.wire.definition import (
     Definition,
     Disk,
@@ -16,6 +18,7 @@ from vmbus.wire.definition import (
     Nic,
     boot_order,
     memory_floor,
+    passt_options,
     slots,
 )
 from vmbus.wire.errors import VmbusError
@@ -224,3 +227,38 @@ def test_a_reserved_cid_is_none_of_a_guests() -> None:
         assert error.argument == "vsock"
         assert "from 3 on" in error.message
     assert refusal(vsock=(1 << 32) - 1).argument == "vsock"
+
+
+@pytest.mark.parametrize(
+    ("forwards", "argument", "words"),
+    [
+        (["tcp:22"], "nics[0].forwards[0]", "a forward is tcp or udp"),
+        (["sctp:8022:22"], "nics[0].forwards[0]", "a forward is tcp or udp"),
+        (["tcp:80:80"], "nics[0].forwards[0]", "below 1024"),
+        (["tcp:65536:80"], "nics[0].forwards[0]", "above 65535"),
+        (["tcp:8000:65536"], "nics[0].forwards[0]", "above 65535"),
+        (["tcp:1.2.3.400:8000:80"], "nics[0].forwards[0]", "not an IPv4 address"),
+        (["udp:8053:53"], "nics[0].forwards[0]", "udp names an address"),
+        (["udp:127.0.0.1:8053:53"], "nics[0].forwards[0]", "udp names an address"),
+        (["tcp:8000:80", "tcp:0.0.0.0:8000:81"], "nics[0].forwards[1]", "twice"),
+    ],
+)
+def test_a_forward_that_cannot_be_is_refused(forwards: list[str], argument: str, words: str) -> None:
+    nic = {"id": "net", "mac": "52:54:00:00:00:01", "kind": "user", "forwards": forwards}
+    error = refusal(nics=[nic])
+    assert error.argument == argument
+    assert words in error.message
+
+
+def test_forwards_are_options_of_passt() -> None:
+    forwards = ["tcp:8022:22", "tcp:0.0.0.0:8080:80", "udp:192.0.2.1:5353:53"]
+    nic = {"id": "net", "mac": "52:54:00:00:00:01", "kind": "user", "forwards": forwards}
+    options = passt_options(dbus_form.parse({**LEAST, "nics": [nic]}).nics[0])
+    assert options == ["-t127.0.0.1/8022:22", "-t0.0.0.0/8080:80", "-u192.0.2.1/5353:53"]
+    spawn = {"op": "spawn", "id": 1, "uuid": "6ba7b810-9dad-11d1-80b4-00c04fd430c8", "options": options}
+    assert msgspec.convert(spawn, Spawn).options == options
+    for option in ("-t8022:22", "--map-gw", "-t127.0.0.1/8022:22 -u1.1.1.1/1025:1"):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert({**spawn, "options": [option]}, Spawn)
+    error = refusal(nics=[{**nic, "kind": "isolated", "network": "lan"}])
+    assert error.argument == "nics[0].forwards"

@@ -19,7 +19,6 @@ from vmbus.wire import broker as wire
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
 
-_GRANTS = {"passt": "user-network"}  # of broker.toml, by the kind of helper
 MOST_QUEUES, MOST_MEMORY, MOST_VCPUS = 16, 510 << 30, 16
 
 Answer = tuple[wire.Reply, list[int]]  # the fds are the caller's to send and to close
@@ -92,15 +91,14 @@ class Requests:
     def do_spawn(self, request: wire.Spawn) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
         if request.kind != "worker":
-            rights.check_grant(_GRANTS[request.kind])
+            rights.check_grant("user-network")
             yield from self._workers.help(request)
             return wire.Reply(id=request.id), []
         _in_range("memory", request.memory, MOST_MEMORY)
         _in_range("vcpus", request.vcpus, MOST_VCPUS)
         self._workers.must_not_have(request.uuid)
         rights.check_quota(self._workers.used_by(rights.uid), amounts(request))
-        fds = yield from self._workers.provide(request, rights.uid)
-        return wire.Reply(id=request.id), fds
+        return wire.Reply(id=request.id), (yield from self._workers.provide(request, rights.uid))
 
     def do_open(self, request: wire.Open) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)

@@ -18,6 +18,6 @@ def sweep(keep: list[str], prefixes: list[str]) -> Work:
     return dropped("taps", "sweep", keep, prefixes, caps=[prctl.CAP_NET_ADMIN])
 
 
-def fence(uid: int, mark: str) -> Work:
+def fence(uid: int, mark: str, command: list[str]) -> Work:
     """A child's work: what ``uid`` sends does not reach the host itself. Reports what was done."""
-    return dropped("fence", "fence", uid, mark, caps=[prctl.CAP_NET_ADMIN])
+    return dropped("fence", "fence", uid, mark, command, caps=[prctl.CAP_NET_ADMIN])

@@ -171,8 +171,7 @@ class Workers:
         """A helper for a machine that has a worker, whose slot gets the other end of its socket."""
         machine, command = self.get(request.uuid), self.rules.survey.helpers.get(request.kind)
         if not command:
-            message = f"this host has no {request.kind}; install it, and reload the broker"
-            raise VmbusError("NotSupported", message)
+            raise VmbusError("NotSupported", f"no {request.kind} is here; install it, and reload the broker")
         if sum(worker.record.of == request.uuid for worker in self._live.values()) >= HELPERS:
             raise VmbusError("QuotaExceeded", f"a machine has at most {HELPERS} helpers", argument="slot")
         self._helpers += 1
@@ -180,7 +179,8 @@ class Workers:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             name = f"{request.uuid}+{self._helpers}"
-            helper = yield from self._make(name, wanted, HELPER_MEMORY, command, theirs.fileno())
+            argv = command + request.options
+            helper = yield from self._make(name, wanted, HELPER_MEMORY, argv, theirs.fileno())
             self._live[name] = helper
             try:
                 self._bound(helper, HELPER_MEMORY, 1)
@@ -215,7 +215,8 @@ class Workers:
         try:
             steps.carry_out(made)
             if command:
-                steps.log((yield from self._crew.run(0, tap.fence(uid, self.mark(name, uid)), str, [])))
+                work = tap.fence(uid, self.mark(name, uid), command)
+                steps.log((yield from self._crew.run(0, work, str, [])))
             else:
                 fds.append(kvm.open_kvm())
             steps.log(f"spawn {name}: {'; '.join(step.describe() for step in made)}; {plan.describe()}")

@@ -44,7 +44,7 @@ _DISK_FLAG_KEYS: Final = frozenset(
 )
 _MEDIUM_KEYS: Final = frozenset({"path", "format", "backing-format"})
 _NIC_FLAG_KEYS: Final = frozenset(
-    {"bridge", "mac", "id", "queues", "kind", "address", "network", "slot", "carrier"}
+    {"bridge", "mac", "id", "queues", "kind", "address", "network", "slot", "carrier", "forwards"}
 )
 
 
@@ -251,6 +251,9 @@ def _from_flag(text: str, known: frozenset[str], first: str, flag: str) -> dict[
                 f"{key!r} is not known; {', '.join(sorted(known))} are",
                 argument=f"--{flag}",
             )
+        if key == "forwards":
+            table[key] = [*table.get(key, []), value]
+            continue
         if key in table:
             raise VmbusError("InvalidArgument", f"{key} is given twice", argument=f"--{flag}")
         table[key] = _flag_value(key, value, flag)

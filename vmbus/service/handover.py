@@ -19,7 +19,7 @@ from vmbus.service.firmware import Firmware
 from vmbus.service.machine import Machine
 from vmbus.service.networks import Networks
 from vmbus.wire import broker as wire
-from vmbus.wire.definition import Nic, Slot, queue_pairs
+from vmbus.wire.definition import Nic, Slot, passt_options, queue_pairs
 from vmbus.wire.errors import VmbusError
 
 AT_ONCE: Final = 3
@@ -106,7 +106,7 @@ class Handover:
                     queues = queue_pairs(nic, machine.definition.vcpus)
                     await self._broker.tap(machine.uuid, nic, queues)
                 elif nic.kind == "user":
-                    await self._broker.helper(machine.uuid, slot, "passt")
+                    await self._broker.helper(machine.uuid, slot, "passt", passt_options(nic))
             except VmbusError as error:
                 raise _about(error, slot) from None
 

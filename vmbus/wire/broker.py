@@ -72,7 +72,7 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     /proc/PID smaps_rollup, smaps, and ksm_stat if the kernel has it. The worker already holds /dev/kvm.
 
     Any other kind is a helper of the machine's worker, which gets a socket to it under ``slot``; it ends with
-    the worker. ``passt``: the network of a NIC of kind ``user``.
+    the worker. ``passt``: the network of a NIC of kind ``user``; ``options`` are ports that it forwards.
     """
 
     uuid: Uuid
@@ -82,6 +82,7 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     page_size: Literal[0, 0x200000, 0x40000000] = 0  # bytes; not 0 for huge memory
     kind: Literal["worker", "passt"] = "worker"
     slot: SlotName = "-"  # of a helper
+    options: list[Annotated[str, Meta(pattern=r"^-[tu][0-9.]{7,15}/[0-9]{4,5}:[0-9]{1,5}\Z")]] = []
     locked: Annotated[int, Meta(ge=0)] = 0  # bytes of memory that the worker may lock
 
     @property

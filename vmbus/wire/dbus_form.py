@@ -25,6 +25,7 @@ from vmbus.wire.definition import (
     BLOCK_DISKS,
     BOOT_CLASSES,
     CID_LEAST,
+    FORWARD_PATTERN,
     ID_PATTERN,
     NAME_PATTERN,
     Definition,
@@ -47,8 +48,14 @@ _WORDS: Final = {
     r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$": "a MAC address is six pairs of lower-case hex digits with ':' between",
     r"^[A-Za-z0-9_.-]{0,15}$": "an interface name is 1 to 15 letters, digits, '_', '.' or '-'",
     r"^(|[a-z][a-z0-9-]{0,19})$": "a network's name is 1 to 20 lower-case letters, digits or '-'",
+    FORWARD_PATTERN: "a forward is tcp or udp, an address of the host's or none, its port and the guest's: "
+    "tcp:8022:22, udp:192.0.2.1:5353:53",
     r"^[a-z0-9-]{1,40}$": "a CPU model is 1 to 40 lower-case letters, digits or '-'",
 }
+
+LEAST_PORT: Final = 1024
+"""The first port that does not take CAP_NET_BIND_SERVICE."""
+MOST_PORT: Final = 65535
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -270,8 +277,34 @@ def _check_nic(nic: Nic, where: str) -> None:
         raise _bad(f"{where}.network", said)
     if nic.address and (nic.kind != "bridge" or not _is_ipv4(nic.address)):
         raise _bad(f"{where}.address", f"{nic.address!r} is not an IPv4 address of a nic of kind bridge")
+    _check_forwards(nic, where)
     if int(nic.mac[:2], 16) & 1:
         raise _bad(f"{where}.mac", f"{nic.mac} is a group address; its first byte must be even")
+
+
+def _check_forwards(nic: Nic, where: str) -> None:
+    if nic.forwards and nic.kind != "user":
+        raise _bad(f"{where}.forwards", "is for kind user only")
+    seen: set[tuple[str, int]] = set()
+    for index, forward in enumerate(nic.forwards):
+        here = f"{where}.forwards[{index}]"
+        protocol, *address, port, guests = forward.split(":")
+        if not all(_is_ipv4(text) for text in address):
+            raise _bad(here, f"{address[0]} is not an IPv4 address")
+        if int(port) < LEAST_PORT:
+            raise _bad(
+                here, f"port {port} of the host is below {LEAST_PORT}: those take rights that no helper has"
+            )
+        if max(int(port), int(guests)) > MOST_PORT:
+            raise _bad(here, f"there is no port above {MOST_PORT}")
+        if protocol == "udp" and (not address or address[0].startswith("127.")):
+            raise _bad(
+                here,
+                "udp names an address that other hosts reach, or 0.0.0.0: this host itself hears no answer",
+            )
+        if (protocol, int(port)) in seen:
+            raise _bad(here, f"{protocol} port {port} is forwarded twice")
+        seen.add((protocol, int(port)))
 
 
 def _check_memory(definition: Definition) -> None:

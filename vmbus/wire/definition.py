@@ -91,6 +91,10 @@ class Kernel(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, fro
     source: Literal["path", "fd"] = "path"
 
 
+FORWARD_PATTERN: Final = r"^(tcp|udp):([0-9]{1,3}(\.[0-9]{1,3}){3}:)?[1-9][0-9]{0,4}:[1-9][0-9]{0,4}$"
+"""A port that a network of kind user forwards: PROTOCOL:[ADDRESS:]PORT:PORT-OF-THE-GUEST."""
+
+
 class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """A virtio-net device. The guest cannot tell its kinds apart.
 
@@ -109,6 +113,18 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
     queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
     slot: HotplugSlot = 0
     carrier: bool = True  # whether the cable is plugged in
+    forwards: Annotated[
+        list[Annotated[str, Meta(pattern=FORWARD_PATTERN)]], Meta(max_length=64)
+    ] = []  # of user
+
+
+def passt_options(nic: Nic) -> list[str]:
+    """passt's for the ports that ``nic`` forwards; without an address those of this host's loopback."""
+    options = []
+    for forward in nic.forwards:
+        protocol, *address, port, guests = forward.split(":")
+        options.append(f"-{protocol[0]}{address[0] if address else '127.0.0.1'}/{port}:{guests}")
+    return options
 
 
 def queue_pairs(nic: Nic, vcpus: int) -> int:

@@ -42,6 +42,15 @@ def meta(key: int) -> Expression:
     return "meta", _attribute(1, _be32(1)) + _attribute(2, _be32(key))
 
 
+def mask(bits: bytes) -> Expression:
+    """Of what was loaded keep these bits."""
+    data = _attribute(4 | _NESTED, _attribute(1, bits)) + _attribute(
+        5 | _NESTED, _attribute(1, bytes(len(bits)))
+    )
+    numbers = [(1, 1), (2, 1), (3, len(bits))]
+    return "bitwise", b"".join(_attribute(kind, _be32(number)) for kind, number in numbers) + data
+
+
 def compare(how: int, value: bytes) -> Expression:
     """Go on if what was loaded is ``value``, or (OTHER) is not."""
     data = _attribute(3 | _NESTED, _attribute(1, value))

@@ -24,8 +24,9 @@ from vmbus.wire.errors import VmbusError
 _LOADER = "/lib64/ld-linux-x86-64.so.2"  # System V ABI, AMD64 supplement
 _LABEL = "system_u:system_r:vmbus_{}_t:s0:c{},c{}"
 _PARTS = ("__init__.py", "wire", "worker", "_native")
-# A guest reaches nothing of the host's own: its loopback is no gateway's address, no port is forwarded.
-_PASST = "/usr/bin/passt --foreground --quiet --stderr --fd 3 --no-map-gw --tcp-ports none --udp-ports none"
+# A guest reaches nothing of the host's own: its loopback is no gateway's address. No port is forwarded,
+# unless a Spawn names some.
+_PASST = "/usr/bin/passt --foreground --quiet --stderr --fd 3 --no-map-gw"
 _HELPERS = {"passt": [*_PASST.split(), "--mtu", "1500"]}
 # Column of the first id, and of the number of ids (0: one).
 _TABLES = {"passwd": (2, 0), "group": (2, 0), "subuid": (1, 2), "subgid": (1, 2)}
