@@ -6,7 +6,7 @@ The guest prints all the time, so its first output comes with its first exit. vm
 says what is timed. QEMU: the same guest, saved by mapped-ram; from the exec of a new QEMU to the first byte
 on its serial line.
 
-    python -m bench.clone [ROUNDS]
+    chrt -f 10 python -m bench.clone [ROUNDS]
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from bench.system import Measured
 from tests.lab.system import ALICE
 from tests.local.worker_guest import image
 
-ROUNDS: Final = 10
+ROUNDS: Final = 4
+BLOCK: Final = 5
 MEMORY: Final = 256 << 20
 FILLED: Final = 200  # MiB
 MAPPED: Final = [{"capability": name, "state": True} for name in ("mapped-ram", "multifd")]
@@ -95,11 +96,12 @@ def main() -> None:
         file = saved(plain.place)
         for _ in range(rounds):
             for name, system in (("cold", plain), ("spare", ready)):
-                words = [str(system.kernel), str(MEMORY), str(FILLED), "1", str(system.files(ALICE)), "0.5"]
+                words = [str(system.kernel), str(MEMORY), str(FILLED), str(BLOCK)]
+                words += [str(system.files(ALICE)), "1"]
                 found = json.loads(system.client(ALICE, "bench.clone_client", *words))
                 for kind, times in found.items():
                     samples.setdefault(f"{kind}-{name}-s", []).extend(first for first, _ in times)
-            samples.setdefault("qemu-mapped-s", []).append(restored(plain.place, file))
+            samples.setdefault("qemu-mapped-s", []).extend(restored(plain.place, file) for _ in range(BLOCK))
     report.emit(
         "clone",
         memory=MEMORY,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Debian's stock kernel goes on from a file: its file system, its network, its clocks."""
+"""Debian's stock kernel goes on from a file, and goes back: its file system, its network, its clocks."""
 
 from __future__ import annotations
 
@@ -92,3 +92,30 @@ def test_debian_goes_on_with_disk_network_and_clocks(system: System) -> None:
         assert guest.read_back("/log").startswith("end after beat")
         guest.ctl("undefine", guest.name)
     assert system.settle(before) == before
+
+
+def test_debian_goes_back_with_its_disk(system: System) -> None:
+    with StockGuest(system, "back", script=WORK, files=BUTTON, bridge=f"{BRIDGE},id=lan") as guest:
+        guest.make_disk()
+        guest.define()
+        guest.start()
+        guest.console.wait_for("clock source", 120)
+        beats(guest.console, 2)
+        guest.ctl("snapshot", "create", guest.name, "then", "--unstable", timeout=60 * SLOW)
+        then = beats(guest.console, 1)[-1][0]
+        later = beats(guest.console, then + 4)[-1]
+        guest.ctl("snapshot", "revert", guest.name, "then", timeout=60 * SLOW)
+        console = guest.open_console()
+        again = beats(console, 3)
+        assert again[0][0] <= then + 2 < later[0], "it is where it was"
+        assert again[0][2] >= later[2], "its clock is not"
+        assert [reached for _, reached, _, _ in again] == ["yes"] * len(again)
+        guest.ctl("shutdown", guest.name)
+        console.wait_for("unmounted", 60)
+        guest.wait_stopped()
+        for bad in ("DAMAGED", "COMPLAINTS", "cannot mount"):
+            assert bad not in console.text, console.text[-3000:]
+        guest.check_disk()
+        guest.ctl("snapshot", "delete", guest.name, "then", timeout=60 * SLOW)
+        guest.check_disk()
+        guest.ctl("undefine", guest.name)
