@@ -95,7 +95,7 @@ void mode_disk_zero(void)
 }
 
 /* disk-loop sector=N count=N beat=MS: writes without pause, round and round; word 0 of a sector is the sequence
- * number. A line now and then, the last one after the power button and a flush. */
+ * number. A line now and then (with the word sizes, another one), the last one after the power button and a flush. */
 void mode_disk_loop(void)
 {
     u64 first = option("sector", 0), count = option("count", 64), sequence = 0;
@@ -116,6 +116,8 @@ void mode_disk_loop(void)
         if (pm_timer() - beat > interval) {
             beat = pm_timer();
             print("loop: beat %lu\n", sequence);
+            if (has_word("sizes"))
+                print("loop: %lu sectors\n", block_capacity());
         }
     }
     print("loop: flush status %u\n", block_request(BLOCK_FLUSH, 0, 0));

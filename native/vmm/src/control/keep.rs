@@ -20,6 +20,7 @@
 //! A machine that cannot be restored is at its end: it is half another's. Nothing else is done meanwhile.
 
 use std::fs::File;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
 use serde_json::json;
@@ -31,6 +32,7 @@ use crate::config::{RestoreFrom, Revert, SaveTo};
 use crate::cpu::gate::Errand;
 use crate::cpu::state::VcpuState;
 use crate::error::{Error, Kind, Result};
+use crate::io::{Answer, Change};
 use crate::mailbox::{EndReason, Event, Keep, Mail};
 use crate::save::facts::{self, Disks, Facts, Hardware};
 use crate::save::file::{damaged, target, Saved, Section};
@@ -449,9 +451,30 @@ impl Control {
 
     /// The disks, too, become what they were.
     fn go_back(&self, facts: &Facts, revert: &Revert) -> Result<()> {
+        let before = self.facts()?;
         snapshots::go_back(&self.devices, &revert.to, &revert.aside)?;
         let same = self.facts().and_then(|now| facts.check(&now, Disks::Any));
-        same.map_err(|error| snapshots::undone(&self.devices, &revert.aside, error))
+        let shown = same.and_then(|()| self.show_sizes(&before, facts));
+        shown.map_err(|error| snapshots::undone(&self.devices, &revert.aside, error))
+    }
+
+    /// A disk that has another size than it was built with shows that.
+    fn show_sizes(&self, before: &Facts, now: &Facts) -> Result<()> {
+        for device in &self.devices {
+            let id = device.id();
+            let size = |facts: &Facts| facts.devices.get(&id).and_then(facts::Device::size);
+            let Some(size) = size(now).filter(|new| size(before) != Some(*new)) else {
+                continue;
+            };
+            let (sender, receiver) = channel();
+            let answer = Answer::new(move |result| {
+                let _ = sender.send(result);
+            });
+            device.change(Change::Size(size), answer);
+            let gone = |_| Error::internal(format!("{id}: its I/O thread is gone"));
+            receiver.recv().map_err(gone)??;
+        }
+        Ok(())
     }
 
     /// Disks that nobody has taken up yet are taken up for it.

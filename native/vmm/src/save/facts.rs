@@ -63,6 +63,11 @@ pub struct Device {
 }
 
 impl Device {
+    /// Bytes of a disk.
+    pub fn size(&self) -> Option<u64> {
+        self.same.get("size")?.as_u64()
+    }
+
     fn without_size(&self) -> State {
         let mut same = self.same.clone();
         if let Some(same) = same.as_object_mut() {

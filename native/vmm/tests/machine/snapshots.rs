@@ -8,7 +8,7 @@ use serde_json::{json, Value};
 use vmbus_qcow2::{
     create_qcow2, snapshot, CreateOptions, Disk, Format, Image, LayerFiles, OpenOptions,
 };
-use vmbus_vmm::config::{RestoreFrom, Revert, SaveTo};
+use vmbus_vmm::config::{ChangeKind, DeviceChange, RestoreFrom, Revert, SaveTo};
 use vmbus_vmm::snapshots::Tidy;
 use vmbus_vmm::{Error, Event, Kind, Request};
 
@@ -83,9 +83,13 @@ fn snapshot(guest: &mut Running, file: &File, name: &str) -> (Result<Value, Erro
     guest.answer(2000)
 }
 
-fn revert(file: &File, to: &str, mut machine: Value) -> Result<Running, Error> {
+fn revert(file: &File, to: &str, machine: Value) -> Result<Running, Error> {
+    revert_in(MODE, file, to, machine)
+}
+
+fn revert_in(mode: &str, file: &File, to: &str, mut machine: Value) -> Result<Running, Error> {
     machine["restore"] = true.into();
-    let guest = build(MODE, machine)?;
+    let guest = build(mode, machine)?;
     let from = RestoreFrom {
         fd: Some(copy(file)),
         changed_disks: false,
@@ -286,4 +290,32 @@ fn a_way_back_that_fails_or_is_broken_off_leaves_the_disks_as_they_were() {
         );
         assert_eq!(names(&data), Vec::<String>::new());
     }
+}
+
+#[test]
+fn a_disk_that_has_grown_since_has_its_size_again() {
+    requires_kvm!();
+    let mode = format!("{MODE} sizes");
+    let (root, memory) = (qcow2(), file());
+    let machine = || with(&[("root", &root, "qcow2")]);
+    let mut guest = run(&mode, machine());
+    guest.until("loop: 2048 sectors");
+    snapshot(&mut guest, &memory, "one").0.unwrap();
+    let change = DeviceChange {
+        device: "disk/root".to_owned(),
+        change: ChangeKind::Size(2 << 20),
+    };
+    guest.machine.change(2003, change);
+    guest.answer_or_nothing(2003).0.unwrap();
+    guest.until("loop: 4096 sectors");
+    guest.must(Request::Pause);
+    drop(guest);
+
+    let mut guest = revert_in(&mode, &memory, "one", machine()).unwrap();
+    guest.must(Request::Resume);
+    let said = guest.until("loop: 2048 sectors");
+    assert!(!said.contains("4096"), "{said}");
+    guest.must(Request::Pause);
+    drop(guest);
+    assert_eq!(open(&root, true).size(), 1 << 20);
 }
