@@ -163,14 +163,15 @@ def test_the_cables_of_a_clone_on_a_bridge_are_pulled() -> None:
         kernel = place_guest(system)
         words = ["--memory", "16M", "--kernel", str(kernel), "--cmdline", "flood"]
         words += ["--nic", f"{name},id=lan,mac=52:54:00:00:00:07"]
+        words += ["--nic", "kind=isolated,network=own,id=own,mac=52:54:00:00:00:08"]
         ctl(system, "define", "--name", "web", *words)
         ctl(system, "start", "web")
         ctl(system, "save", "web", "web.saved", "--unstable")
         ctl(system, "template", "import", "worker", "web.saved")
         ctl(system, "clone", "web", "worker")
-        assert not carrier(system)
+        assert carriers(system) == {"lan": False, "own": True}
         ctl(system, "set-link", "web", "lan", "up")
-        assert carrier(system)
+        assert carriers(system) == {"lan": True, "own": True}
         # Its twin has the same address.
         ctl(system, "define", "--name", "twin", *words)
         assert "52:54:00:00:00:07" in refused(system, "clone", "twin", "worker")
@@ -179,10 +180,10 @@ def test_the_cables_of_a_clone_on_a_bridge_are_pulled() -> None:
         ctl(system, "kill", "twin")
 
 
-def carrier(system: System) -> bool:
-    """What the definition of web says of its cable."""
-    [nic] = json.loads(ctl(system, "show", "web", "--json"))["definition"]["nics"]
-    return bool(nic.get("carrier", True))
+def carriers(system: System) -> dict[str, bool]:
+    """What the definition of web says of its cables."""
+    nics = json.loads(ctl(system, "show", "web", "--json"))["definition"]["nics"]
+    return {nic["id"]: nic.get("carrier", True) for nic in nics}
 
 
 def test_vmbusctl_imports_templates_and_starts_clones(stage: Stage) -> None:
