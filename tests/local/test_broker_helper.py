@@ -116,6 +116,9 @@ def test_what_has_no_grant_no_worker_or_too_many_is_refused(bed: Bed) -> None:
     client.ask(wire.Own, uuid=idle, uid=61010)
     assert client.ask(wire.Spawn, uuid=idle, kind="passt", slot="nic/a").error == "InvalidState"
     mine = bed.machine(client)
+    # That somebody has the one is not enough for the other.
+    reply = client.ask(wire.Spawn, uuid=mine.uuid, kind="passt-host", slot="nic/a")
+    assert (reply.error, reply.argument) == ("AccessDenied", "user-network-host")
     for number in range(16):
         assert client.ask(wire.Spawn, uuid=mine.uuid, kind="passt", slot=f"nic/{number}").error is None
     reply = client.ask(wire.Spawn, uuid=mine.uuid, kind="passt", slot="nic/x")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -106,6 +107,31 @@ def test_a_port_is_forwarded_from_inside_and_from_outside_when_that_is_asked_for
     for name in ("net", "two"):
         ctl(system, "undefine", name)
     assert system.settle(before) == before
+
+
+def test_a_guest_reaches_its_host_when_that_is_asked_for_and_granted(outside: str) -> None:
+    policy = f'{POLICY}[user-network-host]\nusers = ["{ALICE}"]\n'
+    with System(policy=policy) as system, socket.create_server(("127.0.0.1", PORT)) as tcp:
+        before = system.counts()
+        # Its gateway's address is the host's own gateway's, OUTSIDE where there was none before.
+        route = subprocess.run(
+            ["ip", "-4", "-j", "route", "show", "default"], capture_output=True, check=True
+        )
+        gateway = json.loads(route.stdout)[0]["gateway"]
+        reach = f"net-reach first=0 count=0 port={PORT} to={number(gateway)}"
+        ctl(system, *definition(system, ALICE, "--cmdline", reach, "--nic", "kind=user,reach-host"))
+        tcp.settimeout(60)
+        printed(system, f"net: {gateway} open", 60)
+        tcp.accept()[0].close()
+        ctl(system, "kill", "net")
+        ctl(system, "undefine", "net")
+        assert system.settle(before) == before
+
+
+def test_who_may_not_let_a_guest_reach_the_host_does_not(system: System) -> None:
+    refused = system.vmbusctl(ALICE, *definition(system, ALICE, "--nic", "kind=user,reach-host"))
+    assert refused.returncode != 0
+    assert "[user-network-host] of broker.toml" in refused.stderr
 
 
 def test_its_helper_is_a_process_of_its_own_and_ends_with_it(system: System) -> None:

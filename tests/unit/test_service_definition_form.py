@@ -17,6 +17,8 @@ from vmbus.wire.definition import (
     Layer,
     Nic,
     boot_order,
+    brought,
+    grants,
     memory_floor,
     passt_options,
     slots,
@@ -262,3 +264,11 @@ def test_forwards_are_options_of_passt() -> None:
             msgspec.convert({**spawn, "options": [option]}, Spawn)
     error = refusal(nics=[{**nic, "kind": "isolated", "network": "lan"}])
     assert error.argument == "nics[0].forwards"
+
+
+def test_a_guest_that_reaches_its_host_takes_a_grant_of_its_own() -> None:
+    nic = {"id": "net", "mac": "52:54:00:00:00:01", "kind": "user", "reach-host": True}
+    definition = dbus_form.parse({**LEAST, "nics": [nic]})
+    assert grants(definition.nics) == ["user-network-host"]
+    assert brought(definition.nics) == {"user-network"}
+    assert refusal(nics=[{**nic, "kind": "isolated", "network": "lan"}]).argument == "nics[0].reach-host"

@@ -91,7 +91,8 @@ class Requests:
     def do_spawn(self, request: wire.Spawn) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)
         if request.kind != "worker":
-            rights.check_grant("user-network")
+            # Each kind of passt is granted by a table of its own: user-network, user-network-host.
+            rights.check_grant("user-network" + request.kind.removeprefix("passt"))
             yield from self._workers.help(request)
             return wire.Reply(id=request.id), []
         _in_range("memory", request.memory, MOST_MEMORY)

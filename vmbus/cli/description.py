@@ -44,7 +44,19 @@ _DISK_FLAG_KEYS: Final = frozenset(
 )
 _MEDIUM_KEYS: Final = frozenset({"path", "format", "backing-format"})
 _NIC_FLAG_KEYS: Final = frozenset(
-    {"bridge", "mac", "id", "queues", "kind", "address", "network", "slot", "carrier", "forwards"}
+    {
+        "bridge",
+        "mac",
+        "id",
+        "queues",
+        "kind",
+        "address",
+        "network",
+        "slot",
+        "carrier",
+        "forwards",
+        "reach-host",
+    }
 )
 
 
@@ -261,7 +273,7 @@ def _from_flag(text: str, known: frozenset[str], first: str, flag: str) -> dict[
 
 
 def _flag_value(key: str, value: str, flag: str) -> Any:
-    if key in ("read-only", "cdrom", "carrier"):
+    if key in ("read-only", "cdrom", "carrier", "reach-host"):
         words = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
         if value not in words:
             raise VmbusError("InvalidArgument", f"{key} is yes or no, not {value!r}", argument=f"--{flag}")

@@ -185,7 +185,9 @@ class BrokerClient:
         )
         await self._ask(lambda n: msgspec.structs.replace(wanted, id=n))
 
-    async def helper(self, uuid: str, slot: str, kind: Literal["passt"], options: list[str]) -> None:
+    async def helper(
+        self, uuid: str, slot: str, kind: Literal["passt", "passt-host"], options: list[str]
+    ) -> None:
         """Start a helper beside the machine's worker, which gets a socket to it."""
         await self._ask(lambda n: wire.Spawn(id=n, uuid=uuid, kind=kind, slot=slot, options=options))
 

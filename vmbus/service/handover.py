@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Iterable, Mapping
-from typing import Final
+from typing import Final, Literal
 
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
@@ -106,7 +106,8 @@ class Handover:
                     queues = queue_pairs(nic, machine.definition.vcpus)
                     await self._broker.tap(machine.uuid, nic, queues)
                 elif nic.kind == "user":
-                    await self._broker.helper(machine.uuid, slot, "passt", passt_options(nic))
+                    kind: Literal["passt", "passt-host"] = "passt-host" if nic.reach_host else "passt"
+                    await self._broker.helper(machine.uuid, slot, kind, passt_options(nic))
             except VmbusError as error:
                 raise _about(error, slot) from None
 

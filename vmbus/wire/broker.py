@@ -73,6 +73,7 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
 
     Any other kind is a helper of the machine's worker, which gets a socket to it under ``slot``; it ends with
     the worker. ``passt``: the network of a NIC of kind ``user``; ``options`` are ports that it forwards.
+    ``passt-host``: the same, and the guest reaches this host by its gateway's address.
     """
 
     uuid: Uuid
@@ -80,7 +81,7 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     vcpus: int = 0
     memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
     page_size: Literal[0, 0x200000, 0x40000000] = 0  # bytes; not 0 for huge memory
-    kind: Literal["worker", "passt"] = "worker"
+    kind: Literal["worker", "passt", "passt-host"] = "worker"
     slot: SlotName = "-"  # of a helper
     options: list[Annotated[str, Meta(pattern=r"^-[tu][0-9.]{7,15}/[0-9]{4,5}:[0-9]{1,5}\Z")]] = []
     locked: Annotated[int, Meta(ge=0)] = 0  # bytes of memory that the worker may lock

@@ -283,8 +283,9 @@ def _check_nic(nic: Nic, where: str) -> None:
 
 
 def _check_forwards(nic: Nic, where: str) -> None:
-    if nic.forwards and nic.kind != "user":
-        raise _bad(f"{where}.forwards", "is for kind user only")
+    for key, given in (("forwards", bool(nic.forwards)), ("reach-host", nic.reach_host)):
+        if given and nic.kind != "user":
+            raise _bad(f"{where}.{key}", "is for kind user only")
     seen: set[tuple[str, int]] = set()
     for index, forward in enumerate(nic.forwards):
         here = f"{where}.forwards[{index}]"

@@ -113,6 +113,7 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
     queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
     slot: HotplugSlot = 0
     carrier: bool = True  # whether the cable is plugged in
+    reach_host: bool = False  # of kind user: the gateway's address is the host's loopback
     forwards: Annotated[
         list[Annotated[str, Meta(pattern=FORWARD_PATTERN)]], Meta(max_length=64)
     ] = []  # of user
@@ -125,6 +126,11 @@ def passt_options(nic: Nic) -> list[str]:
         protocol, *address, port, guests = forward.split(":")
         options.append(f"-{protocol[0]}{address[0] if address else '127.0.0.1'}/{port}:{guests}")
     return options
+
+
+def passt_grant(nic: Nic) -> str:
+    """The table of broker.toml that grants its owner a network of kind user."""
+    return "user-network-host" if nic.reach_host else "user-network"
 
 
 def queue_pairs(nic: Nic, vcpus: int) -> int:
@@ -218,12 +224,12 @@ def memory_floor(definition: Definition) -> int:
 def grants(nics: Iterable[Nic]) -> list[str]:
     """The tables of broker.toml that must grant its owner something: ``bridges.br0``, ``user-network``."""
     found = {f"bridges.{nic.bridge}" for nic in nics if nic.kind == "bridge"}
-    return sorted(found | {"user-network" for nic in nics if nic.kind == "user"})
+    return sorted(found | {passt_grant(nic) for nic in nics if nic.kind == "user"})
 
 
 def brought(nics: Iterable[Nic]) -> set[str]:
     """The names under which dbus/*.xml asks for further actions for these: ``bridge``, ``user-network``."""
-    return {grant.partition(".")[0].removesuffix("s") for grant in grants(nics)}
+    return {grant.partition(".")[0].removesuffix("s").removesuffix("-host") for grant in grants(nics)}
 
 
 class Slot(msgspec.Struct, frozen=True):

@@ -9,6 +9,9 @@ What answers is let through, so that the host reaches a port of the guest's that
 with ACK belongs to a connection, and the helper can have begun none, since its first segment would have no
 ACK. UDP has nothing to tell an answer by. A port that is to be forwarded is tried here first: passt would
 just end.
+
+A guest that may reach the host does so by its gateway's address, which passt makes the loopback's: then there
+is no fence.
 """
 
 import errno
@@ -24,6 +27,8 @@ from vmbus.wire.errors import VmbusError
 _META_OIFTYPE, _META_SKUID, _META_L4PROTO = 9, 10, 16
 _ARPHRD_LOOPBACK = 772
 _TRANSPORT, _FLAGS, _ACK = 2, 13, 0x10
+NO_HOST = "--no-map-gw"
+"""Of a command line: the gateway's address is not the host's loopback."""
 _FORWARD = re.compile(r"-([tu])([0-9.]+)/([0-9]+):[0-9]+")
 
 
@@ -35,6 +40,9 @@ def fence(uid: int, mark: str, command: list[str], channel: Channel) -> None:
     for option in command:
         if forward := _FORWARD.fullmatch(option):
             _try(*forward.groups())
+    if NO_HOST not in command:
+        channel.report(f"uid {uid} reaches this host itself")
+        return
     to_itself = [
         *(nft.meta(_META_SKUID), nft.compare(nft.EQUAL, struct.pack("I", uid))),
         *(nft.meta(_META_OIFTYPE), nft.compare(nft.EQUAL, struct.pack("H", _ARPHRD_LOOPBACK))),

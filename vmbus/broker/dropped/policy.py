@@ -87,6 +87,10 @@ class UserNetwork(_Whom, frozen=True, kw_only=True):
     """``[user-network]``: who may have interfaces of kind ``user``, for which a process of the host sends."""
 
 
+class UserNetworkHost(_Whom, frozen=True, kw_only=True):
+    """``[user-network-host]``: whose guests may, by such an interface, reach what listens on this host."""
+
+
 class Ksm(_Strict, frozen=True, kw_only=True):
     """``[ksm]``: whether vmbus may change the host's settings of KSM."""
 
@@ -138,13 +142,14 @@ class Owners(_Strict, frozen=True, kw_only=True):
     uid_min: Annotated[int, Meta(ge=1)] | None = None
 
 
-class Policy(_Strict, frozen=True, kw_only=True, rename={"user_network": "user-network"}):
+class Policy(_Strict, frozen=True, kw_only=True, rename="kebab"):
     """The whole file."""
 
     open: Open = Open()
     quota: Quota = Quota()
     bridges: dict[str, Bridge] = {}
     user_network: UserNetwork = UserNetwork()
+    user_network_host: UserNetworkHost = UserNetworkHost()
     ksm: Ksm = Ksm()
     hugepages: HugePages = HugePages()
     workers: Workers = Workers()
@@ -158,7 +163,11 @@ class Policy(_Strict, frozen=True, kw_only=True, rename={"user_network": "user-n
     def _tables(self) -> dict[str, _Whom]:
         """The tables that grant something to those whom they name."""
         tables: dict[str, _Whom] = {f"bridges.{name}": bridge for name, bridge in self.bridges.items()}
-        return {**tables, "user-network": self.user_network}
+        return {
+            **tables,
+            "user-network": self.user_network,
+            "user-network-host": self.user_network_host,
+        }
 
     def grants(self, account: Account) -> list[str]:
         """The names of those that fit ``account``."""

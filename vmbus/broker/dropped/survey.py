@@ -16,7 +16,7 @@ import msgspec
 
 import vmbus
 from vmbus.broker.children import Channel
-from vmbus.broker.dropped import policy
+from vmbus.broker.dropped import fence, policy
 from vmbus.broker.policy import Survey
 from vmbus.broker.root import Image
 from vmbus.wire.errors import VmbusError
@@ -25,9 +25,9 @@ _LOADER = "/lib64/ld-linux-x86-64.so.2"  # System V ABI, AMD64 supplement
 _LABEL = "system_u:system_r:vmbus_{}_t:s0:c{},c{}"
 _PARTS = ("__init__.py", "wire", "worker", "_native")
 # A guest reaches nothing of the host's own: its loopback is no gateway's address. No port is forwarded,
-# unless a Spawn names some.
-_PASST = "/usr/bin/passt --foreground --quiet --stderr --fd 3 --no-map-gw"
-_HELPERS = {"passt": [*_PASST.split(), "--mtu", "1500"]}
+# unless a Spawn names some. With passt-host the gateway is the host.
+_PASST = ["/usr/bin/passt", "--foreground", "--quiet", "--stderr", "--fd", "3", "--mtu", "1500"]
+_HELPERS = {"passt": [*_PASST, fence.NO_HOST], "passt-host": _PASST}
 # Column of the first id, and of the number of ids (0: one).
 _TABLES = {"passwd": (2, 0), "group": (2, 0), "subuid": (1, 2), "subgid": (1, 2)}
 
