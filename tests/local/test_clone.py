@@ -175,14 +175,15 @@ def test_the_cables_of_a_clone_on_a_bridge_are_pulled() -> None:
         # Its twin has the same address.
         ctl(system, "define", "--name", "twin", *words)
         assert "52:54:00:00:00:07" in refused(system, "clone", "twin", "worker")
+        assert carriers(system, "twin") == {"lan": True, "own": True}, "it is no clone"
         ctl(system, "kill", "web")
         ctl(system, "clone", "twin", "worker")
         ctl(system, "kill", "twin")
 
 
-def carriers(system: System) -> dict[str, bool]:
-    """What the definition of web says of its cables."""
-    nics = json.loads(ctl(system, "show", "web", "--json"))["definition"]["nics"]
+def carriers(system: System, name: str = "web") -> dict[str, bool]:
+    """What a definition says of its cables."""
+    nics = json.loads(ctl(system, "show", name, "--json"))["definition"]["nics"]
     return {nic["id"]: nic.get("carrier", True) for nic in nics}
 
 

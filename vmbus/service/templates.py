@@ -195,7 +195,13 @@ class Templates:
             close_all(files)
             raise
         saved = Resumption(file, changed_disks=True, clone=True)
-        await self._lifecycle.start(machine, dict(files), paused=paused, saved=saved)
+        try:
+            await self._lifecycle.start(machine, dict(files), paused=paused, saved=saved)
+        except BaseException:
+            if nics != definition.nics:  # it is no clone, so its cables are as they were
+                with contextlib.suppress(VmbusError):
+                    self._hotplug.store(machine, definition)
+            raise
 
     def _open(self, template: Template) -> OwnFile:
         path = self._root / template.id
