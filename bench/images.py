@@ -6,7 +6,7 @@ file (by qemu-img), as the least and the median of a few runs, and the ratios of
 requests are made by the two programs' own ``bench``, with io_uring and O_DIRECT; with a step that is odd in
 clusters they go all over the disk. The rest is whole commands from start to end.
 
-    python -m bench.images [DIRECTORY]      (default: a directory beside this checkout's .cache)
+    python -m bench.images [DIRECTORY [WORK...]]      (default: in this checkout's .cache; all works)
 
 It needs about 3 GB of room, and a file system with O_DIRECT.
 """
@@ -178,7 +178,7 @@ def convert(place: Path) -> None:
         compare(
             f"convert 512 MiB of noise, {name}",
             {"ours": lambda work=work: work(OURS), "qemu": lambda work=work: work(QEMU)},
-            rounds=2,
+            rounds=2 if "-c" in flags else 2 * ROUNDS,
         )
     target.unlink()
     source = place / "source"
@@ -223,21 +223,27 @@ def start(place: Path) -> None:
     path.unlink()
 
 
+WORKS = {
+    "start": start,
+    "clusters": new_clusters,
+    "chain": chain,
+    "snapshot": after_snapshot,
+    "convert": convert,
+    "large": large,
+}
+
+
 def main() -> int:
-    """All of it."""
+    """All of it, or the works that are named."""
     if shutil.which(QEMU) is None:
         print("bench.images: qemu-img is missing (package qemu-utils)", file=sys.stderr)
         return 2
-    parent = Path(sys.argv[1]) if len(sys.argv) > 1 else CHECKOUT / ".cache"
+    parent = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else CHECKOUT / ".cache"
     parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-") as name:
         place = Path(name)
-        start(place)
-        new_clusters(place)
-        chain(place)
-        after_snapshot(place)
-        convert(place)
-        large(place)
+        for work in sys.argv[2:] or WORKS:
+            WORKS[work](place)
     return 0
 
 

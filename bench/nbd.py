@@ -7,7 +7,7 @@ on a raw file without a server (ioengine=io_uring), as the best and the median o
 the best; and the CPU time that the servers took for a request, the least of the runs, which a busy host
 disturbs less. All use io_uring and O_DIRECT.
 
-    python -m bench.nbd [DIRECTORY]      (default: beside this checkout's .cache; 4 GB of room)
+    python -m bench.nbd [DIRECTORY [WORK...]]   (default: .cache of this checkout; 4 GB; all works)
 """
 
 from __future__ import annotations
@@ -139,19 +139,21 @@ def large(place: Path) -> None:
         path.unlink()
 
 
+WORKS = {"allocated": allocated, "chain": chain, "large": large}
+
+
 def main() -> int:
-    """All of it."""
+    """All of it, or the works that are named."""
     for program in NEEDED:
         if shutil.which(program) is None:
             print(f"bench.nbd: {program} is missing (packages fio, qemu-utils)", file=sys.stderr)
             return 2
-    parent = Path(sys.argv[1]) if len(sys.argv) > 1 else CHECKOUT / ".cache"
+    parent = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else CHECKOUT / ".cache"
     parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix="bench-") as name:
         place = Path(name)
-        allocated(place)
-        chain(place)
-        large(place)
+        for work in sys.argv[2:] or WORKS:
+            WORKS[work](place)
     return 0
 
 

@@ -311,9 +311,16 @@ impl Image {
         self.ready()?.plan_read(at, len, waiter)
     }
 
-    pub(crate) fn plan_write(&self, at: u64, len: u64, waiter: &Waiter) -> Planned<WriteStep> {
+    /// `durable`: the write ends when it is on the disk.
+    pub(crate) fn plan_write(
+        &self,
+        at: u64,
+        len: u64,
+        durable: bool,
+        waiter: &Waiter,
+    ) -> Planned<WriteStep> {
         let mut state = self.ready()?;
-        let step = state.plan_write(&self.files, at, len, waiter)?;
+        let step = state.plan_write(&self.files, at, len, durable, waiter)?;
         state.mark_dirty(at, step.len());
         Ok(step)
     }

@@ -127,6 +127,8 @@ pub(crate) struct Allocation {
     pub(crate) len: u64,
     pub(crate) head: Extents,
     pub(crate) tail: Extents,
+    /// A durable write's data is made so by itself: the mapping needs no sync before it.
+    pub(crate) alone: bool,
 }
 
 /// The next step of a discard or write-zeroes.

@@ -269,18 +269,24 @@ impl Bed {
         let mut completed = Vec::new();
         let mut durable = Vec::new();
         let mut id = first_id;
+        let mut behind = None;
         while id < first_id + 120 || !under_way.is_empty() {
             if id < first_id + 120 && under_way.len() < 8 {
                 id += 1;
                 let span = [8, 40, 300][random.below(3) as usize];
                 let len = (1 + random.below(span)) * 512;
-                let offset = random.below((SIZE - len) / 512) * 512;
+                let offset = match behind.take() {
+                    // Behind the one before, for a while.
+                    Some(end) if random.below(5) > 0 && end + len <= SIZE => end,
+                    _ => random.below((SIZE - len) / 512) * 512,
+                };
                 if under_way
                     .values()
                     .any(|(at, length, ..)| *at < offset + len && offset < at + length)
                 {
                     continue;
                 }
+                behind = (id / 40 % 2 == 1).then_some(offset + len);
                 let value = random.below(255) as u8 + 1;
                 let (op, value) = match random.below(12) {
                     0..=6 => (
@@ -690,6 +696,52 @@ fn durable_writes_to_o_direct_files_survive_power_cuts() {
         assert!(durable > 5, "{durable}");
         assert_eq!(bed.replay(&start, &events, 300, &mut random), 300);
     }
+}
+
+#[test]
+fn the_first_durable_write_of_many_in_a_row_makes_room_for_the_others() {
+    let mut bed = Bed::new("row", 65536, 16, false);
+    bed.flags = libc::O_DIRECT;
+    if !bed.has_flags() {
+        return;
+    }
+    bed.create();
+    let image = bed.image("image", false).unwrap();
+    let mut engine = Engine::blocking().unwrap();
+    let slot = engine.attach(image.clone()).unwrap();
+    let mut memory = crate::buffer::Buffer::from_bytes(&[7; 4096]);
+    let mut write = |offset| {
+        let request = Request {
+            id: 0,
+            op: Op::Write { fua: true },
+            offset,
+            len: 4096,
+            buffers: smallvec![memory.iovec(0, 4096)],
+        };
+        // SAFETY: the memory outlives the engine.
+        unsafe { engine.submit(slot, request) };
+        let mut done = Vec::new();
+        engine.wait(&mut done).unwrap();
+        assert!(done.remove(0).result.is_ok());
+    };
+    // By and by enough is counted ahead, and the last write ends where the next cluster begins.
+    (0..6).for_each(|cluster| write(cluster * 65536));
+    write(7 * 65536 - 4096);
+    let events = recorded(image.files()[0].as_raw_fd(), || {
+        (0..16).for_each(|page| write(7 * 65536 + page * 4096));
+    });
+    let written: Vec<usize> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Durable { data, .. } => Some(data.len()),
+            _ => None,
+        })
+        .collect();
+    let [whole, _table, rest @ ..] = &written[..] else {
+        panic!("{written:?}");
+    };
+    assert_eq!((*whole, events.len()), (65536, 17), "{written:?}");
+    assert!(rest.iter().all(|len| *len == 4096), "{written:?}");
 }
 
 #[test]

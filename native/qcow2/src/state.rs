@@ -380,6 +380,7 @@ impl State {
         files: &[BlockFile],
         at: u64,
         len: u64,
+        durable: bool,
         waiter: &Waiter,
     ) -> Planned<WriteStep> {
         match self.layers.first() {
@@ -390,7 +391,7 @@ impl State {
             }),
             Some(Layer::Qcow2(qcow2)) => {
                 let geometry = qcow2.geometry;
-                self.plan_write_qcow2(&geometry, files, at, len, waiter)
+                self.plan_write_qcow2(&geometry, files, (at, len), durable, waiter)
             }
             None => Err(Stop::Fail(no_file())),
         }

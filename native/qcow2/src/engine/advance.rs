@@ -42,7 +42,7 @@ impl Engine {
                     .plan_read(at, rest, &waiter)
                     .map(|extents| self.read(key, &extents)),
                 Op::Write { .. } => image
-                    .plan_write(at, rest, &waiter)
+                    .plan_write(at, rest, task.durable && image.syncs(), &waiter)
                     .map(|step| self.write_data(key, step)),
                 Op::Flush => Ok(()),
                 Op::Discard | Op::WriteZeroes { .. } => {
@@ -84,7 +84,7 @@ impl Engine {
         };
         if task.zeros_until > at {
             let len = rest.min(task.zeros_until - at).min(ZERO_STEP);
-            let step = image.plan_write(at, len, waiter)?;
+            let step = image.plan_write(at, len, false, waiter)?;
             let pieces = repeat(self.zeros.iovec(0, ZEROS), step.len());
             self.write(key, step, pieces);
             return Ok(());

@@ -59,6 +59,10 @@ pub(crate) struct Job {
     pub(crate) head: Buffer,
     pub(crate) tail: Buffer,
     pub(crate) pieces: IoVecs,
+    /// The request's bytes in it.
+    pub(crate) len: u64,
+    /// As in the [`Allocation`](crate::plan::Allocation).
+    pub(crate) alone: bool,
     pub(crate) pending: u32,
     pub(crate) error: Option<Error>,
 }
@@ -105,7 +109,11 @@ pub(crate) enum After {
     /// A bounced write, whose memory is kept until now.
     Bounced { task: u64, buffer: Buffer },
     /// The data of a [`Job`] is written; a bounce buffer may go.
-    JobWritten { job: u64, buffer: Option<Buffer> },
+    JobWritten {
+        job: u64,
+        buffer: Option<Buffer>,
+        durable: bool,
+    },
     /// fallocate ended; if the file system cannot, discards are done and zeroes are written instead.
     Zeroed {
         task: u64,

@@ -171,6 +171,8 @@ impl Engine {
             head,
             tail,
             pieces,
+            len: allocation.len,
+            alone: allocation.alone,
             // One for this function itself, so that the job does not go on before all is started.
             pending: 1,
             error: None,
@@ -198,7 +200,7 @@ impl Engine {
         if job.tail.len() > 0 {
             pieces.push(job.tail.iovec(0, job.tail.len()));
         }
-        let (file, offset) = (job.file, job.offset);
+        let (file, offset, task, alone) = (job.file, job.offset, job.task, job.alone);
         let expected = buffer::total(&pieces).unwrap_or(0);
         let mut bounce = None;
         if self
@@ -209,9 +211,15 @@ impl Engine {
             pieces = IoVecs::from_slice(&[buffer.iovec(0, expected as usize)]);
             bounce = Some(buffer);
         }
+        let wanted = self
+            .tasks
+            .get(task)
+            .is_some_and(|task| task.durable && matches!(task.op, Op::Write { .. }));
+        let durable = alone && wanted && self.direct(slot, file);
         let after = After::JobWritten {
             job: key,
             buffer: bounce,
+            durable,
         };
         self.start(Io {
             slot,
@@ -219,7 +227,7 @@ impl Engine {
             op: IoOp::Write {
                 pieces,
                 offset,
-                durable: false,
+                durable,
             },
             expected,
             after,

@@ -31,7 +31,7 @@ pub(crate) fn preallocate(
     while at < image.size() {
         let rest = image.size() - at;
         let step = run(image, |state, waiter| {
-            state.plan_write(image.files(), at, rest, waiter)
+            state.plan_write(image.files(), at, rest, false, waiter)
         })?;
         // A fresh cluster is mapped already, and reads as zeros; others are written with zeros.
         if let WriteStep::Allocate(_) = &step {

@@ -229,7 +229,7 @@ fn zero_step(image: &Image, at: u64, len: u64) -> Result<u64> {
         ZeroStep::Write { len } => {
             let len = len.min(1 << 20);
             let step = run(image, |state, waiter| {
-                state.plan_write(image.files(), at, len, waiter)
+                state.plan_write(image.files(), at, len, false, waiter)
             })?;
             write_zeros(image, &step)?;
             Ok(step.len())

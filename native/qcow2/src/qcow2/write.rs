@@ -12,6 +12,10 @@
 //! a fresh cluster (alloc) for a range that reads as zeros now. Before the data is written, and
 //! after a power cut that loses it, the cluster's zeros are what the guest saw before. If its count is on
 //! disk already (alloc/reserve.rs), the mapping may go there together with the data, under one sync.
+//!
+//! Durable writes one behind the other are an exception to the exception: the first in a fresh cluster writes all of it,
+//! zeros behind its data, while the others wait. These then overwrite what the host's file system has a place for,
+//! and it need not find one, and sync its journal, for each of them.
 
 use crate::cache::Class;
 use crate::error::Error;
@@ -39,6 +43,8 @@ pub(crate) struct Ticket {
     /// The clusters were those of a zero cluster before, or lie in an external data file: they
     /// need no counting down when the write fails.
     kept: bool,
+    /// What must be on disk before the mapping.
+    class: Class,
     /// A packed cluster: its L2 entry, and its bytes on the host.
     packed: Option<(L2Entry, u64)>,
     waiters: Vec<Waiter>,
@@ -60,6 +66,7 @@ impl Ticket {
             host,
             parts: Written::ALL,
             kept: false,
+            class: Class::Mapping,
             packed: Some((entry, len)),
             waiters: Vec::new(),
         }
@@ -106,8 +113,23 @@ impl State {
         &mut self,
         geometry: &Geometry,
         files: &[BlockFile],
-        at: u64,
-        len: u64,
+        (at, len): (u64, u64),
+        durable: bool,
+        waiter: &Waiter,
+    ) -> Planned<WriteStep> {
+        let step = self.next_step(geometry, files, (at, len), durable, waiter)?;
+        if durable {
+            self.writer()?.last_end = at + step.len();
+        }
+        Ok(step)
+    }
+
+    fn next_step(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        (at, len): (u64, u64),
+        durable: bool,
         waiter: &Waiter,
     ) -> Planned<WriteStep> {
         let cluster = GuestCluster(at >> geometry.cluster_bits);
@@ -120,7 +142,10 @@ impl State {
                 self.check_data(geometry, host)?;
                 self.in_place(geometry, at, len, (host, run), waiter)
             }
-            _ => self.allocating(geometry, files, at, len, waiter),
+            _ => {
+                let whole = durable && self.writer()?.last_end == at;
+                self.allocating(geometry, files, (at, len), whole, waiter)
+            }
         }
     }
 
@@ -229,12 +254,13 @@ impl State {
         crate::bytes::be64(block.bytes(), (at - need.offset.0) as usize)
     }
 
+    /// With `whole` a fresh cluster is written to its end.
     fn allocating(
         &mut self,
         geometry: &Geometry,
         files: &[BlockFile],
-        at: u64,
-        len: u64,
+        (at, len): (u64, u64),
+        whole: bool,
         waiter: &Waiter,
     ) -> Planned<WriteStep> {
         if self.cache.crowded() || self.too_much_freed() {
@@ -262,8 +288,8 @@ impl State {
         self.resolve(0, from, at - from, waiter, &mut head)?;
         let mut tail = Extents::new();
         self.resolve(0, at + len, until - at - len, waiter, &mut tail)?;
-        let mut whole = Extents::new();
-        self.resolve(0, start, end - start, waiter, &mut whole)?;
+        let mut before = Extents::new();
+        self.resolve(0, start, end - start, waiter, &mut before)?;
 
         if let Some(host) = target.kept {
             self.check_data(geometry, host)?;
@@ -290,7 +316,9 @@ impl State {
             parts.until = SUBCLUSTERS;
         }
         // The tables were looked at before; allocating may have changed the cache, not the tables.
-        if fresh && zeros(&whole) {
+        let bare = fresh && zeros(&before);
+        let to_fill = whole && bare && !tail.is_empty() && at == start;
+        if bare && !to_fill {
             for n in 0..count {
                 let entry = L2Entry::data(geometry, host.plus(n * geometry.cluster()));
                 let index = (target.first.0 + n) % geometry.l2_entries();
@@ -304,7 +332,7 @@ impl State {
                 len,
             });
         }
-        if fresh && zeros(&tail) {
+        if fresh && zeros(&tail) && !to_fill {
             tail.clear();
         }
         let mut offset = host.plus(from - start);
@@ -322,6 +350,7 @@ impl State {
                 host,
                 parts,
                 kept,
+                class: if to_fill { class } else { Class::Mapping },
                 packed: None,
                 waiters: Vec::new(),
             },
@@ -333,6 +362,7 @@ impl State {
             len,
             head,
             tail,
+            alone: to_fill,
         })))
     }
 
@@ -413,7 +443,7 @@ impl State {
         match (ok, ticket.packed) {
             (true, Some((entry, _))) => {
                 let index = ticket.first.0 % geometry.l2_entries();
-                self.replace(&geometry, ticket.table, index, entry, true);
+                self.replace(&geometry, ticket.table, index, entry, (true, ticket.class));
             }
             (true, None) => self.link(&geometry, &ticket),
             (false, _) if !ticket.kept => {
@@ -438,7 +468,8 @@ impl State {
             let stays = if ticket.kept { old } else { old.without_data() };
             let parts = stays.with(ticket.parts.of(n, ticket.count), Part::Data);
             let entry = L2Entry::parts(geometry, Some((host, true)), parts);
-            self.replace(geometry, ticket.table, index, entry, !ticket.kept);
+            let how = (!ticket.kept, ticket.class);
+            self.replace(geometry, ticket.table, index, entry, how);
         }
     }
 
@@ -448,10 +479,10 @@ impl State {
         table: HostOffset,
         index: u64,
         entry: L2Entry,
-        free_old: bool,
+        (free_old, class): (bool, Class),
     ) {
         let old = self.mapped(geometry, table, index);
-        self.set_l2_entry(geometry, table, index, entry);
+        self.set_l2_entry_as(geometry, table, index, entry, class);
         if free_old {
             self.free_mapping(geometry, old);
         }

@@ -68,6 +68,8 @@ pub(crate) struct Writer {
     pub(crate) reserve: Reserve,
     pub(crate) tickets: HashMap<u64, crate::qcow2::write::Ticket>,
     pub(crate) next_ticket: u64,
+    /// Where the last durable write that was planned ended on the disk.
+    pub(crate) last_end: u64,
     /// Guest clusters with an allocation under way, and its ticket.
     pub(crate) busy: HashMap<GuestCluster, u64>,
 }
@@ -119,6 +121,7 @@ impl Writer {
             reserve: Reserve::default(),
             tickets: HashMap::new(),
             next_ticket: 1,
+            last_end: 0,
             busy: HashMap::new(),
         })
     }
