@@ -361,6 +361,14 @@ impl Drop for Engine {
                 attached.image.leave(task.epoch);
             }
         }
+        // The kernel takes a ring apart when it finds the time: until then it would keep the files, and with them the
+        // room of those that are deleted.
+        for key in self.slots.keys() {
+            let handles = self.slots.remove(key).map(|attached| attached.handles);
+            for handle in handles.into_iter().flatten() {
+                self.backend.unregister(handle);
+            }
+        }
     }
 }
 
