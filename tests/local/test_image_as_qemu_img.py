@@ -717,7 +717,7 @@ def _files(bed: Path, theirs: Path, mine: Path) -> list[str]:
 
 def _equal(one: Path, other: Path) -> bool:
     """Whether both disks hold the same, or neither can be opened."""
-    words = ["qemu-img", "compare", "-q", one, other]
+    words = ["qemu-img", "compare", "-q", str(one), str(other)]
     done = subprocess.run(words, capture_output=True, check=False)
     return done.returncode == 0 or _content(one) == _content(other)
 
