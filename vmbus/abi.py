@@ -22,13 +22,10 @@ NOBODY: Final = "00000000-0000-0000-0000-000000000000"
 
 
 def describe(definition: Definition, uuid: str = NOBODY) -> dict[str, Any]:
-    """All of it. Devices in hotplug slots, and what images and the host add, are left out.
+    """All of it. What images and the host add is left out.
 
     Raises VmbusError as building the machine would.
     """
-    disks = [disk for disk in definition.disks if not disk.slot]
-    nics = [nic for nic in definition.nics if not nic.slot]
-    here = {f"disk/{disk.id}" for disk in disks} | {f"nic/{nic.id}" for nic in nics}
     request = msgspec.json.encode(
         {
             "machine_type": definition.machine_type,
@@ -42,24 +39,28 @@ def describe(definition: Definition, uuid: str = NOBODY) -> dict[str, Any]:
                     "read_only": is_read_only(disk),
                     "serial": disk.serial,
                     "queues": disk.queues,
+                    "slot": disk.slot,
                     "bus": disk.bus,
                     "cdrom": disk.cdrom,
                 }
-                for disk in disks
+                for disk in definition.disks
             ],
-            "nics": [{"id": nic.id, "mac": nic.mac, "queues": nic.queues} for nic in nics],
+            "nics": [
+                {"id": nic.id, "mac": nic.mac, "queues": nic.queues, "slot": nic.slot}
+                for nic in definition.nics
+            ],
             "ports": definition.ports,
             "vsock": definition.vsock or None,
             "watchdog": definition.watchdog != "off",
             "rng": definition.rng,
             "balloon": has_balloon(definition),
-            "boot": None if definition.kernel else [name for name in boot_order(definition) if name in here],
+            "boot": None if definition.kernel else boot_order(definition),
         }
     )
     text = _call(request, _call(request, 0)[0])[1]
     found: dict[str, Any] = json.loads(text)
     # No register has them: the driver asks by a request (virtio 1.2, 5.2.6, VIRTIO_BLK_T_GET_ID).
-    found["serials"] = {disk.id: disk.serial for disk in disks}
+    found["serials"] = {disk.id: disk.serial for disk in definition.disks}
     return found
 
 

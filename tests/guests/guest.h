@@ -78,6 +78,11 @@ u32 interrupt_count(u32 line);
 /* Called by an interrupt, before its end is signalled; 0 for none. */
 void on_interrupt(u32 line, void (*handler)(void));
 
+/* From now on an instruction of two bytes that is a general protection fault is skipped. */
+void catch_faults(void);
+/* 0 for a register that there is not; after catch_faults. */
+int read_msr(u32 msr, u64 *value);
+
 typedef void (*mode_function)(void);
 struct mode {
     const char *name;
@@ -132,5 +137,7 @@ void mode_vsock(void);
 void mode_rtc(void);
 void mode_rtc_seconds(void);
 void mode_vsock_hostile(void);
+void mode_registers(void);
+void mode_board(void);
 
 #endif

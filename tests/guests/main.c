@@ -53,6 +53,8 @@ static const struct mode modes[] = {
     { "rtc", mode_rtc },
     { "rtc-seconds", mode_rtc_seconds },
     { "vsock-hostile", mode_vsock_hostile },
+    { "registers", mode_registers },
+    { "board", mode_board },
 };
 
 /* Whether a word (up to a blank, or '=' if value) begins here; what follows it then, else 0. */

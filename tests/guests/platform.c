@@ -49,19 +49,39 @@ extern const u8 interrupt_entries[];
 static volatile u32 counts[16];
 static void (*handlers[16])(void);
 
+static void set_gate(u32 vector, u64 address)
+{
+    idt[vector] = (struct gate){ .offset_low = address,
+                                 .selector = 8,
+                                 .type = 0x8e,
+                                 .offset_middle = address >> 16,
+                                 .offset_high = address >> 32 };
+}
+
 void interrupts_init(void)
 {
-    for (u32 i = 0; i < 16; i++) {
-        u64 address = (u64)interrupt_entries + 16 * i;
-        idt[32 + i] = (struct gate){ .offset_low = address,
-                                     .selector = 8,
-                                     .type = 0x8e,
-                                     .offset_middle = address >> 16,
-                                     .offset_high = address >> 32 };
-    }
+    for (u32 i = 0; i < 16; i++)
+        set_gate(32 + i, (u64)interrupt_entries + 16 * i);
     out8(0x21, 0xff);
     out8(0xa1, 0xff);
     mmio_write(LOCAL_APIC + 0xf0, 0x1ff); /* on; spurious interrupts have vector 255 */
+}
+
+extern const u8 protection_fault[];
+extern volatile u32 faulted;
+
+void catch_faults(void)
+{
+    set_gate(13, (u64)protection_fault);
+}
+
+int read_msr(u32 msr, u64 *value)
+{
+    u32 low, high;
+    faulted = 0;
+    asm volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(msr) : "memory");
+    *value = (u64)high << 32 | low;
+    return !faulted;
 }
 
 void route(u32 pin, u32 line, int level)

@@ -115,6 +115,14 @@ interrupt_common:
         addq    $8, %rsp
         iretq
 
+        /* Behind an instruction of two bytes, with its fault noted. */
+        .globl  protection_fault
+protection_fault:
+        addq    $8, %rsp                /* the error code */
+        addq    $2, (%rsp)
+        movl    $1, faulted
+        iretq
+
         /* Copied to 0x8000: an application processor begins here in real mode, cs = 0x0800. */
         .globl  trampoline, trampoline_end
         .code16
@@ -166,8 +174,10 @@ gdt_pointer:
 idt_pointer:
         .word   256 * 16 - 1
         .quad   idt
-        .globl  ap_count
+        .globl  ap_count, faulted
 ap_count:
+        .long   0
+faulted:
         .long   0
 
         .bss

@@ -29,7 +29,10 @@ int virtio_find(u32 function)
         case 1: virtio.common = structure; break;
         case 2: virtio.notify = structure; break;
         case 3: virtio.isr = structure; break;
-        case 4: virtio.device = structure; break;
+        case 4:
+            virtio.device = structure;
+            virtio.device_len = pci_read(function, at + 12, 4);
+            break;
         }
         u32 next = pci_read(function, at + 1, 1);
         while (next && pci_read(function, next, 1) != CAPABILITY_VENDOR)

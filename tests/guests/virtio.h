@@ -53,6 +53,7 @@ struct virtio {
     u32 function;
     u64 bar, common, notify, isr, device;
     u64 features;
+    u32 device_len; /* bytes of the device configuration */
 };
 
 extern struct virtio virtio;

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from vmbus.wire.errors import VmbusError
 pytestmark = pytest.mark.requires("root", "kvm")
 
 SEABIOS = "usr/share/seabios/bios-256k.bin"
+NIC_ROM = "usr/lib/ipxe/qemu/efi-virtio.rom"
 OVMF = ("usr/share/OVMF/OVMF_CODE_4M.fd", "usr/share/OVMF/OVMF_VARS_4M.fd")
 
 
@@ -33,7 +35,7 @@ def packages() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="vmbus-firmware-") as place:
         root = Path(place)
         root.chmod(0o755)
-        for path in (SEABIOS, *OVMF):
+        for path in (SEABIOS, NIC_ROM, *OVMF):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(Path("/") / path, root / path)
         yield root
@@ -94,7 +96,7 @@ async def test_it_boots_what_comes_first_and_an_upgrade_of_the_package_changes_n
         stage.system.service.start()
         await alice.until(path, "stopped")
         await boots(alice, path, "second")
-        assert len(state(stage, "firmware")) == 1
+        assert len(state(stage, "firmware")) == 2  # and the option ROM
         await alice(path, "Machine.Undefine")
         assert state(stage, "firmware") == set()
     assert stage.system.settle(before) == before
@@ -108,7 +110,7 @@ async def test_a_machine_by_uefi_has_variables_of_its_own_as_long_as_it_is_defin
             for name in ("one", "two")
         ]
         assert state(stage, "variables") == {uuid_of(path) for path in paths}
-        assert len(state(stage, "firmware")) == 2
+        assert len(state(stage, "firmware")) == 3  # and the option ROM
         # OVMF itself is for the nested host; here its files get as far as the machine.
         await alice(paths[0], "Machine.Start", {"paused": Variant("b", True)}, {})
         await alice(paths[0], "Machine.Kill")
@@ -141,7 +143,8 @@ async def test_a_package_that_is_missing_is_named_and_nothing_is_left(stage: Sta
 async def test_a_firmware_file_that_was_tampered_with_is_refused_by_its_slot(stage: Stage) -> None:
     async with stage.caller() as alice:
         path = await alice(ROOT, "Manager.DefineMachine", machine())
-        [stored] = (stage.system.place / "state" / "firmware").iterdir()
+        code = hashlib.sha256((Path("/") / SEABIOS).read_bytes()).hexdigest()
+        stored = stage.system.place / "state" / "firmware" / code
         stored.chmod(0o600)
         stored.write_bytes(b"short")
         with pytest.raises(VmbusError, match=r"firmware: .*no firmware") as caught:

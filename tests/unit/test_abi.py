@@ -48,6 +48,40 @@ def test_what_the_guest_sees_does() -> None:
     assert plain != abi.canonical(describe(disks=[DISK], **{"cpu-model": "x86-64-v1-amd-1"}))
 
 
+def test_a_device_in_a_slot_is_behind_its_root_port() -> None:
+    found = describe(disks=[{**DISK, "slot": 3}], nics=[{**NIC, "slot": 8}])
+    places = {function["name"]: function["place"] for function in found["pci"]}
+    assert (places["disk/root"], places["nic/lan"]) == ("slot 3", "slot 8")
+    empty = describe()["pci"]
+    changed = [function["name"] for function in found["pci"] if function not in empty]
+    # A root port shows that its slot is in use.
+    assert changed == ["disk/root", "nic/lan", "root port, slot 3", "root port, slot 8"]
+
+
+def test_a_machine_by_firmware_has_option_roms_whenever_its_interface_comes() -> None:
+    firmware: dict[str, Any] = {**LEAST, "firmware": "bios"}
+    del firmware["kernel"]
+
+    def interface(**changes: Any) -> str:
+        found = abi.describe(dbus_form.parse({**firmware, **changes}))
+        configuration: str = next(f for f in found["pci"] if f["name"] == "nic/lan")["configuration"]
+        return configuration
+
+    for nic in (NIC, {**NIC, "slot": 1}):
+        with_rom, without = interface(nics=[nic]), describe(nics=[nic])
+        assert with_rom not in [function["configuration"] for function in without["pci"]]
+
+
+@pytest.mark.parametrize("model", ["x86-64-v4-intel-1", "x86-64-v4-amd-1", "x86-64-v2-intel-tsc-1"])
+def test_registers_are_the_models(model: str) -> None:
+    found = describe(**{"cpu-model": model})
+    assert found["msrs"]["00000277"] == "0x7040600070406"
+    assert found["msrs"]["00000010"] is None
+    assert ("c0010015" in found["msrs"]) == ("amd" in model)
+    assert (int(found["cpuid"]["80000007"][3], 16) >> 8) == ("tsc" in model)
+    assert describe(**{"cpu-model": "host"})["msrs"] is None
+
+
 def test_a_model_that_is_none_is_refused() -> None:
     with pytest.raises(VmbusError) as caught:
         describe(**{"cpu-model": "486"})

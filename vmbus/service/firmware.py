@@ -159,8 +159,7 @@ class Firmware:
 def _sources(definition: Definition) -> Iterator[tuple[str, str, str]]:
     if definition.firmware != "none":
         yield from _SOURCES[definition.firmware]
-        if definition.nics:
-            yield _NIC_ROM
+        yield _NIC_ROM  # also for interfaces that come later
 
 
 def _read(path: Path, package: str) -> bytes:

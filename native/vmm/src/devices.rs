@@ -395,6 +395,8 @@ pub fn assemble(
         seats.insert(device.id(), Seat::Slot(slot.wrapping_sub(1)));
         list.push(device);
     }
+    // What is in a slot from the beginning is no news to the guest, at the first start as at every other.
+    root.reset();
     list.push(Arc::new(PciDevice(root.clone())));
     list.extend(threads.into_iter().map(|thread| thread as Arc<dyn Device>));
     list.push(network);

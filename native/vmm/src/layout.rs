@@ -13,10 +13,11 @@
 //! | 0xb000_0000 | 0xc000_0000 | of that, the PCIe ECAM after power-on, buses 0 to 255 |
 //! | 0xc000_0000 | 0xfec0_0000 | of that, the window that BARs lie in when there is no firmware |
 //! | 0xfec0_0000 | | I/O APIC |
+//! | 0xfed4_0000 | 0xfed4_5000 | kept for a TPM |
 //! | 0xfee0_0000 | | local APIC |
 //! | 0xfeff_c000 | 0xff00_0000 | KVM's identity map page and TSS (VMX without unrestricted guest) |
 //! | 0xff80_0000 | 4 GiB | firmware: variables, then code, which ends with the address space of 32 bits |
-//! | 4 GiB | 512 GiB | high RAM |
+//! | 4 GiB | 512 GiB | high RAM; what it leaves is kept for virtio-mem |
 //! | 512 GiB | 768 GiB | 64-bit MMIO window |
 //!
 //! 0xc0000 to 0xfffff is RAM or the last of the firmware: the shadow area (`firmware/shadow.rs`). A PCI BAR decodes wherever
@@ -65,6 +66,12 @@ pub const FIRMWARE_END: u64 = 1 << 32;
 
 /// The I/O APIC's registers.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// Where the registers of a TPM will be (TCG PC Client Platform TPM Profile 1.05, 6.2): five localities. Nothing is there yet.
+pub const TPM_START: u64 = 0xfed4_0000;
+/// Bytes of these.
+pub const TPM_SIZE: u64 = 0x5000;
+/// Memory that comes while the machine runs (virtio-mem) will lie behind the high RAM, up to here.
+pub const MEMORY_DEVICE_END: u64 = HIGH_RAM_END;
 /// The local APICs' registers.
 pub const LAPIC_START: u64 = 0xfee0_0000;
 /// KVM's identity map page.

@@ -30,9 +30,11 @@ use crate::config::{
 };
 use crate::control::{Control, Keeping, VcpuThreads};
 use crate::cpu::entry::Entry;
+use crate::cpu::flags;
 use crate::cpu::gate::{self, Cause, Gate};
 use crate::cpu::model;
-use crate::cpu::reset::ResetState;
+use crate::cpu::msr;
+use crate::cpu::reset::{Registers, ResetState};
 use crate::cpu::run::Vcpu;
 use crate::crew::Crew;
 use crate::devices::{self, Board, Devices, Parts};
@@ -557,9 +559,14 @@ fn create_vcpus(
     entry: &Arc<Mutex<Option<Entry>>>,
 ) -> Result<(Vec<Vcpu>, Vec<Answer>)> {
     let answers = model::answers(kvm, &config.cpu_model)?;
-    let msrs = kvm
+    let named = answers.vendor().filter(|_| config.cpu_model != model::HOST);
+    let listed = kvm
         .get_msr_index_list()
         .map_err(|e| Error::kernel("KVM_GET_MSR_INDEX_LIST", e))?;
+    if let Some(vendor) = named {
+        msr::confine(&vm.fd, vendor)?;
+    }
+    let registers = named.map_or(Registers::Listed(listed.as_slice()), Registers::Model);
     let mut first = answers.clone();
     first.set_topology(0, u32::from(config.vcpus));
     let vcpus = (0..usize::from(config.vcpus))
@@ -572,9 +579,13 @@ fn create_vcpus(
             own.set_topology(index as u32, u32::from(config.vcpus));
             fd.set_cpuid2(&own.to_kvm()?)
                 .map_err(|e| Error::kernel("KVM_SET_CPUID2", e))?;
+            if named.is_some() {
+                msr::confine_kvm(&fd)?;
+            }
             Ok(Vcpu {
                 index,
-                reset: ResetState::read(&fd, msrs.as_slice())?,
+                reset: ResetState::read(&fd, registers)?,
+                invariant_tsc: own.has(flags::INVARIANT_TSC),
                 fd,
                 entry: Arc::clone(entry),
                 pio: Arc::clone(&vm.pio),

@@ -106,6 +106,14 @@ pub const OSXSAVE: Flag = more("osxsave", 27);
 pub const TOPOEXT: Flag = extended("topoext", Register::Ecx, 22);
 /// Software guard extensions.
 pub const SGX: Flag = structured("sgx", 2);
+/// The time stamp counter runs at one speed and never stops; Linux calls it `constant_tsc` and `nonstop_tsc`.
+pub const INVARIANT_TSC: Flag = Flag {
+    name: "invariant_tsc",
+    leaf: 0x8000_0007,
+    subleaf: 0,
+    register: Register::Edx,
+    bit: 8,
+};
 /// Processor trace.
 pub const INTEL_PT: Flag = structured("intel_pt", 25);
 
@@ -184,4 +192,13 @@ pub const LEVEL_3: [Flag; 9] = [
     structured("avx2", 5),
     structured("bmi2", 8),
     extended("abm", Register::Ecx, 5),
+];
+
+/// What x86-64-v4 adds.
+pub const LEVEL_4: [Flag; 5] = [
+    structured("avx512f", 16),
+    structured("avx512dq", 17),
+    structured("avx512cd", 28),
+    structured("avx512bw", 30),
+    structured("avx512vl", 31),
 ];

@@ -6,6 +6,7 @@ pub mod entry;
 pub mod flags;
 pub mod gate;
 pub mod model;
+pub mod msr;
 pub mod reset;
 pub mod run;
 pub mod state;

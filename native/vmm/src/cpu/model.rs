@@ -3,15 +3,20 @@
 //!
 //! A model is a vendor, a level of the x86-64 ABI and a version: `x86-64-v2-intel-1`. It fixes every answer to
 //! CPUID: features, family and model number, caches, the number of physical address bits (40), the layout of the
-//! XSAVE area and KVM's own leaves (Linux 6.1, without asynchronous page faults). No model shows an
-//! invariant TSC. A version is never changed; the golden files of the tests hold that.
+//! XSAVE area and KVM's own leaves (Linux 6.1, without asynchronous page faults). A version is never changed; the golden
+//! files of the tests hold that. What its MSRs hold is [`super::msr`]'s.
 //!
-//! A host that lacks one of a model's features cannot run it; the error names the feature.
+//! A model marked `tsc` (`x86-64-v3-amd-tsc-1`) shows an invariant time stamp counter, by which a guest may tell
+//! the time; a machine with it is saved with the counter's frequency and goes on only where that can be had
+//! ([`super::state`]). No other model promises anything about it.
+//!
+//! A host that lacks one of a model's features cannot run it; the error names the feature. The same holds for the layout
+//! of the XSAVE area, which is the processor's: AMD has AVX-512's registers elsewhere than Intel.
 
 use kvm_ioctls::Kvm;
 
 use crate::cpu::cpuid::{Answers, Vendor};
-use crate::cpu::flags::{self, Flag, KVM_6_1, LEVEL_1, LEVEL_2, LEVEL_3};
+use crate::cpu::flags::{self, Flag, KVM_6_1, LEVEL_1, LEVEL_2, LEVEL_3, LEVEL_4};
 use crate::error::{Error, Kind, Result};
 
 /// The model that is whatever the host can do.
@@ -25,12 +30,41 @@ const LAST_BASIC: u32 = 0xd;
 const LAST_KVM: u32 = 0x4000_0001;
 const LAST_EXTENDED: u32 = 0x8000_0008;
 
-/// XCR0: x87, SSE, AVX.
-const XCR0_AVX: u32 = 0b111;
+/// A part of the XSAVE area: the number of its bit in XCR0, its bytes and where it begins.
+struct Component {
+    number: u32,
+    size: u32,
+    offset: u32,
+}
+
+const fn component(number: u32, size: u32, offset: u32) -> Component {
+    Component {
+        number,
+        size,
+        offset,
+    }
+}
+
+/// x87 and SSE, whose registers lie in the legacy area.
+const XCR0_LEGACY: u32 = 0b11;
 /// The legacy area and the XSAVE header.
 const XSAVE_BASE: u32 = 576;
-/// The upper halves of the YMM registers, right behind.
-const XSAVE_AVX: u32 = 256;
+/// The upper halves of the YMM registers.
+const AVX: [Component; 1] = [component(2, 256, XSAVE_BASE)];
+/// The same, then opmasks, upper halves of ZMM0 to 15, ZMM16 to 31: behind MPX, which is in no model here.
+const AVX512_INTEL: [Component; 4] = [
+    component(2, 256, XSAVE_BASE),
+    component(5, 64, 1088),
+    component(6, 512, 1152),
+    component(7, 1024, 1664),
+];
+/// The same as AMD has them, which never had MPX.
+const AVX512_AMD: [Component; 4] = [
+    component(2, 256, XSAVE_BASE),
+    component(5, 64, 832),
+    component(6, 512, 896),
+    component(7, 1024, 1408),
+];
 
 /// One model.
 struct Model {
@@ -40,25 +74,32 @@ struct Model {
     family: u32,
     model: u32,
     stepping: u32,
+    invariant_tsc: bool,
 }
 
 /// Family and model numbers are those of a processor of the level's time.
-const MODELS: [Model; 6] = [
-    model("x86-64-v1-intel-1", Vendor::Intel, 1, 6, 15, 11),
-    model("x86-64-v2-intel-1", Vendor::Intel, 2, 6, 26, 3),
-    model("x86-64-v3-intel-1", Vendor::Intel, 3, 6, 60, 4),
-    model("x86-64-v1-amd-1", Vendor::Amd, 1, 15, 65, 2),
-    model("x86-64-v2-amd-1", Vendor::Amd, 2, 21, 1, 2),
-    model("x86-64-v3-amd-1", Vendor::Amd, 3, 21, 96, 1),
+const MODELS: [Model; 14] = [
+    model("x86-64-v1-intel-1", Vendor::Intel, 1, (6, 15, 11)),
+    model("x86-64-v2-intel-1", Vendor::Intel, 2, (6, 26, 3)),
+    model("x86-64-v3-intel-1", Vendor::Intel, 3, (6, 60, 4)),
+    model("x86-64-v4-intel-1", Vendor::Intel, 4, (6, 85, 4)),
+    marked("x86-64-v2-intel-tsc-1", Vendor::Intel, 2, (6, 26, 3)),
+    marked("x86-64-v3-intel-tsc-1", Vendor::Intel, 3, (6, 60, 4)),
+    marked("x86-64-v4-intel-tsc-1", Vendor::Intel, 4, (6, 85, 4)),
+    model("x86-64-v1-amd-1", Vendor::Amd, 1, (15, 65, 2)),
+    model("x86-64-v2-amd-1", Vendor::Amd, 2, (21, 1, 2)),
+    model("x86-64-v3-amd-1", Vendor::Amd, 3, (21, 96, 1)),
+    model("x86-64-v4-amd-1", Vendor::Amd, 4, (25, 17, 1)),
+    marked("x86-64-v2-amd-tsc-1", Vendor::Amd, 2, (21, 1, 2)),
+    marked("x86-64-v3-amd-tsc-1", Vendor::Amd, 3, (21, 96, 1)),
+    marked("x86-64-v4-amd-tsc-1", Vendor::Amd, 4, (25, 17, 1)),
 ];
 
 const fn model(
     name: &'static str,
     vendor: Vendor,
     level: u8,
-    family: u32,
-    model: u32,
-    stepping: u32,
+    (family, model, stepping): (u32, u32, u32),
 ) -> Model {
     Model {
         name,
@@ -67,7 +108,20 @@ const fn model(
         family,
         model,
         stepping,
+        invariant_tsc: false,
     }
+}
+
+/// One that shows an invariant time stamp counter.
+const fn marked(
+    name: &'static str,
+    vendor: Vendor,
+    level: u8,
+    signature: (u32, u32, u32),
+) -> Model {
+    let mut marked = model(name, vendor, level, signature);
+    marked.invariant_tsc = true;
+    marked
 }
 
 /// The names of all models, `host` first.
@@ -113,13 +167,24 @@ fn find(name: &str) -> Result<&'static Model> {
 
 impl Model {
     fn flags(&self) -> impl Iterator<Item = Flag> + '_ {
-        let levels = [&LEVEL_1[..], &LEVEL_2, &LEVEL_3];
+        let levels = [&LEVEL_1[..], &LEVEL_2, &LEVEL_3, &LEVEL_4];
         levels
             .into_iter()
             .take(usize::from(self.level))
             .flatten()
             .copied()
             .chain(KVM_6_1)
+            .chain(self.invariant_tsc.then_some(flags::INVARIANT_TSC))
+    }
+
+    /// The parts of the XSAVE area, None for a model without.
+    fn xsave(&self) -> Option<&'static [Component]> {
+        match (self.level, self.vendor) {
+            (..=2, _) => None,
+            (3, _) => Some(&AVX),
+            (_, Vendor::Intel) => Some(&AVX512_INTEL),
+            (_, Vendor::Amd) => Some(&AVX512_AMD),
+        }
     }
 
     fn check(&self, supported: &Answers) -> Result<()> {
@@ -147,6 +212,15 @@ impl Model {
             return refuse(format!(
                 "the host has {bits} physical address bits, the model {PHYSICAL_BITS}"
             ));
+        }
+        for part in self.xsave().unwrap_or_default() {
+            let [size, offset, ..] = supported.get(0xd, part.number);
+            if (size, offset) != (part.size, part.offset) {
+                return refuse(format!(
+                    "part {} of the host's XSAVE area has {size} bytes at {offset}, the model's {} at {}",
+                    part.number, part.size, part.offset
+                ));
+            }
         }
         Ok(())
     }
@@ -271,14 +345,19 @@ impl Model {
     }
 
     fn put_xsave(&self, answers: &mut Answers) {
-        if self.level < 3 {
+        let Some(parts) = self.xsave() else {
             answers.put(0xd, Some(0), [0; 4]);
             return;
+        };
+        let mut xcr0 = XCR0_LEGACY;
+        let mut size = XSAVE_BASE;
+        for part in parts {
+            xcr0 |= 1 << part.number;
+            size = size.max(part.offset + part.size);
+            answers.put(0xd, Some(part.number), [part.size, part.offset, 0, 0]);
         }
-        let size = XSAVE_BASE + XSAVE_AVX;
-        answers.put(0xd, Some(0), [XCR0_AVX, size, size, 0]);
+        answers.put(0xd, Some(0), [xcr0, size, size, 0]);
         answers.put(0xd, Some(1), [0; 4]);
-        answers.put(0xd, Some(2), [XSAVE_AVX, XSAVE_BASE, 0, 0]);
     }
 }
 
@@ -334,6 +413,8 @@ mod tests {
             .unwrap_err()
             .message
             .contains("39 physical"));
+        host.put(0x8000_0008, None, [40, 0, 0, 0]);
+        model.check(&host).unwrap();
         let other = find("x86-64-v2-intel-1").unwrap();
         assert!(other
             .check(&host)
@@ -343,11 +424,41 @@ mod tests {
     }
 
     #[test]
+    fn a_host_whose_xsave_area_is_laid_out_otherwise_is_refused() {
+        let (intel, amd) = (
+            find("x86-64-v4-intel-1").unwrap(),
+            find("x86-64-v4-amd-1").unwrap(),
+        );
+        let mut host = intel.answers();
+        intel.check(&host).unwrap();
+        for part in [2, 5, 6, 7] {
+            let kept = host.get(0xd, part);
+            host.put(0xd, Some(part), amd.answers().get(0xd, part));
+            let refused = intel.check(&host);
+            assert_eq!(refused.is_ok(), part == 2, "{part}");
+            host.put(0xd, Some(part), kept);
+        }
+        assert_eq!(intel.answers().get(0xd, 0), [0xe7, 2688, 2688, 0]);
+        assert_eq!(amd.answers().get(0xd, 0), [0xe7, 2432, 2432, 0]);
+    }
+
+    #[test]
+    fn an_invariant_tsc_is_shown_by_marked_models_only() {
+        for model in &MODELS {
+            let marked = model.name.contains("-tsc-");
+            assert_eq!(model.answers().has(flags::INVARIANT_TSC), marked);
+            let plain = find(&model.name.replace("-tsc", "")).unwrap();
+            assert_eq!(model.check(&plain.answers()).is_ok(), !marked);
+        }
+    }
+
+    #[test]
     fn each_level_runs_where_a_higher_one_does() {
         for vendor in ["intel", "amd"] {
             let level = |n: u8| find(&format!("x86-64-v{n}-{vendor}-1")).unwrap();
             level(1).check(&level(3).answers()).unwrap();
             level(2).check(&level(3).answers()).unwrap();
+            level(3).check(&level(4).answers()).unwrap();
             assert!(level(3).check(&level(2).answers()).is_err());
         }
     }

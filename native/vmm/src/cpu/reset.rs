@@ -2,8 +2,9 @@
 //! A vCPU's reset state: read from KVM once, when the vCPU is new, and set again at each reset.
 //!
 //! KVM has no "reset" of its own. What it gives a new vCPU *is* the reset state, so all of it is read back
-//! and kept, MSRs included (as many as KVM lists, reads and takes back: some back ends list MSRs that they
-//! refuse). The time stamp counter is set to 0, which makes KVM bring all vCPUs' counters into step.
+//! and kept. MSRs are those of the CPU model, with its values ([`super::msr`]); for the model `host` as many as KVM
+//! lists, reads and takes back (some back ends list MSRs that they refuse). The time stamp counter is set to 0, which makes
+//! KVM bring all vCPUs' counters into step.
 
 use kvm_bindings::{
     kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
@@ -11,7 +12,9 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use crate::cpu::cpuid::Vendor;
 use crate::cpu::entry::Entry;
+use crate::cpu::msr as model;
 use crate::error::{Error, Result};
 
 /// The time stamp counter.
@@ -32,6 +35,15 @@ const NOT_KEPT: [u32; 3] = [
     MSR_TSC_DEADLINE, // part of the local APIC, disarmed by its reset
     MSR_TSC_ADJUST,   // set to 0 by writing the counter
 ];
+
+/// Which MSRs a vCPU has.
+#[derive(Clone, Copy, Debug)]
+pub enum Registers<'a> {
+    /// Of these, KVM_GET_MSR_INDEX_LIST, those that can be kept.
+    Listed(&'a [u32]),
+    /// Those of the named models of a vendor.
+    Model(Vendor),
+}
 
 /// Whether firmware runs in the guest, or has run as far as the guest can tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,11 +71,9 @@ pub struct ResetState {
 impl ResetState {
     /// Reads the state of a vCPU that has its CPUID and has never run.
     ///
-    /// `msrs` is KVM_GET_MSR_INDEX_LIST.
-    ///
     /// # Errors
-    /// `Unavailable` when KVM does not tell.
-    pub fn read(vcpu: &VcpuFd, msrs: &[u32]) -> Result<ResetState> {
+    /// `Unavailable` when KVM does not tell; `NotSupported` when it has not the registers of the model.
+    pub fn read(vcpu: &VcpuFd, registers: Registers<'_>) -> Result<ResetState> {
         let kernel = |what: &'static str| move |e| Error::kernel(what, e);
         Ok(ResetState {
             regs: vcpu.get_regs().map_err(kernel("KVM_GET_REGS"))?,
@@ -77,7 +87,10 @@ impl ResetState {
             events: vcpu
                 .get_vcpu_events()
                 .map_err(kernel("KVM_GET_VCPU_EVENTS"))?,
-            msrs: keepable(vcpu, msrs),
+            msrs: match registers {
+                Registers::Listed(msrs) => keepable(vcpu, msrs),
+                Registers::Model(vendor) => of_model(vcpu, vendor)?,
+            },
         })
     }
 
@@ -136,20 +149,37 @@ impl ResetState {
 
 /// The listed MSRs that can be read and written back as they are.
 fn keepable(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
-    let readable = |index: u32| {
-        let mut msrs = Msrs::from_entries(&[kvm_msr_entry {
-            index,
-            ..Default::default()
-        }])
-        .ok()?;
-        (vcpu.get_msrs(&mut msrs).ok()? == 1).then(|| msrs.as_slice().first().copied())?
-    };
     indices
         .iter()
         .filter(|index| !NOT_KEPT.contains(index))
-        .filter_map(|index| readable(*index))
+        .filter_map(|index| Some(msr(*index, get_msr(vcpu, *index)?)))
         .filter(|msr| set_msr(vcpu, *msr).is_ok())
         .collect()
+}
+
+/// The MSRs of a named model with its values. One that cannot be written has its value already, and is not kept.
+fn of_model(vcpu: &VcpuFd, vendor: Vendor) -> Result<Vec<kvm_msr_entry>> {
+    let mut kept = Vec::new();
+    for msr in model::values(vendor) {
+        match (set_msr(vcpu, msr), get_msr(vcpu, msr.index)) {
+            (Ok(()), _) => kept.push(msr),
+            (Err(_), Some(value)) if value == msr.data => {}
+            (Err(_), found) => {
+                let found = found.map_or("nothing".to_owned(), |value| format!("{value:#x}"));
+                let (index, data) = (msr.index, msr.data);
+                let message = format!("MSR {index:#x} has {found} and does not take {data:#x}");
+                return Err(model::unsupported(message));
+            }
+        }
+    }
+    Ok(kept)
+}
+
+/// An MSR's value, None where KVM does not tell.
+pub(crate) fn get_msr(vcpu: &VcpuFd, index: u32) -> Option<u64> {
+    let mut msrs = Msrs::from_entries(&[msr(index, 0)]).ok()?;
+    let read = vcpu.get_msrs(&mut msrs).ok()?;
+    (read == 1).then(|| msrs.as_slice().first().map(|msr| msr.data))?
 }
 
 /// One entry.

@@ -50,6 +50,8 @@ pub struct Vcpu {
     pub fd: VcpuFd,
     /// What it has after a reset.
     pub reset: ResetState,
+    /// Its CPUID promises that the time stamp counter keeps its frequency.
+    pub invariant_tsc: bool,
     /// Where the boot processor begins; changed by the boot code while all vCPUs stand.
     pub entry: Arc<Mutex<Option<Entry>>>,
     /// Where what it remembers is written down, and taken over from with the nanoseconds that have passed since.
@@ -108,7 +110,7 @@ impl Vcpu {
     fn restore(&self) -> Result<()> {
         let saved = self.saved.lock().unwrap_or_else(|e| e.into_inner()).take();
         let (state, passed) = saved.ok_or_else(|| Error::internal("nothing to restore"))?;
-        state.write(&self.fd, passed)
+        state.write(&self.fd, passed, self.invariant_tsc)
     }
 
     fn reset(&mut self) -> Result<()> {

@@ -6,18 +6,19 @@
 //! (in sregs) comes before the APIC, and the deadline of its timer after it.
 //!
 //! The time stamp counter goes on as if it had run while the machine was a file. All vCPUs are restored within a
-//! second, so KVM brings their counters into step again.
+//! second, so KVM brings their counters into step again. Its frequency is saved; where CPUID promises that it stays
+//! ([`flags::INVARIANT_TSC`](crate::cpu::flags::INVARIANT_TSC)), the machine goes on with it or not at all.
 
 use std::collections::BTreeMap;
 
 use kvm_bindings::{
     kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave, Msrs, KVM_MP_STATE_SIPI_RECEIVED,
+    kvm_xcrs, kvm_xsave, KVM_MP_STATE_SIPI_RECEIVED,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use crate::cpu::reset::{msr, set_msr, MSR_TSC, MSR_TSC_ADJUST, MSR_TSC_DEADLINE};
+use crate::cpu::reset::{get_msr, msr, set_msr, MSR_TSC, MSR_TSC_ADJUST, MSR_TSC_DEADLINE};
 use crate::error::{Error, Kind, Result};
 use crate::state::{self, bytes_of, from_bytes, Bytes, Plain};
 
@@ -85,12 +86,12 @@ impl VcpuState {
         })
     }
 
-    /// Gives a vCPU this state, `passed` nanoseconds later.
+    /// Gives a vCPU this state, `passed` nanoseconds later; `invariant_tsc`: its time stamp counter keeps its frequency.
     ///
     /// # Errors
-    /// `ImageInvalid` for state that is none; `NotSupported` for a register that this host's KVM does not take;
-    /// `Unavailable` when KVM refuses the rest.
-    pub fn write(&self, vcpu: &VcpuFd, passed: u64) -> Result<()> {
+    /// `ImageInvalid` for state that is none; `NotSupported` for a register, or a frequency, that this host's KVM does
+    /// not take; `Unavailable` when KVM refuses the rest.
+    pub fn write(&self, vcpu: &VcpuFd, passed: u64, invariant_tsc: bool) -> Result<()> {
         let kernel = |what: &'static str| move |e| Error::kernel(what, e);
         if self.mp_state > KVM_MP_STATE_SIPI_RECEIVED {
             return Err(state::invalid(format!(
@@ -126,7 +127,7 @@ impl VcpuState {
         for (index, value) in self.msrs.iter().filter(|(index, _)| !clock.contains(index)) {
             put_msr(vcpu, *index, *value)?;
         }
-        self.write_counter(vcpu, passed)?;
+        self.write_counter(vcpu, passed, invariant_tsc)?;
         vcpu.set_lapic(&from_bytes::<kvm_lapic_state>(&self.lapic)?)
             .map_err(kernel("KVM_SET_LAPIC"))?;
         if let Some(deadline) = self.msrs.get(&MSR_TSC_DEADLINE) {
@@ -137,21 +138,17 @@ impl VcpuState {
     }
 
     /// The time stamp counter, at the speed that it had where the host can do that.
-    fn write_counter(&self, vcpu: &VcpuFd, passed: u64) -> Result<()> {
+    fn write_counter(&self, vcpu: &VcpuFd, passed: u64, invariant: bool) -> Result<()> {
         let Some(counter) = self.msrs.get(&MSR_TSC) else {
             return Ok(());
         };
-        let mut ahead = 0;
-        if let Some(khz) = self.tsc_khz.filter(|khz| *khz > 0) {
-            let own = vcpu.get_tsc_khz().unwrap_or(khz);
-            // Within 250 parts in a million it is the same clock, measured twice.
-            if own.abs_diff(khz) > khz / 4000 {
-                // A host that cannot scale runs it at its own speed; no named model promises that it stays.
-                let _ = vcpu.set_tsc_khz(khz);
-            }
-            let ticks = u128::from(passed).saturating_mul(u128::from(khz)) / 1_000_000;
-            ahead = u64::try_from(ticks).unwrap_or(0);
-        }
+        let own = vcpu.get_tsc_khz().ok();
+        set_speed(self.tsc_khz, own, invariant, |khz| {
+            vcpu.set_tsc_khz(khz).is_ok()
+        })?;
+        let khz = u128::from(self.tsc_khz.unwrap_or(0));
+        let ticks = u128::from(passed).saturating_mul(khz) / 1_000_000;
+        let ahead = u64::try_from(ticks).unwrap_or(0);
         set_msr(vcpu, msr(MSR_TSC, counter.wrapping_add(ahead)))?;
         match self.msrs.get(&MSR_TSC_ADJUST) {
             Some(adjust) => put_msr(vcpu, MSR_TSC_ADJUST, *adjust),
@@ -160,11 +157,32 @@ impl VcpuState {
     }
 }
 
-/// An MSR's value, None where KVM does not tell.
-fn get_msr(vcpu: &VcpuFd, index: u32) -> Option<u64> {
-    let mut msrs = Msrs::from_entries(&[msr(index, 0)]).ok()?;
-    let read = vcpu.get_msrs(&mut msrs).ok()?;
-    (read == 1).then(|| msrs.as_slice().first().map(|msr| msr.data))?
+/// Sees to it that the counter runs at `saved` kHz, where this host's runs at `own`; `scale` has KVM change that.
+fn set_speed(
+    saved: Option<u32>,
+    own: Option<u32>,
+    invariant: bool,
+    mut scale: impl FnMut(u32) -> bool,
+) -> Result<()> {
+    let Some(khz) = saved.filter(|khz| *khz > 0) else {
+        return match invariant {
+            true => Err(state::invalid(
+                "an invariant time stamp counter without its frequency",
+            )),
+            false => Ok(()),
+        };
+    };
+    // Within 250 parts in a million it is the same clock, measured twice.
+    let same = own.is_none_or(|own| own.abs_diff(khz) <= khz / 4000);
+    // A host that cannot scale runs it at its own speed, if nothing was promised.
+    if same || scale(khz) || !invariant {
+        return Ok(());
+    }
+    let own = own.unwrap_or(0);
+    let message = format!(
+        "the machine was promised a time stamp counter of {khz} kHz; this host's has {own} kHz and cannot be scaled"
+    );
+    Err(Error::new(Kind::NotSupported, "cpu_model", message))
 }
 
 /// One that has the value already may be one that cannot be written.
@@ -177,4 +195,40 @@ fn put_msr(vcpu: &VcpuFd, index: u32, value: u64) -> Result<()> {
             format!("this host's KVM does not take {value:#x} in MSR {index:#x}: {error}");
         Error::new(Kind::NotSupported, "cpu_model", message)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_invariant_counter_keeps_its_frequency_or_the_machine_does_not_go_on() {
+        let never = |_| false;
+        let kind = |result: Result<()>| result.map_err(|error| error.kind);
+        // The same clock, measured twice.
+        assert_eq!(
+            kind(set_speed(Some(3_000_000), Some(3_000_700), true, never)),
+            Ok(())
+        );
+        assert_eq!(
+            kind(set_speed(Some(3_000_000), Some(2_400_000), true, never)),
+            Err(Kind::NotSupported)
+        );
+        assert_eq!(
+            kind(set_speed(Some(3_000_000), Some(2_400_000), false, never)),
+            Ok(())
+        );
+        assert_eq!(
+            kind(set_speed(None, Some(1), true, never)),
+            Err(Kind::ImageInvalid)
+        );
+        let mut asked = Vec::new();
+        let mut scales = |khz| {
+            asked.push(khz);
+            true
+        };
+        set_speed(Some(3_000_000), Some(2_400_000), true, &mut scales).unwrap();
+        set_speed(Some(3_000_000), Some(3_000_000), true, &mut scales).unwrap();
+        assert_eq!(asked, [3_000_000]);
+    }
 }

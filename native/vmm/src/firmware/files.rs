@@ -29,7 +29,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::Result;
 use crate::state::{self, Bytes};
 
-const DIRECTORY: u16 = 0x19;
+/// The directory of the files.
+pub const DIRECTORY: u16 = 0x19;
 const FILES: u16 = 0x20;
 const NAME: usize = 56;
 /// Version 1, and transfers.
@@ -185,6 +186,12 @@ impl Files {
         }
     }
 
+    /// All that is made late is made now.
+    pub fn prepare_all(&mut self) {
+        let firsts: Vec<u16> = self.groups.iter().map(|group| group.first).collect();
+        firsts.into_iter().for_each(|key| self.prepare(key));
+    }
+
     /// Nothing is made, nothing is written.
     pub fn reset(&mut self) {
         for group in &mut self.groups {
@@ -203,6 +210,12 @@ impl Files {
             let content = self.items.get(&key)?;
             Some((name.as_str(), content.0.as_slice()))
         })
+    }
+
+    /// All items by their numbers.
+    pub fn numbered(&self) -> impl Iterator<Item = (u16, &[u8])> {
+        let items = self.items.iter();
+        items.map(|(key, content)| (*key, content.0.as_slice()))
     }
 
     fn list(&mut self) {

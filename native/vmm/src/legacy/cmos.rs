@@ -344,8 +344,8 @@ impl BusDevice for Cmos {
     }
 }
 
-/// The memory sizes where firmware looks for them.
-fn sizes(memory: u64, vcpus: u8) -> [u8; 128] {
+/// The memory of a new clock: sizes of RAM where firmware looks for them.
+pub fn sizes(memory: u64, vcpus: u8) -> [u8; 128] {
     let (low, high) = crate::memory::split(memory);
     let mut cmos = [0; 128];
     let mut put16 = |index: u8, value: u64| {

@@ -20,9 +20,11 @@
 //! | 09.0 | watchdog, 8086:25ab; the place is kept when there is none |
 //! | 09.1 – 09.7 | free |
 //! | 0a.0 | sockets (virtio-vsock); the place is kept when there are none |
-//! | 0a.1 – 0f.7 | free |
+//! | 0a.1 – 0a.7 | free |
+//! | 0b.0 | kept for memory that comes while the machine runs (virtio-mem) |
+//! | 0b.1 – 0f.7 | free |
 //! | 10.0 – 10.7 | root ports for hotplug, slots 1 to 8, buses 1 to 8 |
-//! | 11.0 – 11.7 | kept for eight more root ports |
+//! | 11.0 – 11.7 | kept for eight more root ports, slots 9 to 16, buses 9 to 16 |
 //! | 12.0 – 1e.7 | free |
 //! | 1f.0 | LPC bridge, 8086:2918 |
 //!
@@ -32,6 +34,9 @@
 //! |---|---|
 //! | + 64 KiB × (8 × device + function) | the BAR of that function; 16 MiB in all |
 //! | + 256 MiB + 32 MiB × n | the memory window of root port n |
+//!
+//! A device of the host's that is passed through sits in a slot; the windows leave room for sixteen. A TPM is no PCI device
+//! ([`crate::layout::TPM_START`]).
 //!
 //! Root port n's prefetchable window is 16 GiB × n into the 64-bit window. A guest may move all of this:
 //! [`root`] follows.
@@ -128,6 +133,8 @@ pub enum Seat {
 pub const BAR_STRIDE: u64 = 0x1_0000;
 /// How many root ports there are.
 pub const ROOT_PORTS: u8 = 8;
+/// Slots that devices of the host's can be passed through in: as many as the windows leave room for.
+pub const PASSTHROUGH: u8 = 16;
 /// The memory window of root port 0; the others follow.
 pub const PORT_MEMORY: u64 = MMIO32_START + 0x1000_0000;
 /// Bytes of each.
@@ -364,6 +371,7 @@ pub(crate) mod testing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout;
 
     #[test]
     fn places_and_windows_never_meet() {
@@ -378,10 +386,16 @@ mod tests {
         devfns.dedup();
         assert_eq!(devfns.len(), places.len());
         assert!(Place::LPC.bar_address() + BAR_STRIDE <= PORT_MEMORY);
-        let ports = u64::from(ROOT_PORTS);
+        let ports = u64::from(PASSTHROUGH);
         assert!(
             PORT_MEMORY + ports * PORT_MEMORY_SIZE <= MMIO32_START + crate::layout::MMIO32_SIZE
         );
         assert!(ports * PORT_PREFETCHABLE_SIZE <= crate::layout::MMIO64_SIZE);
+        // What is kept for a TPM is nobody else's.
+        let (tpm, end) = (layout::TPM_START, layout::TPM_START + layout::TPM_SIZE);
+        let taken = [layout::PCI32_END, layout::IOAPIC_START + 0x1000];
+        assert!(taken.iter().all(|others| *others <= tpm));
+        let next = [layout::LAPIC_START, layout::IDENTITY_MAP];
+        assert!(next.iter().all(|others| end <= *others));
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! Without /dev/kvm each test says `absent: /dev/kvm` and passes; the guests are built by make and gcc.
 
+mod abi;
 mod bad_input;
 mod disks;
 mod ends;

@@ -5,43 +5,45 @@
 //! a wiring that connects nothing, their configuration spaces read as a guest would, tables made as for a guest. So
 //! two hosts and two versions of vmbus can be compared by comparing texts: keys are sorted, bytes are hexadecimal.
 //!
+//! Devices in hotplug slots are there as at the machine's start. `mode_registers` and `mode_board` of the bare-metal guests
+//! read the same and are compared with it.
+//!
+//! | key | what |
+//! |---|---|
+//! | `pci` | configuration spaces as after power-on, in full up to the last byte that is not zero; BARs; what virtio offers |
+//! | `acpi`, `smbios` | as they lie in memory for a kernel that is booted directly; firmware places the same tables |
+//! | `fw-cfg` | numbered items and files |
+//! | `cpuid`, `msrs` | of the first vCPU; null for the model `host`. Bits that follow the guest's own CR4 and XCR0 are as it has them when both are all on |
+//! | `places`, `ports` | of what has no BAR, and what is kept for devices to come |
+//!
 //! Left out: what differs from start to start (the generation ID, the clock) and from host to host (CPU model `host`); the
-//! contents of firmware, which its store keeps; MSRs, which follow KVM's and the CPU model.
+//! contents of firmware, which its store keeps. An MSR that is null follows the time or the way into the kernel.
+
+mod devices;
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::{channel, Receiver};
 use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{json, Map, Value};
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi;
 use crate::bus::Bus;
 use crate::config::DiskBus;
 use crate::cpu::model;
-use crate::devices::{DISKS_MAX, NICS_MAX, QUEUES_MAX, SCSI};
+use crate::cpu::msr;
 use crate::error::{Error, Kind, Result};
-use crate::firmware::{self, rom, shadow, smbios, BootDevice, Facts};
-use crate::irq::MsiMessage;
+use crate::firmware::files::DIRECTORY;
+use crate::firmware::{self, shadow, smbios, BootDevice, Facts};
 use crate::layout;
+use crate::legacy::cmos;
 use crate::memory::{self, MapKind};
-use crate::nics;
-use crate::pci::config::{COMMAND, COMMAND_MEMORY};
 use crate::pci::host::HostBridge;
-use crate::pci::lpc::LpcBridge;
 use crate::pci::root::Root;
 use crate::pci::root_port::RootPort;
-use crate::pci::watchdog::Watchdog;
-use crate::pci::{Function, Place, Seat, Wiring, ROOT_PORTS};
-use crate::scsi::cdb::{self, Cdb};
-use crate::scsi::{Outcome, Unit, INQUIRY};
-use crate::virtio::balloon::Balloon;
-use crate::virtio::net::PAIRS_MAX;
-use crate::virtio::pci::VirtioPci;
-use crate::virtio::{blk, console, net, rng, scsi, vsock, Activation, Backend, Model};
+use crate::pci::{Function, Seat, PASSTHROUGH, ROOT_PORTS};
+use crate::scsi::Unit;
+use devices::{Described, Nowhere};
 
 /// A machine, as far as a guest can see what is said here.
 #[derive(Clone, Debug, Deserialize)]
@@ -86,6 +88,9 @@ pub struct Disk {
     read_only: bool,
     serial: String,
     queues: u16,
+    /// The hotplug slot, from 1; 0 for a place on bus 0.
+    #[serde(default)]
+    slot: u8,
     #[serde(default)]
     bus: DiskBus,
     #[serde(default)]
@@ -115,43 +120,10 @@ pub struct Nic {
     id: String,
     mac: String,
     queues: u16,
+    /// As a disk's.
+    #[serde(default)]
+    slot: u8,
 }
-
-/// Connects nothing: a description raises no interrupt.
-struct Nowhere;
-
-impl Wiring for Nowhere {
-    fn watch(&self, _: &EventFd, _: u64) -> Result<()> {
-        Ok(())
-    }
-    fn unwatch(&self, _: &EventFd, _: u64) {}
-    fn show_rom(&self, _: Seat, _: Option<(u64, Arc<MmapRegion>)>) -> Result<()> {
-        Ok(())
-    }
-    fn allocate(&self) -> Result<u32> {
-        Ok(layout::GSI_MSI_FIRST)
-    }
-    fn connect(&self, _: &EventFd, _: u32) -> Result<()> {
-        Ok(())
-    }
-    fn release(&self, _: &EventFd, _: u32) {}
-    fn route(&self, _: u32, _: MsiMessage) -> Result<()> {
-        Ok(())
-    }
-}
-
-impl Backend for Nowhere {
-    fn start(&self, _: Activation) {}
-    fn stop(&self) -> Receiver<()> {
-        channel().1
-    }
-    fn saved(&self) -> Receiver<Option<crate::virtio::Served>> {
-        channel().1
-    }
-}
-
-/// A function with what virtio says of it.
-type Described = (Place, String, Arc<dyn Function>, Option<Model>);
 
 /// Describes `machine`.
 ///
@@ -170,30 +142,29 @@ pub fn describe(machine: &Machine) -> Result<Value> {
         },
         Box::new(|_| ()),
     ));
-    let functions = functions(machine)?;
-    let mut all: Vec<_> = functions
-        .iter()
-        .map(|(p, _, f, _)| (*p, f.clone()))
-        .collect();
     let ports: Vec<_> = (0..ROOT_PORTS)
         .map(|index| RootPort::new(Arc::new(Nowhere), index, Arc::new(|_| ())).map(Arc::new))
         .collect::<Result<_>>()?;
-    let mut pci = vec![function(Place::HOST, "host bridge", host.as_ref(), None)];
-    for (place, name, device, model) in &functions {
-        pci.push(function(*place, name, device.as_ref(), model.as_ref()));
+    let described = devices::all(machine)?;
+    let mut pci = vec![devices::host(host.as_ref())];
+    let mut on_bus = Vec::new();
+    for device in &described {
+        match device.seat {
+            Seat::Bus0(place) => on_bus.push((place, device.function.clone())),
+            Seat::Slot(index) => {
+                let port = ports.get(usize::from(index));
+                let port = port.ok_or_else(|| Error::invalid("slot", "there is no such slot"))?;
+                port.plug();
+                port.reset();
+            }
+        }
+        pci.push(device.describe());
     }
     for (index, port) in (0..).zip(&ports) {
-        let name = format!("root port, slot {}", index + 1);
-        pci.push(function(
-            Place::root_port(index),
-            &name,
-            port.as_ref(),
-            None,
-        ));
+        pci.push(devices::root_port(index, port.as_ref()));
     }
-    all.sort_by_key(|(place, _)| *place);
-    let root = Root::new(host, all, ports, &Bus::new())?;
-    let facts = facts(machine, &functions)?;
+    let root = Root::new(host, on_bus, ports, &Bus::new())?;
+    let facts = facts(machine, &described)?;
     Ok(json!({
         "machine-type": machine.machine_type,
         "memory-map": memory_map(machine.memory),
@@ -203,156 +174,18 @@ pub fn describe(machine: &Machine) -> Result<Value> {
         "acpi": tables(machine, &root)?,
         "smbios": smbios_tables(&facts),
         "fw-cfg": fw_cfg(&facts, root),
+        "cmos": hex(&cmos::sizes(machine.memory, machine.vcpus)),
         "cpuid": cpuid(machine)?,
-        "scsi": units(machine),
+        "msrs": msrs(machine)?,
+        "scsi": devices::units(machine),
         "port-names": machine.ports,
     }))
 }
 
-/// What the units of the SCSI host adapter say they are, by target: all that INQUIRY has.
-fn units(machine: &Machine) -> Value {
-    let scsi = machine.disks.iter().filter(|disk| disk.is_scsi());
-    let describe = |disk: &Disk| {
-        let mut unit = disk.unit();
-        let mut pages = Map::new();
-        let mut ask = |page: Option<u8>| {
-            let mut cdb = [0; cdb::LEN];
-            let start = [INQUIRY, u8::from(page.is_some()), page.unwrap_or(0), 1, 0];
-            cdb.iter_mut().zip(start).for_each(|(to, from)| *to = from);
-            match unit.command(&Cdb(cdb), &[]) {
-                Outcome::Good(bytes) => Some(hex(&bytes)),
-                _ => None,
-            }
-        };
-        let inquiry = ask(None);
-        for page in 0..=u8::MAX {
-            if let Some(bytes) = ask(Some(page)) {
-                pages.insert(format!("{page:02x}"), json!(bytes));
-            }
-        }
-        json!({ "id": disk.id, "inquiry": inquiry, "pages": pages })
-    };
-    scsi.map(describe).collect()
-}
-
-fn functions(machine: &Machine) -> Result<Vec<Described>> {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)])
-        .map_err(|e| Error::internal(format!("a page of memory: {e}")))?;
-    let memory = Arc::new(memory);
-    let rom = match (&machine.boot, machine.nics.is_empty()) {
-        (Some(_), false) => Some(rom::mapping(&[], rom::OPTION_ROM)?),
-        _ => None,
-    };
-    let virtio = |place: Place, name: String, model: Model, rom: Option<Arc<MmapRegion>>| {
-        let device = VirtioPci::new(
-            Seat::Bus0(place),
-            model.clone(),
-            Arc::new(Nowhere),
-            memory.clone(),
-            Arc::new(Nowhere),
-            rom,
-        )?;
-        Ok::<Described, Error>((place, name, Arc::new(device), Some(model)))
-    };
-    let scsi = machine.disks.iter().filter(|disk| disk.is_scsi()).count();
-    let block = machine.disks.len().saturating_sub(scsi);
-    if scsi > scsi::TARGETS_MAX || block > DISKS_MAX || machine.nics.len() > NICS_MAX {
-        return Err(Error::invalid(
-            "disks",
-            "more devices than there are places",
-        ));
-    }
-    let queues = |wanted: u16, most: u16| match wanted {
-        0 => u16::from(machine.vcpus).clamp(1, most),
-        wanted => wanted.min(most),
-    };
-    let mut all: Vec<Described> = Vec::new();
-    let block = machine.disks.iter().filter(|disk| !disk.is_scsi());
-    for (index, disk) in (0..).zip(block) {
-        let model =
-            blk::Disk::new(0, disk.read_only, &disk.serial).model(queues(disk.queues, QUEUES_MAX));
-        all.push(virtio(
-            Place::disk(index),
-            format!("disk/{}", disk.id),
-            model,
-            None,
-        )?);
-    }
-    for (index, nic) in (0..).zip(&machine.nics) {
-        let mac = nics::address(&nic.mac)
-            .ok_or_else(|| Error::invalid("nics", format!("{:?} is no address", nic.mac)))?;
-        let model = net::model(mac, queues(nic.queues, PAIRS_MAX), true);
-        let name = format!("nic/{}", nic.id);
-        all.push(virtio(Place::nic(index), name, model, rom.clone())?);
-    }
-    if machine.disks.iter().any(Disk::is_scsi) {
-        let model = scsi::model(u16::from(machine.vcpus).clamp(1, scsi::QUEUES_MAX));
-        all.push(virtio(Place::SCSI, SCSI.to_owned(), model, None)?);
-    }
-    if machine.watchdog {
-        let watchdog: Arc<dyn Function> = Arc::new(Watchdog::new()?);
-        all.push((Place::WATCHDOG, "watchdog".to_owned(), watchdog, None));
-    }
-    if !machine.ports.is_empty() {
-        let model = console::model(machine.ports.len());
-        all.push(virtio(Place::PORTS, "ports".to_owned(), model, None)?);
-    }
-    if let Some(cid) = machine.vsock {
-        all.push(virtio(
-            Place::VSOCK,
-            "vsock".to_owned(),
-            vsock::model(cid),
-            None,
-        )?);
-    }
-    if machine.rng {
-        all.push(virtio(Place::RNG, "rng".to_owned(), rng::model(), None)?);
-    }
-    if machine.balloon {
-        let model = Balloon::new(machine.memory)?.model();
-        all.push(virtio(Place::BALLOON, "balloon".to_owned(), model, None)?);
-    }
-    let bridge: Arc<dyn Function> = Arc::new(LpcBridge::new());
-    all.push((Place::LPC, "LPC bridge".to_owned(), bridge, None));
-    Ok(all)
-}
-
-fn function(place: Place, name: &str, device: &dyn Function, model: Option<&Model>) -> Value {
-    let mut space = [0; 256];
-    for (register, word) in (0u16..).step_by(4).zip(space.chunks_mut(4)) {
-        device.config_read(register, word);
-    }
-    // A BAR has its address from the beginning, and shows it once its function decodes memory.
-    device.config_write(COMMAND, &COMMAND_MEMORY.to_le_bytes());
-    let windows = device.windows();
-    device.reset();
-    let bars: Vec<_> = windows
+fn facts(machine: &Machine, described: &[Described]) -> Result<Facts> {
+    let seats: BTreeMap<&str, Seat> = described
         .iter()
-        .map(|window| json!({"bar": window.bar, "base": number(window.base), "size": window.size}))
-        .collect();
-    let mut value = json!({
-        "place": format!("{:02x}.{}", place.device, place.function),
-        "name": name,
-        "configuration": hex(&space),
-        "bars": bars,
-    });
-    if let (Some(model), Some(map)) = (model, value.as_object_mut()) {
-        let virtio = json!({
-            "type": model.device_type,
-            "features": number(model.features),
-            "queues": model.queues,
-            "queue-size": model.queue_size,
-            "configuration": hex(&model.config),
-        });
-        map.insert("virtio".to_owned(), virtio);
-    }
-    value
-}
-
-fn facts(machine: &Machine, functions: &[Described]) -> Result<Facts> {
-    let places: BTreeMap<&str, Place> = functions
-        .iter()
-        .map(|(place, name, _, _)| (name.as_str(), *place))
+        .map(|device| (device.name.as_str(), device.seat))
         .collect();
     let targets = machine.disks.iter().filter(|disk| disk.is_scsi());
     let targets: BTreeMap<String, u8> = targets
@@ -363,10 +196,10 @@ fn facts(machine: &Machine, functions: &[Described]) -> Result<Facts> {
         if let Some(target) = targets.get(id) {
             return Ok(BootDevice::Scsi(*target));
         }
-        let place = places.get(id.as_str()).copied();
-        match (place, id.split_once('/')) {
-            (Some(place), Some(("disk", _))) => Ok(BootDevice::Disk(Seat::Bus0(place))),
-            (Some(place), Some(("nic", _))) => Ok(BootDevice::Network(Seat::Bus0(place))),
+        let seat = seats.get(id.as_str()).copied();
+        match (seat, id.split_once('/')) {
+            (Some(seat), Some(("disk", _))) => Ok(BootDevice::Disk(seat)),
+            (Some(seat), Some(("nic", _))) => Ok(BootDevice::Network(seat)),
             _ => Err(Error::invalid("boot", format!("{id:?} is no device"))),
         }
     });
@@ -402,6 +235,12 @@ fn places() -> Value {
         "io-apic": number(layout::IOAPIC_START),
         "local-apic": number(layout::LAPIC_START),
         "firmware-end": number(layout::FIRMWARE_END),
+        "kept": {
+            "tpm": number(layout::TPM_START),
+            "tpm-size": number(layout::TPM_SIZE),
+            "virtio-mem": number(layout::MEMORY_DEVICE_END),
+            "passthrough-slots": PASSTHROUGH,
+        },
     })
 }
 
@@ -443,21 +282,21 @@ fn smbios_tables(facts: &Facts) -> Value {
 }
 
 fn fw_cfg(facts: &Facts, root: Arc<Root>) -> Value {
-    let files = firmware::files(facts, root);
-    let made_late = [
-        firmware::loader::RSDP,
-        firmware::loader::TABLES,
-        firmware::loader::COMMANDS,
-        firmware::loader::GENERATION,
-    ];
-    let files = files.named().map(|(name, bytes)| {
+    let mut files = firmware::files(facts, root);
+    // As they are made for firmware that reads them before it has moved anything.
+    files.prepare_all();
+    let mut all = Map::new();
+    for (key, bytes) in files.numbered().filter(|(key, _)| *key <= DIRECTORY) {
+        all.insert(format!("{key:04x}"), json!({"bytes": hex(bytes)}));
+    }
+    for (name, bytes) in files.named() {
         let mut value = json!({"size": bytes.len()});
-        if let (false, Some(map)) = (made_late.contains(&name), value.as_object_mut()) {
+        if let (true, Some(map)) = (name != firmware::loader::GENERATION, value.as_object_mut()) {
             map.insert("bytes".to_owned(), hex(bytes).into());
         }
-        (name.to_owned(), value)
-    });
-    Value::Object(files.collect())
+        all.insert(name.to_owned(), value);
+    }
+    Value::Object(all)
 }
 
 fn cpuid(machine: &Machine) -> Result<Value> {
@@ -475,6 +314,23 @@ fn cpuid(machine: &Machine) -> Result<Value> {
         (name, json!(registers))
     });
     Ok(Value::Object(entries.collect()))
+}
+
+/// By their numbers; null where the value follows something else.
+fn msrs(machine: &Machine) -> Result<Value> {
+    if machine.cpu_model == model::HOST {
+        return Ok(Value::Null);
+    }
+    let vendor = model::frozen(&machine.cpu_model)?.vendor();
+    let vendor = vendor.ok_or_else(|| Error::internal("a model without a vendor"))?;
+    let registers = msr::registers(vendor).map(|(index, value)| {
+        let value = match value {
+            msr::Value::Set(value) => number(value).into(),
+            msr::Value::Follows => Value::Null,
+        };
+        (format!("{index:08x}"), value)
+    });
+    Ok(Value::Object(registers.collect()))
 }
 
 /// Numbers beyond 53 bits are not JSON's.
