@@ -46,7 +46,7 @@ async def main() -> None:
     await filled(client, path)
     place = os.path.join(directory, "bench.template")
     file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    await done(client, await client.call(path, "Machine.Save", file, {"unstable": Variant("b", True)}))
+    await done(client, await client.call(path, "Machine.Save", file, {}))
     await done(client, await client.call(ROOT, "Manager.ImportTemplate", "bench", file))
     await client.call(ROOT, "Manager.Subscribe")
     spoke = asyncio.Event()

@@ -31,9 +31,7 @@ async def save(client: Client, path: str, place: str) -> tuple[float, int]:
     """Once; the machine goes on."""
     file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     begin = time.perf_counter()
-    job = await client.call(
-        path, "Machine.Save", file, {"keep": Variant("b", True), "unstable": Variant("b", True)}
-    )
+    job = await client.call(path, "Machine.Save", file, {"keep": Variant("b", True)})
     while (state := await client.get(job, "Job", "State")) == "running":
         await asyncio.sleep(0.002)
     took = time.perf_counter() - begin

@@ -74,7 +74,7 @@ _vmbusctl() {
             machines=yes
             ;;
         save)
-            options="-h --help --keep --unstable --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --keep --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         restore)
@@ -82,7 +82,7 @@ _vmbusctl() {
             machines=yes
             ;;
         snapshot)
-            options="-h --help --paused --unstable --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --paused --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
             ;;
         template)
             options="-h --help --json --bus-address --bus-name --no-ask --no-autostart"

@@ -2,7 +2,7 @@
 """What a guest can see of a machine, from its definition alone.
 
 No service, no /dev/kvm and no file of the machine is needed: all of it follows from the machine type and the
-definition. The description is the core's (native/vmm/src/abi.rs); two hosts and two versions of vmbus show a
+definition. The description is the core's (native/vmm/src/abi/); two hosts and two versions of vmbus show a
 guest the same where these texts are the same.
 """
 
@@ -55,6 +55,7 @@ def describe(definition: Definition, uuid: str = NOBODY) -> dict[str, Any]:
             "rng": definition.rng,
             "balloon": has_balloon(definition),
             "boot": None if definition.kernel else boot_order(definition),
+            "menu": definition.boot_menu,
         }
     )
     text = _call(request, _call(request, 0)[0])[1]

@@ -166,7 +166,7 @@ def test_the_cables_of_a_clone_on_a_bridge_are_pulled() -> None:
         words += ["--nic", "kind=isolated,network=own,id=own,mac=52:54:00:00:00:08"]
         ctl(system, "define", "--name", "web", *words)
         ctl(system, "start", "web")
-        ctl(system, "save", "web", "web.saved", "--unstable")
+        ctl(system, "save", "web", "web.saved")
         ctl(system, "template", "import", "worker", "web.saved")
         ctl(system, "clone", "web", "worker")
         assert carriers(system) == {"lan": False, "own": True}
@@ -192,7 +192,7 @@ def test_vmbusctl_imports_templates_and_starts_clones(stage: Stage) -> None:
     words = ["--memory", "16M", "--kernel", stage.kernel(), "--cmdline", "flood"]
     ctl(system, "define", "--name", "web", *words)
     ctl(system, "start", "web")
-    ctl(system, "save", "web", "web.saved", "--unstable")
+    ctl(system, "save", "web", "web.saved")
     ctl(system, "template", "import", "worker", "web.saved")
     assert "worker" in ctl(system, "template", "list")
     assert '"name": "worker"' in ctl(system, "template", "list", "--json")

@@ -42,7 +42,7 @@ async def finish(alice: Caller, job: str) -> None:
 
 async def save(alice: Caller, machine: str, file: int, **values: bool) -> None:
     """Save it, and wait until it is done."""
-    await finish(alice, await alice(machine, "Machine.Save", file, options(unstable=True, **values)))
+    await finish(alice, await alice(machine, "Machine.Save", file, options(**values)))
 
 
 async def said(alice: Caller, machine: str, wanted: str) -> str:
@@ -110,14 +110,13 @@ async def test_what_cannot_be_saved_or_restored_has_a_name_and_changes_nothing(s
                 await finish(alice, job)
             return caught.value.kind
 
-        assert await refused("Save", foreign, {}) == "NotSupported"  # a type that is not frozen
-        assert await refused("Save", null, options(unstable=True)) == "InvalidArgument"
-        assert await refused("Save", foreign, options(unstable=True)) == "InvalidArgument"
+        assert await refused("Save", null, options()) == "InvalidArgument"
+        assert await refused("Save", foreign, options()) == "InvalidArgument"
         assert await refused("Save", foreign, options(colour=True)) == "InvalidArgument"
         assert await refused("Restore", foreign, {}, {}) == "InvalidState"
         await said(alice, machine, "loop: beat")
         await finish(alice, await alice(machine, "Machine.Stop", 0))
-        assert await refused("Save", foreign, options(unstable=True)) == "InvalidState"
+        assert await refused("Save", foreign, options()) == "InvalidState"
         assert await refused("Restore", null, {}, {}) == "InvalidArgument"
         assert await refused("Restore", foreign, {}, {}) == "ImageInvalid"
         assert await alice.client.get(machine, "Machine", "StateReason") == "start-failed"
@@ -160,7 +159,7 @@ async def test_a_save_whose_caller_leaves_is_cancelled_and_the_machine_goes_on(s
         await said(alice, machine, "line 5\n")
         file = os.memfd_create("saved")
         async with stage.caller() as another:
-            job = await another(machine, "Machine.Save", file, options(unstable=True))
+            job = await another(machine, "Machine.Save", file, options())
         deadline = time.monotonic() + 30 * SLOW
         while await alice.client.get(job, "Job", "State") == "running":
             assert time.monotonic() < deadline
@@ -183,17 +182,14 @@ def test_vmbusctl_saves_under_a_name_or_not_at_all(stage: Stage) -> None:
 
     vmbusctl("define", "--name", "web", "--memory", "512M", "--kernel", kernel, "--cmdline", "flood")
     vmbusctl("start", "web")
-    assert "--unstable" in vmbusctl("save", "web", "web.saved", fails=True)
-    vmbusctl("save", "web", "web.saved", "--unstable")
+    vmbusctl("save", "web", "web.saved")
     assert (files / "web.saved").stat().st_mode & 0o777 == 0o600
     vmbusctl("restore", "web", "web.saved")
-    assert "exists" in vmbusctl("save", "web", "web.saved", "--unstable", fails=True)
+    assert "exists" in vmbusctl("save", "web", "web.saved", fails=True)
     assert "does not exist" in vmbusctl("restore", "web", "none", fails=True)
     # Interrupted at some moment: either it was saved, or there is nothing and it runs.
     for moment in (0.0, 0.3, 0.4, 0.5):
-        saving = system.popen(
-            ALICE, ["vmbusctl", "save", "--unstable", "web", "again"], stderr=subprocess.PIPE
-        )
+        saving = system.popen(ALICE, ["vmbusctl", "save", "web", "again"], stderr=subprocess.PIPE)
         time.sleep(moment * SLOW)
         saving.send_signal(signal.SIGINT)
         saving.communicate(timeout=30 * SLOW)

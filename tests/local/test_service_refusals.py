@@ -129,6 +129,8 @@ async def start_refused(alice: Caller, kind: str, argument: str, **changes: Any)
         ({"name": Variant("s", "a/b")}, "InvalidArgument", "name"),
         ({"colour": Variant("s", "red")}, "InvalidArgument", "colour"),
         ({"memory": Variant("s", "64M")}, "InvalidArgument", "memory"),
+        ({"machine-type": Variant("s", "vmbus-9")}, "InvalidArgument", "machine-type"),
+        ({"machine-type": Variant("s", "vmbus-0")}, "NotSupported", "machine-type"),
     ],
 )
 @scenario

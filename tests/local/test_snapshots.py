@@ -26,7 +26,6 @@ __all__ = ["stage"]
 pytestmark = pytest.mark.requires("root", "kvm")
 
 LOOP = "disk-loop sector=0 count=64 beat=50"
-UNSTABLE = options(unstable=True)
 BEAT = re.compile(r"loop: beat (\d+)\n")
 
 
@@ -70,7 +69,7 @@ async def looping(stage: Stage, alice: Caller, **disks: str) -> str:
 
 
 async def create(alice: Caller, machine: str, name: str) -> None:
-    await finish(alice, await alice(machine, "Machine.CreateSnapshot", name, UNSTABLE))
+    await finish(alice, await alice(machine, "Machine.CreateSnapshot", name, options()))
 
 
 async def listed(alice: Caller, machine: str) -> list[tuple[str, str, bool]]:
@@ -155,13 +154,13 @@ async def test_what_cannot_be_has_a_name_and_leaves_nothing(stage: Stage) -> Non
                 await finish(caller, job)
             return caught.value
 
-        error = await said_no("CreateSnapshot", "one", UNSTABLE)
+        error = await said_no("CreateSnapshot", "one", options())
         assert (error.kind, "disk/data" in str(error)) == ("NotSupported", True)
         assert (
             await said_no("CreateSnapshot", "one", {})
         ).kind == "NotSupported"  # a type that is not frozen
         for name in ("", "-one", "a/b", "x" * 64, "one\n"):
-            assert (await said_no("CreateSnapshot", name, UNSTABLE)).kind == "InvalidArgument", name
+            assert (await said_no("CreateSnapshot", name, options())).kind == "InvalidArgument", name
         assert (await said_no("CreateSnapshot", "one", options(colour=True))).kind == "InvalidArgument"
         assert (await said_no("RevertToSnapshot", "one", {}, {})).kind == "NotFound"
         assert (await said_no("DeleteSnapshot", "one", {})).kind == "NotFound"
@@ -169,7 +168,7 @@ async def test_what_cannot_be_has_a_name_and_leaves_nothing(stage: Stage) -> Non
         assert internal(root) == kept(system, machine) == []
         async with stage.caller(BOB) as bob:
             for method, rest in (
-                ("CreateSnapshot", [UNSTABLE]),
+                ("CreateSnapshot", [options()]),
                 ("RevertToSnapshot", [{}, {}]),
                 ("DeleteSnapshot", [{}]),
             ):
@@ -177,7 +176,7 @@ async def test_what_cannot_be_has_a_name_and_leaves_nothing(stage: Stage) -> Non
             with pytest.raises(VmbusError):
                 await bob(machine, "Machine.ListSnapshots")
         await finish(alice, await alice(machine, "Machine.Stop", 0))
-        assert (await said_no("CreateSnapshot", "one", UNSTABLE)).kind == "InvalidState"
+        assert (await said_no("CreateSnapshot", "one", options())).kind == "InvalidState"
         await alice(machine, "Machine.Undefine")
 
 
@@ -208,7 +207,7 @@ async def test_a_worker_that_is_killed_in_the_middle_leaves_nothing(stage: Stage
             pid = await alice.client.get(machine, "Machine", "WorkerPid")
             if moment < 0:
                 os.kill(pid, signal.SIGSTOP)
-            job = await alice(machine, "Machine.CreateSnapshot", f"at{moment}", UNSTABLE)
+            job = await alice(machine, "Machine.CreateSnapshot", f"at{moment}", options())
             await asyncio.sleep(max(moment, 0))
             os.kill(pid, signal.SIGKILL)
             await alice.until(machine, "crashed")
@@ -265,7 +264,7 @@ async def test_a_snapshot_does_not_wait_for_whoever_asked_for_it(stage: Stage) -
     async with stage.caller() as alice:
         machine = await looping(stage, alice, root=root)
         async with stage.caller() as another:
-            await another(machine, "Machine.CreateSnapshot", "one", UNSTABLE)
+            await another(machine, "Machine.CreateSnapshot", "one", options())
         while await listed(alice, machine) != [("one", "", True)]:
             await asyncio.sleep(0.02)
         await alice(machine, "Machine.Kill")
@@ -277,9 +276,9 @@ def test_vmbusctl_takes_lists_and_deletes_snapshots(stage: Stage) -> None:
     words = ["--name", "web", "--memory", "16M", "--kernel", stage.kernel(), "--cmdline", LOOP]
     ctl(system, "define", *words, "--disk", f"{root},format=qcow2")
     ctl(system, "start", "web")
-    ctl(system, "snapshot", "create", "web", "one", "--unstable")
-    ctl(system, "snapshot", "create", "web", "two", "--unstable")
-    assert "'two'" in refused(system, "snapshot", "create", "web", "two", "--unstable")
+    ctl(system, "snapshot", "create", "web", "one")
+    ctl(system, "snapshot", "create", "web", "two")
+    assert "'two'" in refused(system, "snapshot", "create", "web", "two")
     assert "NAME" in refused(system, "snapshot", "create", "web")
     assert "NAME" in refused(system, "snapshot", "list", "web", "one")
     ctl(system, "snapshot", "revert", "web", "one")
@@ -299,8 +298,8 @@ def test_the_memory_of_an_owner_s_snapshots_has_a_quota() -> None:
         for name in ("web", "mail"):
             ctl(system, "define", "--name", name, *words)
             ctl(system, "start", name)
-        ctl(system, "snapshot", "create", "web", "one", "--unstable")
-        assert "allowed" in refused(system, "snapshot", "create", "web", "two", "--unstable")
-        assert "allowed" in refused(system, "snapshot", "create", "mail", "one", "--unstable")
+        ctl(system, "snapshot", "create", "web", "one")
+        assert "allowed" in refused(system, "snapshot", "create", "web", "two")
+        assert "allowed" in refused(system, "snapshot", "create", "mail", "one")
         ctl(system, "snapshot", "delete", "web", "one")
-        ctl(system, "snapshot", "create", "mail", "one", "--unstable")
+        ctl(system, "snapshot", "create", "mail", "one")

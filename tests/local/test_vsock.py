@@ -192,7 +192,7 @@ def test_a_restored_guest_hears_that_its_connections_are_gone(system: System) ->
     say(connection, b"before")
     hear(connection, b"heard before")
     file = system.files(ALICE) / "sockets.saved"
-    ctl(system, "save", NAME, str(file), "--unstable")
+    ctl(system, "save", NAME, str(file))
     assert connection.communicate(timeout=20)[0] == b""
     console.close()
     ctl(system, "restore", NAME, str(file))

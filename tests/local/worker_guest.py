@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from tests.local.worker_process import Service, WorkerProcess
 from vmbus.wire.definition import Definition, Disk, Kernel, Layer
@@ -44,10 +44,11 @@ class Guest:
         kernel: bytes | None = None,
         restore: int = -1,
         program: Sequence[str] = ("-m", "vmbus.worker.main"),
+        **more: Any,
     ) -> None:
         """``kernel`` replaces the guests' ELF file; ``disks``: each one's layers and files.
 
-        ``restore`` is a saved machine to go on from."""
+        ``restore`` is a saved machine to go on from, ``more`` what else its definition says."""
         self.worker = WorkerProcess(kvm="/dev/kvm", rings=rings, program=program)
         try:
             self.service = self.worker.control()
@@ -67,6 +68,7 @@ class Guest:
                     Disk(id=name, layers=layers, source="fd") for name, (layers, _) in (disks or {}).items()
                 ],
                 on_reset=on_reset,
+                **more,
             )
             if restore >= 0:
                 self.worker.deliver("restore", os.dup(restore))

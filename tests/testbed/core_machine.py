@@ -55,7 +55,7 @@ class CoreMachine:
         self._reason = self._end = ""
         self._ids = 0
         config: dict[str, Any] = {
-            "machine_type": "vmbus-0",
+            "machine_type": "vmbus-1",
             "uuid": "6ba7b811-9dad-11d1-80b4-00c04fd430c8",
             "vcpus": vcpus,
             "memory": memory_mib << 20,

@@ -70,7 +70,7 @@ def test_debian_goes_on_with_disk_network_and_clocks(system: System) -> None:
         guest.console.wait_for("clock source", 120)
         first = beats(guest.console, 3)
         for round_ in range(2):
-            guest.ctl("save", guest.name, f"saved.{round_}", "--unstable", timeout=60 * SLOW)
+            guest.ctl("save", guest.name, f"saved.{round_}", timeout=60 * SLOW)
             assert guest.show()["state-reason"] == "saved"
             time.sleep(3)
             guest.ctl("restore", guest.name, f"saved.{round_}", timeout=60 * SLOW)
@@ -101,7 +101,7 @@ def test_debian_goes_back_with_its_disk(system: System) -> None:
         guest.start()
         guest.console.wait_for("clock source", 120)
         beats(guest.console, 2)
-        guest.ctl("snapshot", "create", guest.name, "then", "--unstable", timeout=60 * SLOW)
+        guest.ctl("snapshot", "create", guest.name, "then", timeout=60 * SLOW)
         then = beats(guest.console, 1)[-1][0]
         later = beats(guest.console, then + 4)[-1]
         guest.ctl("snapshot", "revert", guest.name, "then", timeout=60 * SLOW)

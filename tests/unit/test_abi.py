@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.abi import machines
 from vmbus import abi
 from vmbus.wire import dbus_form
 from vmbus.wire.errors import VmbusError
@@ -25,6 +26,9 @@ LEAST: dict[str, Any] = {
 }
 DISK = {"id": "root", "layers": [{"format": "raw", "path": "/images/root"}]}
 NIC = {"id": "lan", "mac": "52:54:00:00:00:01", "bridge": "br0"}
+
+
+GOLDEN = Path(__file__).parents[1] / "abi"
 
 
 def describe(**changes: Any) -> dict[str, Any]:
@@ -62,14 +66,13 @@ def test_a_machine_by_firmware_has_option_roms_whenever_its_interface_comes() ->
     firmware: dict[str, Any] = {**LEAST, "firmware": "bios"}
     del firmware["kernel"]
 
-    def interface(**changes: Any) -> str:
-        found = abi.describe(dbus_form.parse({**firmware, **changes}))
-        configuration: str = next(f for f in found["pci"] if f["name"] == "nic/lan")["configuration"]
-        return configuration
+    def roms(definition: dict[str, Any]) -> dict[str, int]:
+        found = abi.describe(dbus_form.parse(definition))
+        return {function["name"]: function["rom-size"] for function in found["pci"] if function["rom-size"]}
 
     for nic in (NIC, {**NIC, "slot": 1}):
-        with_rom, without = interface(nics=[nic]), describe(nics=[nic])
-        assert with_rom not in [function["configuration"] for function in without["pci"]]
+        assert roms({**firmware, "disks": [DISK], "nics": [nic]}) == {"nic/lan": 256 << 10}
+        assert roms({**LEAST, "disks": [DISK], "nics": [nic]}) == {}
 
 
 @pytest.mark.parametrize("model", ["x86-64-v4-intel-1", "x86-64-v4-amd-1", "x86-64-v2-intel-tsc-1"])
@@ -88,6 +91,11 @@ def test_a_model_that_is_none_is_refused() -> None:
     assert (caught.value.kind, caught.value.argument) == ("InvalidArgument", "cpu_model")
 
 
+def test_vmbus_1_shows_what_it_always_showed() -> None:
+    # This file is never edited: what has to look different is a machine type of its own, beside this one.
+    assert machines.golden("vmbus-1") == (GOLDEN / "vmbus-1.json").read_text()
+
+
 def test_vmbusctl_dumps_it_without_service_and_without_kvm() -> None:
     program = Path(sys.executable).with_name("vmbusctl")
     argv = [str(program), "abi", "dump", "--name", "x", "--memory", "64M", "--firmware", "bios"]
@@ -102,6 +110,6 @@ def test_vmbusctl_dumps_it_without_service_and_without_kvm() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["machine-type"] == "vmbus-0"
+    assert found["machine-type"] == "vmbus-1"
     assert found["pci"][0]["place"] == "00.0"
     assert done.stdout == abi.canonical(found)

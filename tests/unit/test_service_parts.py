@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import stat
@@ -30,7 +31,7 @@ from vmbus.service.machine import Last, Stored, boot_id
 from vmbus.service.polkit import Polkit
 from vmbus.service.registry import Registry
 from vmbus.wire import broker, packet
-from vmbus.wire.definition import Definition, Kernel
+from vmbus.wire.definition import Definition, Kernel, check_machine_type
 from vmbus.wire.errors import VmbusError
 
 UUIDS = [f"00000000-0000-4000-8000-00000000000{n}" for n in range(4)]
@@ -151,6 +152,36 @@ async def test_a_machine_that_ran_and_has_no_worker_crashed(tmp_path: Path) -> N
         machine = made.get(uuid)
         assert machine is not None
         assert (machine.state, machine.reason) == ("crashed", reason)
+
+
+@scenario
+async def test_a_definition_names_its_machine_type_wherever_it_is_stored(tmp_path: Path) -> None:
+    made = registry(tmp_path)
+    machine = made.create(UUIDS[0], 1000, definition(), {}, persistent=True)
+    stored = json.loads((tmp_path / "state" / f"{UUIDS[0]}.json").read_text())
+    assert stored["definition"]["machine_type"] == machine.definition.machine_type == "vmbus-1"
+    again = registry(tmp_path)
+    again.load()
+    assert again.find(1000, UUIDS[0]).definition.machine_type == "vmbus-1"
+
+
+@scenario
+async def test_a_machine_of_before_there_were_types_is_shown_and_not_started(tmp_path: Path) -> None:
+    file = tmp_path / "state" / f"{UUIDS[0]}.json"
+    made = registry(tmp_path)
+    made.create(UUIDS[0], 1000, definition(), {}, persistent=True)
+    stored = json.loads(file.read_text())
+    del stored["definition"]["machine_type"], stored["format"]
+    file.write_text(json.dumps(stored))
+    for _ in range(2):  # it says so itself once it was written again
+        again = registry(tmp_path)
+        again.load()
+        machine = again.find(1000, UUIDS[0])
+        assert machine.definition.machine_type == "vmbus-0"
+        with pytest.raises(VmbusError, match="define the machine anew, as vmbus-1") as caught:
+            check_machine_type(machine.definition)
+        assert (caught.value.kind, caught.value.argument) == ("NotSupported", "machine-type")
+        again.store(machine)
 
 
 @scenario

@@ -92,7 +92,7 @@ def test_the_core_takes_as_much_memory_as_a_definition_may_say(memory: int, argu
     """The command line, which is looked at next, is too long for any machine to be made of this."""
     kvm, console, kernel = (os.open(os.devnull, os.O_RDONLY) for _ in range(3))  # the core closes them
     wrong = {
-        **{"machine_type": "vmbus-0", "uuid": UUID, "vcpus": 1, "memory": memory, "cpu_model": "host"},
+        **{"machine_type": "vmbus-1", "uuid": UUID, "vcpus": 1, "memory": memory, "cpu_model": "host"},
         **{"kvm_fd": kvm, "console_fd": console, "kernel": {"fd": kernel, "cmdline": "x" * 5000}},
     }
     text = json.dumps(wrong).encode()

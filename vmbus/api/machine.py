@@ -240,7 +240,7 @@ class MachineApi:
 
     def save(self, caller: Caller, item: MachineObject, file: PassedFile, options: dict[str, Any]) -> str:
         """Save."""
-        wanted = booleans(options, keep=False, unstable=False)
+        wanted = booleans(options, keep=False)
         file.claimed = True
         return job_path(self._saving.save(item.machine, caller.name, file, **wanted).number)
 
@@ -266,8 +266,8 @@ class MachineApi:
 
     def create_snapshot(self, caller: Caller, item: MachineObject, name: str, options: dict[str, Any]) -> str:
         """CreateSnapshot."""
-        wanted = booleans(options, unstable=False)
-        return job_path(self._snapshots.create(item.machine, name, unstable=wanted["unstable"]).number)
+        booleans(options)
+        return job_path(self._snapshots.create(item.machine, name).number)
 
     async def revert_to_snapshot(
         self,

@@ -13,7 +13,7 @@ def booleans(options: Mapping[str, object], **defaults: bool) -> dict[str, bool]
     found = dict(defaults)
     for key, value in options.items():
         if key not in defaults:
-            known = ", ".join(sorted(defaults))
+            known = ", ".join(sorted(defaults)) or "none"
             raise VmbusError("InvalidArgument", f"there is no such option; known are {known}", argument=key)
         if not isinstance(value, bool):
             raise VmbusError("InvalidArgument", f"{value!r} is not a boolean", argument=key)

@@ -181,7 +181,7 @@ def _description(to: argparse.ArgumentParser) -> None:
         help="sockets between guest and host (AF_VSOCK): the guest's CID, from 3; others may have the same",
     )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
-    add("--machine-type", metavar="TYPE", help="vmbus-0 (default)")
+    add("--machine-type", metavar="TYPE", help="vmbus-1 (default)")
     add("--memory-kind", choices=("mergeable", "shareable", "huge"), help="default mergeable")
     add("--page-size", choices=("2M", "1G"), help="of huge memory (default 2M)")
     add(
@@ -285,11 +285,6 @@ def _save(to: argparse.ArgumentParser) -> None:
     _machine(to)
     _completed(to.add_argument("to", metavar="FILE", help="a new file"), "file")
     to.add_argument("--keep", action="store_true", help="the machine goes on")
-    to.add_argument(
-        "--unstable",
-        action="store_true",
-        help="even of type vmbus-0: only this version goes on from the file",
-    )
 
 
 def _restore(to: argparse.ArgumentParser) -> None:
@@ -310,11 +305,6 @@ def _snapshot(to: argparse.ArgumentParser) -> None:
     _machine(to)
     to.add_argument("snapshot", metavar="NAME", nargs="?", help="the snapshot's; not for list and tree")
     to.add_argument("--paused", action="store_true", help="revert: stop where it was")
-    to.add_argument(
-        "--unstable",
-        action="store_true",
-        help="create: even of type vmbus-0: only this version goes back to it",
-    )
     _files(to)
     _secrets(to)
 
@@ -598,8 +588,8 @@ COMMANDS: Final[Sequence[Command]] = (
         "restore goes on from there. Its disks are not in the file: leave them as they are. "
         "^C, or a full disk, leaves the machine running and no file.",
         (
-            ("vmbusctl save web web.saved --unstable", "and shut the host down"),
-            ("vmbusctl save web web.saved --unstable --keep", "leave it running"),
+            ("vmbusctl save web web.saved", "and shut the host down"),
+            ("vmbusctl save web web.saved --keep", "leave it running"),
         ),
         _save,
     ),
@@ -618,7 +608,7 @@ COMMANDS: Final[Sequence[Command]] = (
         "processors; what it does now is lost, unless it is in a snapshot. tree shows which was made from\n"
         "which.",
         (
-            ("vmbusctl snapshot create web before --unstable", "the running machine goes on"),
+            ("vmbusctl snapshot create web before", "the running machine goes on"),
             ("vmbusctl snapshot revert web before", "and goes on from there"),
             ("vmbusctl snapshot tree web", "* is where it is"),
             ("vmbusctl snapshot delete web before", "those that were made from it stay"),

@@ -141,11 +141,9 @@ class Remote:
         """Machine.Stop; the path of its job."""
         return str(await self._call(path, "Machine.Stop", round(deadline_seconds * 1e6)))
 
-    async def save(self, path: str, file: int, *, keep: bool, unstable: bool) -> str:
+    async def save(self, path: str, file: int, *, keep: bool) -> str:
         """Machine.Save; the path of its job. ``file`` stays the caller's."""
-        return str(
-            await self._call(path, "Machine.Save", file, self._connection.flags(keep=keep, unstable=unstable))
-        )
+        return str(await self._call(path, "Machine.Save", file, self._connection.flags(keep=keep)))
 
     async def restore(
         self, path: str, file: int, files: Mapping[str, int], *, paused: bool, changed_disks: bool
@@ -154,9 +152,9 @@ class Remote:
         options = self._connection.flags(**{"paused": paused, "changed-disks": changed_disks})
         await self._call(path, "Machine.Restore", file, options, dict(files))
 
-    async def create_snapshot(self, path: str, name: str, *, unstable: bool) -> str:
+    async def create_snapshot(self, path: str, name: str) -> str:
         """Machine.CreateSnapshot; the path of its job."""
-        options = self._connection.flags(unstable=unstable)
+        options = self._connection.flags()
         return str(await self._call(path, "Machine.CreateSnapshot", name, options))
 
     async def revert_to_snapshot(

@@ -27,8 +27,7 @@ async def save(remote: Remote, arguments: argparse.Namespace) -> int:
     """Machine.Save, until it is done; interrupted, it is cancelled, unless that comes too late."""
     path = await remote.find(arguments.machine)
     with _new(Path(arguments.to)) as (fd, keep_it):
-        wanted = {"keep": arguments.keep, "unstable": arguments.unstable}
-        begun = asyncio.ensure_future(remote.save(path, fd, **wanted))
+        begun = asyncio.ensure_future(remote.save(path, fd, keep=arguments.keep))
         try:
             await remote.finish(await asyncio.shield(begun))
         except asyncio.CancelledError:

@@ -35,9 +35,7 @@ async def snapshot(remote: Remote, arguments: argparse.Namespace) -> int:
             _table(found)
         return 0
     if arguments.action == "create":
-        await remote.finish(
-            await remote.create_snapshot(path, arguments.snapshot, unstable=arguments.unstable)
-        )
+        await remote.finish(await remote.create_snapshot(path, arguments.snapshot))
     else:
         await _with_files(remote, path, arguments)
     if arguments.json:

@@ -16,7 +16,7 @@ from vmbus.service.machine import Machine
 from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.wire import packet
-from vmbus.wire.definition import Definition, huge_page_size, slots
+from vmbus.wire.definition import Definition, check_machine_type, huge_page_size, slots
 from vmbus.wire.errors import VmbusError
 
 MACHINES: Final = 4096
@@ -42,6 +42,7 @@ class Definitions:
         Raises AlreadyExists, Unavailable (no such firmware), and the broker's QuotaExceeded, AccessDenied,
         NotFound, Unavailable.
         """
+        check_machine_type(definition)
         self._registry.check_name(owner, definition.name)
         if sum(1 for _ in self._registry.of(owner)) >= MACHINES:
             raise VmbusError("QuotaExceeded", f"you have {MACHINES} machines; undefine one")

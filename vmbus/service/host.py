@@ -10,7 +10,7 @@ import msgspec
 from msgspec import inspect
 
 from vmbus.wire.dbus_form import Form
-from vmbus.wire.definition import Definition, Layer
+from vmbus.wire.definition import ENDED_TYPE, Definition, Layer
 
 
 def capabilities(*, broker: bool, polkit: bool, notes: list[str]) -> Form:
@@ -22,7 +22,10 @@ def capabilities(*, broker: bool, polkit: bool, notes: list[str]) -> Form:
         "cpu-count": ("u", os.cpu_count() or 1),
         "memory": ("t", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")),
         "numa-nodes": ("au", numa_nodes()),
-        "machine-types": ("as", _choices(Definition, "machine_type")),
+        "machine-types": (
+            "as",
+            [kind for kind in _choices(Definition, "machine_type") if kind != ENDED_TYPE],
+        ),
         "memory-kinds": ("as", _choices(Definition, "memory_kind")),
         "max-vcpus": ("u", _most(Definition, "vcpus")),
         "image-formats": ("as", _choices(Layer, "format")),

@@ -28,14 +28,14 @@ from vmbus.service.claims import Claims
 from vmbus.service.files import OwnFile, PassedFile
 from vmbus.service.handover import Handover, check_passed, close_all
 from vmbus.service.jobs import Job, Jobs
-from vmbus.service.machine import CLEAN_ENDS, Machine, Run
+from vmbus.service.machine import CLEAN_ENDS, STORED_FORMAT, Machine, Run
 from vmbus.service.memory import touch, watched
 from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.service.worker_client import WorkerClient
 from vmbus.wire import broker as broker_wire
 from vmbus.wire import worker as worker_wire
-from vmbus.wire.definition import slots
+from vmbus.wire.definition import check_machine_type, slots
 from vmbus.wire.errors import VmbusError
 
 log = logging.getLogger("vmbus.lifecycle")
@@ -112,6 +112,7 @@ class Lifecycle:
         """
         try:
             machine.require("Restore" if saved else "Start", "stopped", "crashed")
+            check_machine_type(machine.definition)
             check_passed(slots(machine.definition), files)
         except VmbusError:
             _close(files, saved)
@@ -183,6 +184,7 @@ class Lifecycle:
             machine.generation,
             machine.order,
             firmware=dict(machine.firmware),
+            format=STORED_FORMAT,
         )
         self._broker.check_there()
         self._registry.write_run(machine, run)

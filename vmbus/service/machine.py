@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
 
-from vmbus.wire.definition import Definition
+from vmbus.wire.definition import ENDED_TYPE, Definition
 from vmbus.wire.errors import VmbusError
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Last(msgspec.Struct, frozen=True):
     boot: str = ""
 
 
+STORED_FORMAT: Final = 1
+"""Of the files below, as they are written; 0, which they did not say, is of before definitions named their
+machine type."""
+
+
 class Stored(msgspec.Struct, frozen=True):
     """STATE/machines/UUID.json."""
 
@@ -59,6 +64,12 @@ class Stored(msgspec.Struct, frozen=True):
     generation: int = 1
     order: int = 0  # of definition, for lists
     firmware: dict[str, str] = {}  # slot → SHA-256 (``firmware.py``)
+    format: int = 0
+
+    @property
+    def meant(self) -> Definition:
+        """The definition, with what it meant by what it does not say."""
+        return _meant(self.definition, self.format)
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -83,6 +94,18 @@ class Run(msgspec.Struct, frozen=True):
     end_reason: str = ""
     end_detail: str = ""
     firmware: dict[str, str] = {}
+    format: int = 0
+
+    @property
+    def meant(self) -> Definition:
+        """As of ``Stored``."""
+        return _meant(self.definition, self.format)
+
+
+def _meant(definition: Definition, stored_format: int) -> Definition:
+    if stored_format == 0:  # written before there was a choice of machine types
+        return msgspec.structs.replace(definition, machine_type=ENDED_TYPE)
+    return definition
 
 
 class Machine:
@@ -250,6 +273,7 @@ class Machine:
             self.generation,
             self.order,
             dict(self.firmware),
+            STORED_FORMAT,
         )
 
 

@@ -55,7 +55,7 @@ class Registry:
         machine = Machine(
             stored.uuid,
             stored.owner,
-            stored.definition,
+            stored.meant,
             persistent=True,
             generation=stored.generation,
             order=stored.order,
@@ -74,7 +74,7 @@ class Registry:
             machine = Machine(
                 run.uuid,
                 run.owner,
-                run.definition,
+                run.meant,
                 persistent=False,
                 generation=run.generation,
                 order=run.order,

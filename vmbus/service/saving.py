@@ -22,11 +22,9 @@ from vmbus.service.jobs import Job, Jobs
 from vmbus.service.lifecycle import END_DEADLINE, Resumption
 from vmbus.service.machine import Machine
 from vmbus.service.memory import watched
+from vmbus.wire.definition import check_machine_type
 from vmbus.wire.errors import VmbusError
 
-UNSTABLE: Final = frozenset({"vmbus-0"})
-"""Machine types whose hardware may change with any version of vmbus; a file of theirs fits the version that
-wrote it."""
 SLOT: Final = "file"
 """What errors call the file."""
 
@@ -39,11 +37,11 @@ class Saving:
         self._by_sender: dict[str, set[Job]] = {}
         self._cancelling: set[asyncio.Task[None]] = set()
 
-    def save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool, unstable: bool) -> Job:
+    def save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool) -> Job:
         """Write a machine to the empty ``file``, which is taken over; ``keep``: it then goes on, else it ends
-        with reason ``saved``. ``unstable``: even if its type is not yet frozen."""
+        with reason ``saved``."""
         try:
-            check_stable(machine, unstable=unstable)
+            check_machine_type(machine.definition)
             machine.require("Save", "running", "paused")
             machine.connection()
             if machine.job is not None or machine.changing:
@@ -82,15 +80,6 @@ class Saving:
                 mine.discard(job)
                 if not mine:
                     del self._by_sender[sender]
-
-
-def check_stable(machine: Machine, *, unstable: bool) -> None:
-    """Raise NotSupported for a machine whose type is not frozen, unless ``unstable``."""
-    known = machine.definition.machine_type
-    if known in UNSTABLE and not unstable:
-        message = f"machine type {known} may change with any version of vmbus, and no other version "
-        message += "may go on from the file; say unstable=true (vmbusctl: --unstable) if that will do"
-        raise VmbusError("NotSupported", message, argument="machine-type")
 
 
 async def _cancel(job: Job) -> None:

@@ -38,8 +38,8 @@ from vmbus.service.lifecycle import Lifecycle, Resumption
 from vmbus.service.machine import Machine, now
 from vmbus.service.memory import watched
 from vmbus.service.registry import Registry
-from vmbus.service.saving import check_stable
 from vmbus.service.snapshot_store import Index, Snapshot, Store, internal, new_identifier
+from vmbus.wire.definition import check_machine_type
 from vmbus.wire.errors import VmbusError
 
 MOST: Final = 64
@@ -86,7 +86,7 @@ class Snapshots:
 
     # -- create
 
-    def create(self, machine: Machine, name: str, *, unstable: bool) -> Job:
+    def create(self, machine: Machine, name: str) -> Job:
         """Raises InvalidArgument, AlreadyExists, QuotaExceeded, NotSupported, InvalidState."""
         machine.require("CreateSnapshot", *_ALIVE)
         self._check_kept(machine)
@@ -107,7 +107,7 @@ class Snapshots:
             text = f"your snapshots and templates take {used} bytes, and this one could take "
             text += f"{machine.definition.memory}; {self._quota} are allowed (vmbusd.toml): delete some"
             raise VmbusError("QuotaExceeded", text)
-        check_stable(machine, unstable=unstable)
+        check_machine_type(machine.definition)
         machine.connection()
         self._check_idle(machine)
         job = machine.job = self._jobs.start(

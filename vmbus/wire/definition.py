@@ -17,6 +17,8 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from vmbus.wire.errors import VmbusError
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 ID_PATTERN = r"^[a-z][a-z0-9-]{0,19}$"
 
@@ -27,7 +29,7 @@ HOTPLUG_SLOTS = 8
 HotplugSlot = Annotated[int, Meta(ge=0, le=HOTPLUG_SLOTS)]
 """The slot that a device can be attached to and detached from; 0: it is there from start to end."""
 MIB = 1 << 20
-# What machine type vmbus-0 takes: up to 2 GiB below the 32-bit hole, the rest between 4 and 512 GiB.
+# What machine type vmbus-1 takes: up to 2 GiB below the 32-bit hole, the rest between 4 and 512 GiB.
 MEMORY_LEAST = 4 * MIB
 MEMORY_MOST = 510 * 1024 * MIB
 PAGE_SIZES = {"2M": 2 * MIB, "1G": 1024 * MIB}
@@ -142,6 +144,13 @@ CID_LEAST: Final = 3
 """The least CID that a guest may have in virtio-vsock; those below are reserved."""
 
 
+NEWEST_TYPE: Final = "vmbus-1"
+"""The machine type of a definition that says none."""
+ENDED_TYPE: Final = "vmbus-0"
+"""The one that there was before the first was frozen. What was stored then did not say it; none of it runs
+any more."""
+
+
 class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """A machine. ``machine_type`` and ``cpu_model`` never change after definition."""
 
@@ -152,7 +161,8 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     boot: Annotated[list[Id], Meta(max_length=DISKS_MOST + 19)] = []  # see ``boot_order``
     boot_menu: bool = False  # the BIOS offers its menu, for 2.5 s
     vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
-    machine_type: Literal["vmbus-0"] = "vmbus-0"
+    # Always written down, whatever the newest is then: a machine keeps the type it was defined with.
+    machine_type: Literal["vmbus-0", "vmbus-1"] = msgspec.field(default_factory=lambda: NEWEST_TYPE)
     cpu_model: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,40}$")] = "host"
     memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
     page_size: Literal["2M", "1G"] | None = None  # of huge memory; None: 2M
@@ -168,6 +178,14 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     memory_minimum: Annotated[int, Meta(ge=0, le=MEMORY_MOST, multiple_of=MIB)] = 0  # see ``memory_floor``
     on_reset: Literal["restart", "end"] = "restart"
     watchdog: Literal["off", "none", "reset", "poweroff", "pause"] = "off"  # what it does; off: there is none
+
+
+def check_machine_type(definition: Definition) -> None:
+    """Raise NotSupported for a machine of the type that has ended."""
+    if definition.machine_type == ENDED_TYPE:
+        text = f"{ENDED_TYPE} was never frozen and has ended; define the machine anew, as {NEWEST_TYPE}: "
+        text += "its disks stay as they are"
+        raise VmbusError("NotSupported", text, argument="machine-type")
 
 
 BOOT_CLASSES: Final = ("disk", "cdrom", "network")

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a guest can see of a machine, as JSON (native/vmm/src/abi.rs). Needs no KVM, no file and no privilege.
+//! What a guest can see of a machine, as JSON (native/vmm/src/abi/mod.rs). Needs no KVM, no file and no privilege.
 
 use std::ffi::c_int;
 
@@ -48,7 +48,7 @@ mod tests {
 
     #[test]
     fn a_call_without_room_says_how_much_is_needed() {
-        let json = br#"{"machine_type": "vmbus-0", "uuid": "01234567-89ab-4cde-8f01-23456789abcd", "vcpus": 1,
+        let json = br#"{"machine_type": "vmbus-1", "uuid": "01234567-89ab-4cde-8f01-23456789abcd", "vcpus": 1,
             "memory": 67108864, "cpu_model": "host", "disks": [], "nics": [], "rng": true, "balloon": false,
             "boot": null}"#;
         let ask = |text: &mut [u8]| {
@@ -60,6 +60,6 @@ mod tests {
         let mut text = vec![0; needed as usize];
         assert_eq!(ask(&mut text), needed);
         let value: serde_json::Value = serde_json::from_slice(&text).unwrap();
-        assert_eq!(value["machine-type"], "vmbus-0");
+        assert_eq!(value["machine-type"], "vmbus-1");
     }
 }

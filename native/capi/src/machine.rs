@@ -353,7 +353,7 @@ mod tests {
             ("[]", "invalid"),
             ("{}", "missing field"),
             (
-                "{\"machine_type\": \"vmbus-0\", \"colour\": 1}",
+                "{\"machine_type\": \"vmbus-1\", \"colour\": 1}",
                 "unknown field `colour`",
             ),
         ] {

@@ -60,7 +60,7 @@ fn main() -> ExitCode {
 
 fn parse(console_fd: RawFd) -> Result<Arguments, String> {
     let mut config = json!({
-        "machine_type": "vmbus-0", "uuid": "00000000-0000-4000-8000-000000000000", "vcpus": 1,
+        "machine_type": "vmbus-1", "uuid": "00000000-0000-4000-8000-000000000000", "vcpus": 1,
         "memory": 256u64 << 20, "cpu_model": "host", "console_fd": console_fd, "rng": true,
         "kvm_fd": open("/dev/kvm", true)?, "disks": [],
     });

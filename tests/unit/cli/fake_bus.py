@@ -76,7 +76,7 @@ class FakeBus:
             "CreateTransient": PATH,
             "Stop": JOB,
             "OpenConsole": self.console_end,
-            "GetCapabilities": {"kvm": True, "memory": 8 << 30, "machine-types": ["vmbus-0"]},
+            "GetCapabilities": {"kvm": True, "memory": 8 << 30, "machine-types": ["vmbus-1"]},
             "GetStats": {"memory-pss": 7 << 20},
             "GetMemory": self.host_memory if path.endswith("/host") else self.memory,
         }

@@ -69,6 +69,7 @@ def test_a_file_gives_every_key_and_paths_are_taken_from_its_directory(place: Pa
         "name": "web",
         "memory": 512 << 20,
         "vcpus": 2,
+        "machine-type": "vmbus-1",
         "on-reset": "end",
         "kernel": {
             "path": f"{place}/vmlinuz",
@@ -148,7 +149,7 @@ def test_sizes_are_bytes_or_carry_a_power_of_1024(text: str | int, count: int) -
         (Flags(vcpus=0), "vcpus", "not in 1–16"),
         (Flags(vcpus=1000), "vcpus", "not in 1–16"),
         (Flags(cpu_model="Ö"), "cpu-model", "lower-case"),
-        (Flags(machine_type="q35"), "machine-type", "vmbus-0"),
+        (Flags(machine_type="q35"), "machine-type", "vmbus-1"),
         (Flags(disks=["x"]), "disks[0].format", "never guessed"),
         (Flags(disks=["x,format=vdi"]), "disks[0].path", "'vdi'"),
         (Flags(disks=["x,format=raw,format=raw"]), "--disk", "twice"),

@@ -17,7 +17,7 @@ use crate::firmware::rom;
 use crate::irq::MsiMessage;
 use crate::layout;
 use crate::nics;
-use crate::pci::config::{COMMAND, COMMAND_MEMORY, SPACE};
+use crate::pci::config::{COMMAND, COMMAND_MEMORY, MULTIFUNCTION, SPACE};
 use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;
 use crate::pci::root_port::RootPort;
@@ -30,6 +30,9 @@ use crate::virtio::net::PAIRS_MAX;
 use crate::virtio::pci::VirtioPci;
 use crate::virtio::{blk, console, net, rng, scsi, vsock, Activation, Backend, Model};
 
+/// The header type, and the BAR of an endpoint's option ROM (PCI 3.0, 6.1).
+const HEADER_TYPE: u16 = 0x0e;
+const ROM_BAR: u16 = 0x30;
 /// Bytes of a function's configuration space (PCIe 3.0, 7.2).
 const EXTENDED_SPACE: usize = 4096;
 
@@ -204,6 +207,18 @@ fn seat(slot: u8, places: &mut impl Iterator<Item = Place>) -> Seat {
     }
 }
 
+/// Bytes of the option ROM, as who writes ones to its BAR learns it; 0 for none. Bridges have theirs elsewhere, and none here.
+fn rom_size(device: &dyn Function) -> u32 {
+    let (mut header, mut bar) = ([0], [0; 4]);
+    device.config_read(HEADER_TYPE, &mut header);
+    if header[0] & !MULTIFUNCTION != 0 {
+        return 0;
+    }
+    device.config_write(ROM_BAR, &(!1u32).to_le_bytes());
+    device.config_read(ROM_BAR, &mut bar);
+    u32::from_le_bytes(bar).wrapping_neg()
+}
+
 fn function(place: String, name: &str, device: &dyn Function, model: Option<&Model>) -> Value {
     let mut space = vec![0; EXTENDED_SPACE];
     for (register, word) in (0u16..).step_by(4).zip(space.chunks_mut(4)) {
@@ -215,6 +230,7 @@ fn function(place: String, name: &str, device: &dyn Function, model: Option<&Mod
     // A BAR has its address from the beginning, and shows it once its function decodes memory.
     device.config_write(COMMAND, &COMMAND_MEMORY.to_le_bytes());
     let windows = device.windows();
+    let rom = rom_size(device);
     device.reset();
     let bars: Vec<_> = windows
         .iter()
@@ -225,6 +241,7 @@ fn function(place: String, name: &str, device: &dyn Function, model: Option<&Mod
         "name": name,
         "configuration": hex(&space),
         "bars": bars,
+        "rom-size": rom,
     });
     if let (Some(model), Some(map)) = (model, value.as_object_mut()) {
         let virtio = json!({

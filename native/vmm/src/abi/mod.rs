@@ -78,6 +78,9 @@ pub struct Machine {
     pub balloon: bool,
     /// `disk/ID` and `nic/ID`; None for a kernel that is booted directly.
     pub boot: Option<Vec<String>>,
+    /// Whether SeaBIOS offers its boot menu.
+    #[serde(default)]
+    pub menu: bool,
 }
 
 /// A disk.
@@ -209,7 +212,7 @@ fn facts(machine: &Machine, described: &[Described]) -> Result<Facts> {
         vcpus: machine.vcpus,
         memory: machine.memory,
         boot: boot.collect::<Result<_>>()?,
-        menu: false,
+        menu: machine.menu,
         generation: [0; 16],
     })
 }
@@ -348,7 +351,7 @@ mod tests {
 
     fn machine(change: Value) -> Machine {
         let mut all = json!({
-            "machine_type": "vmbus-0", "uuid": "01234567-89ab-4cde-8f01-23456789abcd", "vcpus": 2,
+            "machine_type": "vmbus-1", "uuid": "01234567-89ab-4cde-8f01-23456789abcd", "vcpus": 2,
             "memory": 1u64 << 30, "cpu_model": "x86-64-v2-intel-1", "rng": true, "balloon": true, "boot": null,
             "disks": [{"id": "root", "read_only": false, "serial": "one", "queues": 0}],
             "nics": [{"id": "lan", "mac": "52:54:00:12:34:56", "queues": 1}],

@@ -30,7 +30,7 @@ use crate::pci::root::Taken;
 pub const RSDP: u64 = 0xe_0000;
 
 const OEM: [u8; 6] = *b"VMBUS ";
-const OEM_TABLE: [u8; 8] = *b"VMBUS-0 ";
+const OEM_TABLE: [u8; 8] = *b"VMBUS-1 ";
 const REVISION: u32 = 1;
 /// FACS has to lie on 64 bytes; the others do as well.
 const ALIGNMENT: usize = 64;

@@ -31,7 +31,7 @@ use files::Files;
 
 /// What is told about a machine.
 pub struct Facts {
-    /// Its type, as `vmbus-0`.
+    /// Its type, as `vmbus-1`.
     pub machine_type: String,
     /// Its UUID, in the order of its text.
     pub uuid: [u8; 16],

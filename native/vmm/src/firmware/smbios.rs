@@ -165,7 +165,7 @@ mod tests {
 
     fn facts() -> Facts {
         Facts {
-            machine_type: "vmbus-0".to_owned(),
+            machine_type: "vmbus-1".to_owned(),
             uuid: UUID,
             vcpus: 2,
             memory: 3 << 30,
@@ -210,7 +210,7 @@ mod tests {
         for wanted in [
             "UUID: 12345678-9abc-4def-8123-456789abcdef",
             "Product Name: Virtual Machine",
-            "Version: vmbus-0",
+            "Version: vmbus-1",
             "Socket Designation: CPU 1",
             "Size: 3 GB",
             "Ending Address: 0x000000013FFFFFFF",

@@ -9,7 +9,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::MACHINE_TYPE;
 use crate::cpu::model;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
@@ -122,14 +121,6 @@ impl Facts {
         if saved.machine_type != built.machine_type {
             return differs("machine_type", &saved.machine_type, &built.machine_type);
         }
-        // What this type shows the guest may differ between two versions, and nothing else would tell.
-        if saved.machine_type == MACHINE_TYPE && self.version != own.version {
-            let message = format!(
-                "the machine was saved by vmbus {}; one of type {MACHINE_TYPE} goes on only with the same version, and this is {}",
-                self.version, own.version
-            );
-            return Err(Error::new(Kind::NotSupported, "machine_type", message));
-        }
         if saved.cpu_model != built.cpu_model {
             return differs("cpu_model", &saved.cpu_model, &built.cpu_model);
         }
@@ -199,7 +190,7 @@ mod tests {
         };
         Facts {
             hardware: Hardware {
-                machine_type: "vmbus-0".to_owned(),
+                machine_type: "vmbus-1".to_owned(),
                 cpu_model: "host".to_owned(),
                 cpuid: vec![(1, 0, [1, 2, 3, 4])],
                 vcpus: 2,
@@ -236,9 +227,13 @@ mod tests {
             (Kind::NotSupported, "cpu_model".to_owned())
         );
         assert_eq!(
-            refused(&|f| f.version = "another".to_owned()),
-            (Kind::NotSupported, "machine_type".to_owned())
+            refused(&|f| f.hardware.machine_type = "vmbus-2".to_owned()),
+            invalid("machine_type")
         );
+        // What a type shows a guest is the same whichever version shows it.
+        let mut newer = facts();
+        newer.version = "another".to_owned();
+        saved.check(&newer, Disks::Same).unwrap();
         let extra = |f: &mut Facts| {
             f.devices.insert("nic/lan".to_owned(), Device::default());
         };

@@ -133,6 +133,8 @@ fn a_guest_finds_the_board_and_the_devices_that_are_described() {
         { "id": "plugged", "mac": plugged, "queues": 2, "slot": 8 },
     ]);
     let mut config = common;
+    description["vsock"] = json!(77);
+    config["vsock"] = json!(77);
     config["watchdog"] = json!("none");
     config["ports"] = json!([port("org.example.one"), port("two")]);
     config["nics"] = json!([
