@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.lab import nested
+from tests.lab.kernels import CACHE
 
 NESTED: Final = frozenset(
     {"bridge", "cgroup-v2-controllers", "fuse", "hugepages", "io-uring", "ksm", "kvm", "kvm-hardware"}
@@ -236,10 +237,16 @@ def _program(name: str) -> Callable[[], str]:
     return lambda: "" if shutil.which(name) else f"no {name}"
 
 
+def _guest_disk() -> str:
+    made = any((CACHE / "guest-disks").glob("*.raw"))
+    return "" if made else "no disk in the cache: python -m tests.lab.guest_disk makes one"
+
+
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "bridge": _bridge,
     "cgroup-v2-controllers": _cgroup,
     "fuse": _fuse,
+    "guest-disk": _guest_disk,
     "hugepages": _hugepages,
     "io-uring": _io_uring,
     "iommu": _iommu,
