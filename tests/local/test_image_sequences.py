@@ -91,7 +91,9 @@ class Sequence:
             with self.open() as disk:
                 disk.resize(length, shrink=True)
         else:
-            # QEMU leaves what was in the rest of the last cluster, and growing shows it again.
+            # Shrinking leaves what was in the rest of the last cluster: growing, we zero it and QEMU shows it.
+            if len(self.disk) % self.cluster:
+                return "no resize over the rest of a cluster"
             length += -length % self.cluster
             self.tool("resize", "--shrink", "-f", "qcow2", self.path, str(length))
         del self.disk[length:]
@@ -199,7 +201,7 @@ class Sequence:
     "options",
     [
         {},
-        {"cluster_size": 512},
+        pytest.param({"cluster_size": 512}, marks=pytest.mark.long),
         {"cluster_size": 4096, "refcount_bits": 8},
         {"version": 2, "cluster_size": 8192},
         {"cluster_size": 2 * MIB, "refcount_bits": 64},
