@@ -91,7 +91,7 @@ class Sequence:
             with self.open() as disk:
                 disk.resize(length, shrink=True)
         else:
-            # Shrinking leaves what was in the rest of the last cluster: growing, we zero it and QEMU shows it.
+            # Shrinking leaves what the last cluster has behind the end. Growing, we zero it; QEMU shows it.
             if len(self.disk) % self.cluster:
                 return "no resize over the rest of a cluster"
             length += -length % self.cluster
