@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Debian disk boots by itself to a login: by SeaBIOS and by OVMF, both the distribution's, and GRUB."""
+"""A Debian disk boots by itself to a login: by SeaBIOS and by OVMF, both the distribution's, and GRUB.
+
+OVMF cannot run in the nested host. Each of its interrupt handlers ends with a write to CR8, and a guest that
+writes CR8 while another interrupt waits makes QEMU abort ("cpu_interrupt: assertion failed: (bql_locked())",
+QEMU 10.0 and 11.1, emulated SVM): a bare-metal guest that does only that is enough. So that test needs a
+processor with virtualization that nobody emulates.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -46,6 +53,10 @@ def test_seabios_grub_and_debian(disk: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.skipif(
+    os.environ.get("VMBUS_LAB") == "nested",
+    reason="needs kvm-hardware: a processor; the emulation of one aborts when OVMF writes CR8",
+)
 def test_ovmf_grub_and_debian_and_ovmf_keeps_its_variables(disk: tuple[Path, Path], tmp_path: Path) -> None:
     variables = tmp_path / "variables"
     shutil.copyfile(OVMF_VARIABLES, variables)
