@@ -109,7 +109,15 @@ def state_on_the_bus(guest: StockGuest) -> str:
     return guest.system.run_as(guest.user, words).stdout.strip().removeprefix("s ").strip('"')
 
 
-@pytest.mark.parametrize("killed", [("service",), ("broker",), ("service", "broker")], ids="+".join)
+@pytest.mark.parametrize(
+    "killed",
+    [
+        pytest.param(("service",), marks=pytest.mark.soak),
+        pytest.param(("broker",), marks=pytest.mark.soak),
+        ("service", "broker"),
+    ],
+    ids="+".join,
+)
 def test_debian_goes_on_when_what_serves_it_is_killed(system: System, killed: tuple[str, ...]) -> None:
     name = "beat-" + "-".join(killed)
     daemons = [daemon for daemon in (system.broker, system.service) if daemon.name in killed]
