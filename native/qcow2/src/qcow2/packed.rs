@@ -110,6 +110,15 @@ impl State {
         Ok(self.begin_packed(geometry, first, len))
     }
 
+    /// No more is packed into a cluster that is free: it may be anything next.
+    pub(crate) fn forget_packed(&mut self, geometry: &Geometry, cluster: HostCluster) {
+        if let Some(writer) = &mut self.writer {
+            writer
+                .packed_tail
+                .take_if(|tail| tail.0 >> geometry.cluster_bits == cluster.0);
+        }
+    }
+
     fn begin_packed(&mut self, geometry: &Geometry, cluster: HostCluster, len: u64) -> HostOffset {
         let offset = HostOffset(cluster.0 << geometry.cluster_bits);
         if let Some(writer) = &mut self.writer {

@@ -139,6 +139,9 @@ impl State {
         {
             set(bytes, geometry.refcount_order, place.index, value);
         }
+        if value == 0 {
+            self.forget_packed(geometry, cluster);
+        }
     }
 
     /// Count a cluster up or down by one. A count of zero is not taken below (the image is wrong
