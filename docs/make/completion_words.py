@@ -7,6 +7,7 @@ import argparse
 from dataclasses import dataclass
 
 from vmbus.cli import arguments
+from vmbus.cli.verbs.command import Completion, completion_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Words:
     summary: str
     actions: tuple[argparse.Action, ...]
     common: frozenset[str]
-    positional: arguments.Completion
+    positional: Completion
 
     @property
     def options(self) -> list[str]:
@@ -29,9 +30,9 @@ class Words:
         """The options that take a value."""
         return [action for action in self.actions if action.option_strings and action.nargs != 0]
 
-    def kind(self, action: argparse.Action) -> arguments.Completion:
+    def kind(self, action: argparse.Action) -> Completion:
         """What the value of ``action`` is."""
-        return arguments.completion_of(action)
+        return completion_of(action)
 
 
 def verbs() -> list[Words]:
@@ -51,8 +52,8 @@ def verbs() -> list[Words]:
     ]
 
 
-def _positional(parser: argparse.ArgumentParser) -> arguments.Completion:
+def _positional(parser: argparse.ArgumentParser) -> Completion:
     for action in parser._actions:
         if not action.option_strings:
-            return arguments.completion_of(action)
+            return completion_of(action)
     return "none"

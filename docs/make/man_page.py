@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from docs.make import roff
 from vmbus.cli import arguments, commands, main
+from vmbus.cli.verbs.command import Command
 
 OUTPUT = "man/vmbusctl.1"
 
@@ -102,7 +103,7 @@ def text() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _command(command: arguments.Command, parser: argparse.ArgumentParser) -> Iterator[str]:
+def _command(command: Command, parser: argparse.ArgumentParser) -> Iterator[str]:
     own = [action for action in parser._actions if action.dest not in _shared(parser)]
     positionals = [roff.metavar(action) for action in own if not action.option_strings]
     yield f".SS {roff.escaped(' '.join(['vmbusctl', command.name, *positionals]))}"
