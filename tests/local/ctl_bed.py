@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests that drive a whole system by vmbusctl share: its verbs, and the bare-metal guest's file."""
+"""What the tests that drive a whole system by vmbusctl share: its verbs, the bare-metal guest's file, and
+fixtures for a module about one machine, whose ``NAME`` it is."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pwd
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.lab.system import ALICE, System
 from tests.local import worker_guest
@@ -37,11 +39,20 @@ def place_guest(system: System, user: str = ALICE) -> Path:
     return kernel
 
 
-@contextlib.contextmanager
-def nothing_left(system: System, name: str) -> Iterator[None]:
-    """Whatever becomes of alice's machine ``name``: it is ended and undefined, and nothing of it is left."""
+@pytest.fixture(scope="module")
+def system() -> Iterator[System]:
+    """A whole system with the guest in alice's directory."""
+    with System() as whole:
+        place_guest(whole)
+        yield whole
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest, system: System) -> Iterator[None]:
+    """Whatever becomes of alice's machine ``NAME`` of the module: it is ended and undefined, and nothing of
+    it is left."""
     before = system.counts()
     yield
-    system.vmbusctl(ALICE, "kill", name)
-    system.vmbusctl(ALICE, "undefine", name)
+    system.vmbusctl(ALICE, "kill", request.module.NAME)
+    system.vmbusctl(ALICE, "undefine", request.module.NAME)
     assert system.settle(before) == before

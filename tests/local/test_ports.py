@@ -6,33 +6,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 
 from tests.lab.guest import Console
 from tests.lab.system import ALICE, BOB, System
 from tests.local.broker_bed import wait_until
-from tests.local.ctl_bed import ctl, nothing_left, place_guest, refused
+from tests.local.ctl_bed import ctl, nothing_is_left, refused, system
 
+__all__ = ["nothing_is_left", "system"]
 pytestmark = pytest.mark.requires("root", "kvm")
 
 NAME = "ports"
-
-
-@pytest.fixture(scope="module")
-def system() -> Iterator[System]:
-    """A whole system with the guest in alice's directory."""
-    with System() as whole:
-        place_guest(whole)
-        yield whole
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(system: System) -> Iterator[None]:
-    """Whatever became of the machine."""
-    with nothing_left(system, NAME):
-        yield
 
 
 def started(system: System, mode: str = "ports") -> Console:
