@@ -13,7 +13,7 @@ from tests.lab.bridge import granted
 from tests.lab.system import BOB, System
 from tests.local.ctl_bed import ctl, place_guest, refused
 from tests.local.service_bed import ROOT, Caller, scenario
-from tests.local.test_save import LOOP, finish, looping, options, said, save
+from tests.local.test_save import defined_looping, finish, options, said, save, saved_looping
 from tests.local.test_service_real import Stage, stage
 from vmbus.wire.errors import VmbusError
 
@@ -25,6 +25,17 @@ NIC = {"id": "lan", "kind": "isolated", "network": "lab", "mac": "52:54:00:00:00
 
 async def template(alice: Caller, name: str, file: int) -> None:
     await finish(alice, await alice(ROOT, "Manager.ImportTemplate", name, file))
+
+
+async def flooding(stage: Stage, alice: Caller) -> tuple[str, int]:
+    """A machine that was saved amid its lines, and the file; it is the template ``flood``."""
+    machine: str = await alice(ROOT, "Manager.DefineMachine", stage.guest("flood"))
+    await alice(machine, "Machine.Start", {}, {})
+    await said(alice, machine, "line 5\n")
+    file = os.memfd_create("saved")
+    await save(alice, machine, file)
+    await template(alice, "flood", file)
+    return machine, file
 
 
 def kept(system: System) -> list[str]:
@@ -43,9 +54,7 @@ def mapping(system: System, machine: str, pid: int) -> list[str]:
 async def test_machines_begin_as_a_template_whatever_becomes_of_it(stage: Stage) -> None:
     before = stage.system.counts()
     async with stage.caller() as alice:
-        machine = await looping(stage, alice)
-        file = os.memfd_create("saved")
-        await save(alice, machine, file)
+        machine, file = await saved_looping(stage, alice)
         await template(alice, "loop", file)
         [listed] = await alice(ROOT, "Manager.ListTemplates")
         assert (listed["name"], 0 < listed["size"] < 8 << 20) == ("loop", True)
@@ -57,8 +66,7 @@ async def test_machines_begin_as_a_template_whatever_becomes_of_it(stage: Stage)
         os.close(file)
         clones = []
         for _ in range(2):
-            disks = [{"id": "root", "layers": [{"format": "raw", "path": stage.disk()}]}]
-            clone = await alice(ROOT, "Manager.DefineMachine", stage.guest(LOOP, disks=disks))
+            clone = await defined_looping(stage, alice)
             await alice(clone, "Machine.Clone", "loop", options(paused=True), {})
             assert await alice.state(clone) == "paused"
             pid = await alice.client.get(clone, "Machine", "WorkerPid")
@@ -88,12 +96,7 @@ async def test_machines_begin_as_a_template_whatever_becomes_of_it(stage: Stage)
 @scenario
 async def test_what_cannot_be_cloned_has_a_name_and_changes_nothing(stage: Stage) -> None:
     async with stage.caller() as alice, stage.caller(BOB) as bob:
-        machine = await alice(ROOT, "Manager.DefineMachine", stage.guest("flood"))
-        await alice(machine, "Machine.Start", {}, {})
-        await said(alice, machine, "line 5\n")
-        file = os.memfd_create("saved")
-        await save(alice, machine, file)
-        await template(alice, "flood", file)
+        machine, file = await flooding(stage, alice)
         foreign = os.memfd_create("foreign")
         os.write(foreign, b"no machine" * 1000)
         await template(alice, "foreign", foreign)
@@ -138,12 +141,7 @@ async def test_what_cannot_be_cloned_has_a_name_and_changes_nothing(stage: Stage
 async def test_a_restarted_service_has_its_templates_and_nothing_half_made(stage: Stage) -> None:
     system = stage.system
     async with stage.caller() as alice:
-        machine = await alice(ROOT, "Manager.DefineMachine", stage.guest("flood"))
-        await alice(machine, "Machine.Start", {}, {})
-        await said(alice, machine, "line 5\n")
-        file = os.memfd_create("saved")
-        await save(alice, machine, file)
-        await template(alice, "flood", file)
+        machine, file = await flooding(stage, alice)
         os.close(file)
     [known] = kept(system)
     system.service.stop()

@@ -54,22 +54,33 @@ async def said(alice: Caller, machine: str, wanted: str) -> str:
         os.close(console)
 
 
-async def looping(stage: Stage, alice: Caller) -> str:
-    """A machine that writes to its disk all the time."""
+async def defined_looping(stage: Stage, alice: Caller) -> str:
+    """A machine that, once it runs, writes to its disk all the time."""
     disks = [{"id": "root", "layers": [{"format": "raw", "path": stage.disk()}]}]
-    machine: str = await alice(ROOT, "Manager.DefineMachine", stage.guest(LOOP, disks=disks))
+    return str(await alice(ROOT, "Manager.DefineMachine", stage.guest(LOOP, disks=disks)))
+
+
+async def looping(stage: Stage, alice: Caller) -> str:
+    """One that runs and has written."""
+    machine = await defined_looping(stage, alice)
     await alice(machine, "Machine.Start", {}, {})
     await said(alice, machine, "loop: beat")
     return machine
+
+
+async def saved_looping(stage: Stage, alice: Caller) -> tuple[str, int]:
+    """One that was saved, and the file."""
+    machine = await looping(stage, alice)
+    file = os.memfd_create("saved")
+    await save(alice, machine, file)
+    return machine, file
 
 
 @scenario
 async def test_a_machine_goes_on_with_its_disk_after_it_was_saved(stage: Stage) -> None:
     before = stage.system.counts()
     async with stage.caller() as alice:
-        machine = await looping(stage, alice)
-        file = os.memfd_create("saved")
-        await save(alice, machine, file)
+        machine, file = await saved_looping(stage, alice)
         found = await alice.client.get_all(machine, "Machine")
         assert (found["State"], found["StateReason"]) == ("stopped", "saved")
         assert os.fstat(file).st_size > 16 << 20
