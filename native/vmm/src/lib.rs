@@ -16,6 +16,7 @@
 
 pub mod abi;
 pub mod acpi;
+mod attend;
 pub mod balloon;
 pub mod block;
 pub mod boot;

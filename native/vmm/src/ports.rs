@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The I/O thread for the named ports of virtio-console: it moves bytes between virtqueues and sockets
-//! ([`crate::io`] has a thread's life, [`crate::virtio::console`] what is said about ports).
+//! ([`crate::attend`] has the thread, [`crate::virtio::console`] what is said about ports).
 //!
 //! Each port has one end of a stream socket pair that never makes anybody wait; whoever holds the other end always
 //! reads. Bytes go right between the socket and guest memory. What does not fit waits where it is: in the
 //! guest's queue (how much of the first chain is gone is remembered) or in the socket, also while the guest has
-//! not opened the port. A visit to a queue takes at most as many chains as it has entries.
+//! not opened the port.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::io::{Error as IoError, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,22 +15,21 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{Epoll, EventSet};
 
+use crate::attend::{self, Attend, Desk, Taken, OWN};
 use crate::config::Port;
 use crate::error::{Error, Result};
-use crate::io::{Command, Count, IoThread, Mailbox, Port as IoPort, Serve, Trouble};
-use crate::poll::{self, unwatch, watch};
-use crate::state;
+use crate::io::{Count, IoThread, Port as IoPort, Trouble};
+use crate::poll::watch;
+use crate::state::{self, State};
 use crate::thread::{Role, ThreadHook};
+use crate::virtio::chain::Chain;
 use crate::virtio::console::{purpose, Conversation, Purpose};
-use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::Fault;
-use crate::virtio::{Activation, ActiveQueue, Served};
+use crate::virtio::Activation;
 
-/// Epoll's data for the mailbox; doorbells have the place of their queue, sockets this bit and their port.
-const WAKE: u64 = u64::MAX;
-const OF_SOCKET: u64 = 1 << 32;
 /// The longest name.
 const NAME_MAX: usize = 63;
 /// The most pieces of guest memory that one call moves.
@@ -114,23 +113,16 @@ pub fn start(
         faults: AtomicU64::new(0),
     });
     let counting = counters.clone();
-    let (thread, devices) = IoThread::start("ports", Role::Network, 1, hook, trouble, |mailbox| {
-        Server::new(ports, counting, mailbox)
+    let (thread, devices) = attend::start("ports", Role::Network, hook, trouble, |epoll| {
+        Server::new(ports, counting, epoll)
     })?;
     Ok((thread, devices, counters))
 }
 
 struct Server {
-    mailbox: Arc<Mailbox>,
-    epoll: Epoll,
     names: Vec<String>,
     sockets: Vec<Socket>,
     counters: Arc<Counters>,
-    active: Option<Active>,
-    paused: bool,
-    /// Queues to look at again although nobody rings.
-    again: VecDeque<usize>,
-    exiting: bool,
 }
 
 struct Socket {
@@ -140,32 +132,24 @@ struct Socket {
     writable: bool,
 }
 
-struct Active {
-    queues: Vec<(ActiveQueue, Purpose)>,
-    interrupt: Arc<Interrupt>,
-    talk: Conversation,
-    /// For each port, bytes of its first chain from the guest that are gone already.
-    gone: Vec<u64>,
-    broken: bool,
-}
-
 /// What the thread remembers besides its queues.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Own {
+    /// What the driver accepted, which is saved elsewhere.
+    #[serde(skip)]
+    features: u64,
     talk: Conversation,
+    /// For each port, bytes of its first chain from the guest that are gone already.
     gone: Vec<u64>,
 }
 
 impl Server {
-    fn new(ports: Vec<PortSpec>, counters: Arc<Counters>, mailbox: Arc<Mailbox>) -> Result<Server> {
-        let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
-        watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
+    fn new(ports: Vec<PortSpec>, counters: Arc<Counters>, epoll: &Epoll) -> Result<Server> {
         let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
         let (mut names, mut sockets) = (Vec::new(), Vec::new());
         for (number, port) in ports.into_iter().enumerate() {
-            let data = OF_SOCKET | number as u64;
-            watch(&epoll, port.socket.as_raw_fd(), events, data)?;
+            watch(epoll, port.socket.as_raw_fd(), events, OWN | number as u64)?;
             names.push(port.name);
             sockets.push(Socket {
                 fd: Some(port.socket),
@@ -174,290 +158,195 @@ impl Server {
             });
         }
         Ok(Server {
-            mailbox,
-            epoll,
             names,
             sockets,
             counters,
-            active: None,
-            paused: false,
-            again: VecDeque::new(),
-            exiting: false,
         })
     }
 
-    fn obey(&mut self, command: Command) -> Result<()> {
-        match command {
-            Command::Start(_, activation) => self.activate(activation)?,
-            Command::Stop(_, sender) => {
-                for (queue, _) in self.active.take().iter().flat_map(|active| &active.queues) {
-                    unwatch(&self.epoll, queue.kick.as_raw_fd());
-                }
-                // Whoever asked may have gone.
-                let _ = sender.send(());
-            }
-            Command::Pause(_, sender) => {
-                self.paused = true;
-                let _ = sender.send(());
-            }
-            Command::Save(_, sender) => {
-                let _ = sender.send(self.active.as_ref().map(Active::saved));
-            }
-            Command::Resume(_) => {
-                self.paused = false;
-                self.look_at_all();
-            }
-            Command::Close(_, sender) => {
-                self.paused = true;
-                self.sockets.iter_mut().for_each(|socket| socket.fd = None);
-                let _ = sender.send(Ok(()));
-            }
-            other @ (Command::Link(..) | Command::Add(..) | Command::Change(..)) => other.refuse(),
-            Command::Exit => self.exiting = true,
-        }
-        Ok(())
+    fn readable(&self, port: usize) -> bool {
+        self.sockets.get(port).is_some_and(|socket| socket.readable)
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<()> {
-        for (place, queue) in activation.queues.iter().enumerate() {
-            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            watch(&self.epoll, queue.kick.as_raw_fd(), events, place as u64)?;
+    fn writable(&self, port: usize) -> bool {
+        self.sockets.get(port).is_some_and(|socket| socket.writable)
+    }
+
+    /// From the host's socket to the guest.
+    fn receive(
+        &mut self,
+        port: usize,
+        chain: &Chain,
+        memory: &GuestMemoryMmap,
+    ) -> std::result::Result<Taken, Fault> {
+        let iovecs = chain.writable.iovecs(memory)?;
+        if iovecs.is_empty() || !chain.readable.is_empty() {
+            return Err(Fault::Request);
         }
+        let iovecs = iovecs.get(..iovecs.len().min(PIECES)).unwrap_or_default();
+        let socket = self.sockets.get_mut(port);
+        match socket.map_or(Moving::Later, |socket| socket.read(iovecs)) {
+            Moving::Done(len) => {
+                if let Some((_, moved)) = self.counters.ports.get(port) {
+                    moved.to_guest.fetch_add(len as u64, Ordering::Relaxed);
+                }
+                Ok(Taken::Used(chain.head, len as u32))
+            }
+            Moving::Later => Ok(Taken::Later),
+        }
+    }
+
+    /// From the guest to the host's socket; `gone` bytes of the chain were there before.
+    fn transmit(
+        &mut self,
+        port: usize,
+        mut chain: Chain,
+        memory: &GuestMemoryMmap,
+        gone: &mut u64,
+    ) -> std::result::Result<Taken, Fault> {
+        if !chain.writable.is_empty() {
+            return Err(Fault::Request);
+        }
+        let Some(socket) = self.sockets.get_mut(port) else {
+            return Ok(Taken::Later);
+        };
+        let whole = chain.readable.len();
+        let skipped = (*gone).min(whole);
+        chain.readable.split_front(skipped);
+        let iovecs = chain.readable.iovecs(memory)?;
+        let iovecs = iovecs.get(..iovecs.len().min(PIECES)).unwrap_or_default();
+        let Moving::Done(len) = socket.write(iovecs) else {
+            return Ok(Taken::Later);
+        };
+        if let Some((_, moved)) = self.counters.ports.get(port) {
+            moved.from_guest.fetch_add(len as u64, Ordering::Relaxed);
+        }
+        *gone = skipped.saturating_add(len as u64);
+        if *gone < whole {
+            return Ok(Taken::Later);
+        }
+        *gone = 0;
+        Ok(Taken::Used(chain.head, 0))
+    }
+}
+
+impl Attend for Server {
+    type Own = Own;
+
+    fn begin(&mut self, activation: &Activation) -> Own {
         let (features, ports) = (activation.features, self.sockets.len());
         let restored = activation.restored.as_ref();
         let own = restored
             .and_then(|own| state::read::<Own>(own).ok())
             .filter(|own| own.talk.fits(ports) && own.gone.len() == ports)
             .unwrap_or_else(|| Own {
+                features,
                 talk: Conversation::new(ports, features),
                 gone: vec![0; ports],
             });
-        let queues = activation.queues.into_iter();
-        self.active = Some(Active {
-            queues: queues
-                .map(|queue| {
-                    let purpose = purpose(queue.index, features);
-                    (queue, purpose)
-                })
-                .collect(),
-            broken: activation.interrupt.is_broken(),
-            interrupt: activation.interrupt,
-            talk: own.talk,
-            gone: own.gone,
+        Own { features, ..own }
+    }
+
+    fn save(own: &Own) -> State {
+        state::write(own).unwrap_or_default()
+    }
+
+    fn broken(&mut self) {
+        self.counters.faults.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn close(&mut self) {
+        self.sockets.iter_mut().for_each(|socket| socket.fd = None);
+    }
+
+    fn woken(
+        &mut self,
+        port: u32,
+        _events: EventSet,
+        desk: &mut Desk<Own>,
+    ) -> std::result::Result<(), Fault> {
+        let port = port as usize;
+        if let Some(socket) = self.sockets.get_mut(port) {
+            socket.readable = true;
+            socket.writable = true;
+        }
+        look_at(desk, |purpose| {
+            purpose == Purpose::Receive(port) || purpose == Purpose::Transmit(port)
         });
-        self.look_at_all();
         Ok(())
     }
 
-    fn look_at_all(&mut self) {
-        let queues = self.active.as_ref().map_or(0, |active| active.queues.len());
-        for place in 0..queues {
-            soon(&mut self.again, place);
+    fn wants(&self, index: u16, own: &Own) -> bool {
+        match purpose(index, own.features) {
+            Purpose::Receive(port) => own.talk.is_open(port) && self.readable(port),
+            Purpose::Transmit(port) => self.writable(port),
+            Purpose::ToGuest => !own.talk.is_silent(),
+            Purpose::FromGuest => own.talk.has_room(),
+            Purpose::Unused => false,
         }
     }
 
-    /// The queues of a port, or all that are about messages.
-    fn look_at(&mut self, wanted: impl Fn(Purpose) -> bool) {
-        let active = self.active.iter().flat_map(|active| &active.queues);
-        let places = active
-            .enumerate()
-            .filter(|(_, (_, purpose))| wanted(*purpose));
-        for (place, _) in places {
-            soon(&mut self.again, place);
-        }
-    }
-
-    fn serve(&mut self, place: usize) {
-        let active = self.active.as_mut();
-        let Some(active) = active.filter(|active| !active.broken && !self.paused) else {
-            return;
-        };
-        let Some((_, purpose)) = active.queues.get(place) else {
-            return;
-        };
-        let purpose = *purpose;
-        let open = active.talk.open().to_vec();
-        let had_room = active.talk.has_room();
-        match active.serve(place, &mut self.sockets, &self.names, &self.counters) {
-            Ok(true) => soon(&mut self.again, place),
-            Ok(false) => {}
-            Err(_fault) => {
-                self.counters.faults.fetch_add(1, Ordering::Relaxed);
-                active.broken = true;
-                active.interrupt.fail();
+    fn take(
+        &mut self,
+        index: u16,
+        mut chain: Chain,
+        memory: &GuestMemoryMmap,
+        own: &mut Own,
+    ) -> std::result::Result<Taken, Fault> {
+        let head = chain.head;
+        match purpose(index, own.features) {
+            Purpose::FromGuest => {
+                own.talk.heard(&mut chain, memory, &self.names)?;
+                Ok(Taken::Used(head, 0))
             }
+            Purpose::ToGuest => {
+                let written = own.talk.next(&chain, memory)?;
+                Ok(Taken::Used(head, written.unwrap_or(0)))
+            }
+            Purpose::Receive(port) => self.receive(port, &chain, memory),
+            Purpose::Transmit(port) => match own.gone.get_mut(port) {
+                Some(gone) => self.transmit(port, chain, memory, gone),
+                None => Ok(Taken::Later),
+            },
+            Purpose::Unused => Ok(Taken::Later),
         }
-        // Only what has changed is looked at, or this would never come to rest.
-        let speaks = !active.talk.is_silent();
-        let opened = active.talk.open() != open;
-        let has_room = !had_room && active.talk.has_room();
-        match purpose {
-            Purpose::FromGuest => self.look_at(|purpose| match purpose {
+    }
+
+    fn serve(&mut self, place: usize, desk: &mut Desk<Own>) -> std::result::Result<bool, Fault> {
+        let Some(driver) = desk.driver() else {
+            return Ok(false);
+        };
+        let Some(index) = driver.queues.get(place).map(|queue| queue.index) else {
+            return Ok(false);
+        };
+        let served = purpose(index, driver.own.features);
+        let open = driver.own.talk.open().to_vec();
+        let had_room = driver.own.talk.has_room();
+        let more = desk.visit(place, self)?;
+        let Some(talk) = desk.driver().map(|driver| &driver.own.talk) else {
+            return Ok(more);
+        };
+        // Only what has changed is looked at.
+        let speaks = !talk.is_silent();
+        let opened = talk.open() != open;
+        let has_room = !had_room && talk.has_room();
+        match served {
+            Purpose::FromGuest => look_at(desk, |purpose| match purpose {
                 Purpose::ToGuest => speaks,
                 Purpose::Receive(_) => opened,
                 _ => false,
             }),
-            Purpose::ToGuest if has_room => self.look_at(|purpose| purpose == Purpose::FromGuest),
+            Purpose::ToGuest if has_room => look_at(desk, |purpose| purpose == Purpose::FromGuest),
             _ => {}
         }
-    }
-}
-
-impl Serve for Server {
-    fn run(&mut self) -> Result<()> {
-        let mut events = [EpollEvent::default(); 32];
-        while !self.exiting {
-            let timeout = if self.again.is_empty() { -1 } else { 0 };
-            let count = poll::wait(&self.epoll, timeout, &mut events)?;
-            for event in events.iter().take(count) {
-                match event.data() {
-                    WAKE => {
-                        for command in self.mailbox.take() {
-                            self.obey(command)?;
-                        }
-                    }
-                    data if data & OF_SOCKET != 0 => {
-                        let port = (data & (OF_SOCKET - 1)) as usize;
-                        if let Some(socket) = self.sockets.get_mut(port) {
-                            socket.readable = true;
-                            socket.writable = true;
-                        }
-                        self.look_at(|purpose| {
-                            purpose == Purpose::Receive(port) || purpose == Purpose::Transmit(port)
-                        });
-                    }
-                    place => soon(&mut self.again, place as usize),
-                }
-            }
-            for _ in 0..self.again.len() {
-                if let Some(place) = self.again.pop_front() {
-                    self.serve(place);
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Active {
-    fn saved(&self) -> Served {
-        let queues = self.queues.iter();
-        #[derive(Serialize)]
-        struct Borrowed<'a> {
-            talk: &'a Conversation,
-            gone: &'a [u64],
-        }
-        let own = Borrowed {
-            talk: &self.talk,
-            gone: &self.gone,
-        };
-        Served {
-            queues: queues
-                .map(|(queue, _)| (queue.index, queue.queue.position()))
-                .collect(),
-            own: state::write(&own).unwrap_or_default(),
-        }
-    }
-
-    /// Takes chains off a queue, up to its size; true if there may be more to do.
-    fn serve(
-        &mut self,
-        place: usize,
-        sockets: &mut [Socket],
-        names: &[String],
-        counters: &Counters,
-    ) -> std::result::Result<bool, Fault> {
-        let Some((ActiveQueue { index, queue, .. }, purpose)) = self.queues.get_mut(place) else {
-            return Ok(false);
-        };
-        let memory = queue.memory().clone();
-        queue.disable_notifications()?;
-        let mut more = true;
-        for _ in 0..queue.size() {
-            let wanted = match *purpose {
-                Purpose::Receive(port) => {
-                    self.talk.is_open(port) && sockets.get(port).is_some_and(|s| s.readable)
-                }
-                Purpose::Transmit(port) => sockets.get(port).is_some_and(|s| s.writable),
-                Purpose::ToGuest => !self.talk.is_silent(),
-                Purpose::FromGuest => self.talk.has_room(),
-                Purpose::Unused => false,
-            };
-            if !wanted {
-                more = false;
-                break;
-            }
-            let Some(mut chain) = queue.pop()? else {
-                if queue.enable_notifications()? {
-                    continue;
-                }
-                more = false;
-                break;
-            };
-            let head = chain.head;
-            match *purpose {
-                Purpose::FromGuest => {
-                    self.talk.heard(&mut chain, &memory, names)?;
-                    queue.push(head, 0)?;
-                }
-                Purpose::ToGuest => {
-                    let written = self.talk.next(&chain, &memory)?;
-                    queue.push(head, written.unwrap_or(0))?;
-                }
-                Purpose::Receive(port) => {
-                    let iovecs = chain.writable.iovecs(&memory)?;
-                    if iovecs.is_empty() || !chain.readable.is_empty() {
-                        return Err(Fault::Request);
-                    }
-                    let iovecs = iovecs.get(..iovecs.len().min(PIECES)).unwrap_or_default();
-                    let socket = sockets.get_mut(port);
-                    match socket.map_or(Moving::Later, |socket| socket.read(iovecs)) {
-                        Moving::Done(len) => {
-                            if let Some((_, moved)) = counters.ports.get(port) {
-                                moved.to_guest.fetch_add(len as u64, Ordering::Relaxed);
-                            }
-                            queue.push(head, len as u32)?;
-                        }
-                        Moving::Later => queue.unpop(1),
-                    }
-                }
-                Purpose::Transmit(port) => {
-                    if !chain.writable.is_empty() {
-                        return Err(Fault::Request);
-                    }
-                    let (Some(gone), Some(socket)) =
-                        (self.gone.get_mut(port), sockets.get_mut(port))
-                    else {
-                        return Ok(false);
-                    };
-                    let whole = chain.readable.len();
-                    let skipped = (*gone).min(whole);
-                    chain.readable.split_front(skipped);
-                    let iovecs = chain.readable.iovecs(&memory)?;
-                    let iovecs = iovecs.get(..iovecs.len().min(PIECES)).unwrap_or_default();
-                    match socket.write(iovecs) {
-                        Moving::Done(len) => {
-                            if let Some((_, moved)) = counters.ports.get(port) {
-                                moved.from_guest.fetch_add(len as u64, Ordering::Relaxed);
-                            }
-                            *gone = skipped.saturating_add(len as u64);
-                            if *gone >= whole {
-                                *gone = 0;
-                                queue.push(head, 0)?;
-                            } else {
-                                queue.unpop(1);
-                            }
-                        }
-                        Moving::Later => queue.unpop(1),
-                    }
-                }
-                Purpose::Unused => {}
-            }
-        }
-        if queue.wants_interrupt()? {
-            self.interrupt.used(*index);
-        }
         Ok(more)
+    }
+}
+
+/// The queues of a port, or all that are about messages.
+fn look_at(desk: &mut Desk<Own>, wanted: impl Fn(Purpose) -> bool) {
+    if let Some(features) = desk.driver().map(|driver| driver.own.features) {
+        desk.look_at(|index| wanted(purpose(index, features)));
     }
 }
 
@@ -513,12 +402,6 @@ impl Socket {
                 }
             },
         }
-    }
-}
-
-fn soon(again: &mut VecDeque<usize>, place: usize) {
-    if !again.contains(&place) {
-        again.push_back(place);
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The I/O thread for virtio-vsock: connections between ports of the guest's and sockets of the host's
-//! ([`crate::io`] has a thread's life, [`crate::virtio::vsock`] what is on the queues, [`connection`] one connection).
+//! ([`crate::attend`] has the thread, [`crate::virtio::vsock`] what is on the queues, [`connection`] one connection).
 //!
 //! A socket comes from the host either way, one end of a stream socket pair that never makes anybody wait:
 //!
@@ -29,26 +29,23 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::{Epoll, EventSet};
 
 use connection::{Connection, Fate, Ports};
 
+use crate::attend::{self, Attend, Desk, Taken, OWN};
 use crate::error::{Error, Kind, Result};
-use crate::io::{Answer, Change, Command, Count, IoThread, Mailbox, Port, Serve, Trouble};
-use crate::poll::{self, unwatch, watch};
-use crate::state;
+use crate::io::{Answer, Change, Count, IoThread, Port, Trouble};
+use crate::poll::watch;
+use crate::state::{self, State};
 use crate::thread::{Role, ThreadHook};
 use crate::virtio::chain::Chain;
-use crate::virtio::interrupt::Interrupt;
 use crate::virtio::queue::Fault;
 use crate::virtio::vsock::{
     Operation, Packet, EVENTS, FROM_GUEST, HEADER, HOST, STREAM, TO_GUEST, TRANSPORT_RESET,
 };
-use crate::virtio::{Activation, ActiveQueue, Served};
+use crate::virtio::Activation;
 
-/// Epoll's data for the mailbox; doorbells have the place of their queue, sockets this bit and their number.
-const WAKE: u64 = u64::MAX;
-const OF_SOCKET: u64 = 1 << 32;
 /// Sockets of the host's, connected or waiting.
 pub const SOCKETS_MAX: usize = 128;
 /// Resets that may wait for room before none of the guest's packets are looked at.
@@ -99,20 +96,14 @@ pub fn start(
 ) -> Result<(IoThread, Vec<Port>, Arc<Counters>)> {
     let counters = Arc::new(Counters::default());
     let counting = counters.clone();
-    let make = move |mailbox| Server::new(cid, counting, mailbox);
-    let (thread, devices) = IoThread::start("vsock", Role::Network, 1, hook, trouble, make)?;
+    let (thread, devices) = attend::start("vsock", Role::Network, hook, trouble, move |_| {
+        Ok(Server::new(cid, counting))
+    })?;
     Ok((thread, devices, counters))
 }
 
 struct Server {
-    mailbox: Arc<Mailbox>,
-    epoll: Epoll,
     table: Table,
-    active: Option<Active>,
-    paused: bool,
-    /// Queues to look at again although nobody rings.
-    again: VecDeque<usize>,
-    exiting: bool,
 }
 
 /// A socket that waits for the guest to connect to its port.
@@ -137,26 +128,20 @@ struct Table {
     resets: VecDeque<Packet>,
 }
 
-struct Active {
-    queues: Vec<ActiveQueue>,
-    interrupt: Arc<Interrupt>,
+/// What the thread remembers besides its queues.
+struct Own {
     /// The driver is to hear that all connections are gone.
     event: bool,
-    broken: bool,
 }
 
-/// What the thread remembers besides its queues.
+/// What is saved of it.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Own {}
+struct Kept {}
 
 impl Server {
-    fn new(cid: u32, counters: Arc<Counters>, mailbox: Arc<Mailbox>) -> Result<Server> {
-        let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
-        watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
-        Ok(Server {
-            mailbox,
-            epoll,
+    fn new(cid: u32, counters: Arc<Counters>) -> Server {
+        Server {
             table: Table {
                 cid: u64::from(cid),
                 counters,
@@ -168,56 +153,11 @@ impl Server {
                 line: VecDeque::new(),
                 resets: VecDeque::new(),
             },
-            active: None,
-            paused: false,
-            again: VecDeque::new(),
-            exiting: false,
-        })
-    }
-
-    fn obey(&mut self, command: Command) -> Result<()> {
-        match command {
-            Command::Start(_, activation) => self.activate(activation)?,
-            Command::Stop(_, sender) => {
-                for queue in self.active.take().iter().flat_map(|active| &active.queues) {
-                    unwatch(&self.epoll, queue.kick.as_raw_fd());
-                }
-                self.table
-                    .end_all("the guest's driver let go of the device");
-                // Whoever asked may have gone.
-                let _ = sender.send(());
-            }
-            Command::Pause(_, sender) => {
-                self.paused = true;
-                let _ = sender.send(());
-            }
-            Command::Save(_, sender) => {
-                let _ = sender.send(self.active.as_ref().map(Active::saved));
-            }
-            Command::Resume(_) => {
-                self.paused = false;
-                self.look_at_all();
-            }
-            Command::Close(_, sender) => {
-                self.paused = true;
-                self.table.end_all("the machine is at its end");
-                self.table.waiting.clear();
-                let _ = sender.send(Ok(()));
-            }
-            Command::Change(_, _, Change::Connect(port, socket), answer) => {
-                self.connect(port, socket, answer)
-            }
-            Command::Change(_, _, Change::Accept(port, socket), answer) => {
-                self.accept(port, socket, answer)
-            }
-            other @ (Command::Link(..) | Command::Add(..) | Command::Change(..)) => other.refuse(),
-            Command::Exit => self.exiting = true,
         }
-        Ok(())
     }
 
     /// A socket that is to be connected, or to wait; its number.
-    fn take_in(&mut self, socket: &OwnedFd) -> Result<u32> {
+    fn take_in(&mut self, socket: &OwnedFd, epoll: &Epoll) -> Result<u32> {
         if self
             .table
             .waiting
@@ -232,30 +172,30 @@ impl Server {
         }
         self.table.last = self.table.last.wrapping_add(1);
         let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-        let data = OF_SOCKET | u64::from(self.table.last);
-        watch(&self.epoll, socket.as_raw_fd(), events, data)?;
+        let data = OWN | u64::from(self.table.last);
+        watch(epoll, socket.as_raw_fd(), events, data)?;
         Ok(self.table.last)
     }
 
-    fn connect(&mut self, port: u32, socket: OwnedFd, answer: Answer) {
-        if self.active.as_ref().is_none_or(|active| active.broken) {
+    fn connect(&mut self, port: u32, socket: OwnedFd, answer: Answer, desk: &mut Desk<Own>) {
+        if !desk.has_driver() {
             let message = "no driver in the guest serves its vsock device";
             answer.give(Err(Error::new(Kind::InvalidState, "", message)));
             return;
         }
-        match self.take_in(&socket) {
+        match self.take_in(&socket, &desk.epoll) {
             Ok(number) => {
                 let ports = (port, self.table.own_port());
                 let connection = Connection::asked(ports, socket, answer);
                 self.table.insert(number, connection);
-                self.look_at(TO_GUEST);
+                desk.look_at(|index| index == TO_GUEST);
             }
             Err(error) => answer.give(Err(error)),
         }
     }
 
-    fn accept(&mut self, port: u32, socket: OwnedFd, answer: Answer) {
-        match self.take_in(&socket) {
+    fn accept(&mut self, port: u32, socket: OwnedFd, answer: Answer, epoll: &Epoll) {
+        match self.take_in(&socket, epoll) {
             Ok(number) => {
                 let waiting = Waiting {
                     port,
@@ -267,172 +207,125 @@ impl Server {
             Err(error) => answer.give(Err(error)),
         }
     }
+}
 
-    fn activate(&mut self, activation: Activation) -> Result<()> {
-        for (place, queue) in activation.queues.iter().enumerate() {
-            let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
-            watch(&self.epoll, queue.kick.as_raw_fd(), events, place as u64)?;
-        }
-        self.active = Some(Active {
-            queues: activation.queues,
-            broken: activation.interrupt.is_broken(),
-            interrupt: activation.interrupt,
+impl Attend for Server {
+    type Own = Own;
+
+    fn begin(&mut self, activation: &Activation) -> Own {
+        Own {
             event: activation.restored.is_some(),
-        });
-        self.look_at_all();
-        Ok(())
-    }
-
-    fn look_at_all(&mut self) {
-        for index in [EVENTS, FROM_GUEST, TO_GUEST] {
-            self.look_at(index);
         }
     }
 
-    fn look_at(&mut self, index: u16) {
-        let queues = self.active.iter().flat_map(|active| &active.queues);
-        let place = queues.enumerate().find(|(_, queue)| queue.index == index);
-        if let Some((place, _)) = place {
-            soon(&mut self.again, place);
+    fn save(_own: &Own) -> State {
+        state::write(&Kept {}).unwrap_or_default()
+    }
+
+    fn resume(&mut self, desk: &mut Desk<Own>) {
+        for wanted in [EVENTS, FROM_GUEST, TO_GUEST] {
+            desk.look_at(|index| index == wanted);
         }
     }
 
-    fn woken(&mut self, number: u32, events: EventSet) {
+    fn let_go(&mut self) {
+        self.table
+            .end_all("the guest's driver let go of the device");
+    }
+
+    fn broken(&mut self) {
+        count(&self.table.counters.faults, 1);
+        self.table
+            .end_all("the guest's driver broke the device's rules");
+    }
+
+    fn close(&mut self) {
+        self.table.end_all("the machine is at its end");
+        self.table.waiting.clear();
+    }
+
+    fn change(&mut self, change: Change, answer: Answer, desk: &mut Desk<Own>) {
+        match change {
+            Change::Connect(port, socket) => self.connect(port, socket, answer, desk),
+            Change::Accept(port, socket) => self.accept(port, socket, answer, &desk.epoll),
+            other => answer.give(Err(other.misplaced())),
+        }
+    }
+
+    fn woken(
+        &mut self,
+        number: u32,
+        events: EventSet,
+        desk: &mut Desk<Own>,
+    ) -> std::result::Result<(), Fault> {
         let gone = events.contains(EventSet::HANG_UP) || events.contains(EventSet::ERROR);
         if gone {
             if let Some(waiting) = self.table.waiting.remove(&number) {
                 let message = "whoever waited for the guest to connect has gone";
                 let error = Error::new(Kind::Cancelled, "", message);
                 waiting.answer.give(Err(error));
-                return;
+                return Ok(());
             }
         }
         self.table.woken(number, gone);
-        self.look_at(TO_GUEST);
-    }
-
-    fn serve(&mut self, place: usize) {
-        let active = self.active.as_mut();
-        let Some(active) = active.filter(|active| !active.broken && !self.paused) else {
-            return;
-        };
-        let Some(index) = active.queues.get(place).map(|queue| queue.index) else {
-            return;
-        };
-        let was_full = !self.table.has_room();
-        match active.serve(place, &mut self.table) {
-            Ok(true) => soon(&mut self.again, place),
-            Ok(false) => {}
-            Err(_fault) => {
-                count(&self.table.counters.faults, 1);
-                active.broken = true;
-                active.interrupt.fail();
-                self.table
-                    .end_all("the guest's driver broke the device's rules");
-                return;
-            }
-        }
-        match index {
-            FROM_GUEST if self.table.has_words() => self.look_at(TO_GUEST),
-            // There is room again for what answers the guest.
-            TO_GUEST if was_full && self.table.has_room() => self.look_at(FROM_GUEST),
-            _ => {}
-        }
-    }
-}
-
-impl Serve for Server {
-    fn run(&mut self) -> Result<()> {
-        let mut events = [EpollEvent::default(); 32];
-        while !self.exiting {
-            let timeout = if self.again.is_empty() { -1 } else { 0 };
-            let found = poll::wait(&self.epoll, timeout, &mut events)?;
-            for event in events.iter().take(found) {
-                match event.data() {
-                    WAKE => {
-                        for command in self.mailbox.take() {
-                            self.obey(command)?;
-                        }
-                    }
-                    data if data & OF_SOCKET != 0 => {
-                        self.woken(data as u32, event.event_set());
-                    }
-                    place => soon(&mut self.again, place as usize),
-                }
-            }
-            for _ in 0..self.again.len() {
-                if let Some(place) = self.again.pop_front() {
-                    self.serve(place);
-                }
-            }
-        }
+        desk.look_at(|index| index == TO_GUEST);
         Ok(())
     }
-}
 
-impl Active {
-    fn saved(&self) -> Served {
-        let queues = self.queues.iter();
-        Served {
-            queues: queues
-                .map(|queue| (queue.index, queue.queue.position()))
-                .collect(),
-            own: state::write(&Own {}).unwrap_or_default(),
+    fn wants(&self, index: u16, own: &Own) -> bool {
+        match index {
+            TO_GUEST => self.table.has_words(),
+            FROM_GUEST => self.table.has_room(),
+            EVENTS => own.event,
+            _ => false,
         }
     }
 
-    /// Takes chains off a queue, up to its size; true if there may be more to do.
-    fn serve(&mut self, place: usize, table: &mut Table) -> std::result::Result<bool, Fault> {
-        let Some(ActiveQueue { index, queue, .. }) = self.queues.get_mut(place) else {
-            return Ok(false);
-        };
-        let memory = queue.memory().clone();
-        queue.disable_notifications()?;
-        let mut more = true;
-        for _ in 0..queue.size() {
-            let wanted = match *index {
-                TO_GUEST => table.has_words(),
-                FROM_GUEST => table.has_room(),
-                EVENTS => self.event,
-                _ => false,
-            };
-            if !wanted {
-                more = false;
-                break;
+    fn take(
+        &mut self,
+        index: u16,
+        mut chain: Chain,
+        memory: &GuestMemoryMmap,
+        own: &mut Own,
+    ) -> std::result::Result<Taken, Fault> {
+        let head = chain.head;
+        match index {
+            FROM_GUEST => {
+                self.table.heard(&mut chain, memory)?;
+                Ok(Taken::Used(head, 0))
             }
-            let Some(mut chain) = queue.pop()? else {
-                if queue.enable_notifications()? {
-                    continue;
+            TO_GUEST => {
+                if !chain.readable.is_empty() || chain.writable.len() <= HEADER as u64 {
+                    return Err(Fault::Request);
                 }
-                more = false;
-                break;
-            };
-            match *index {
-                FROM_GUEST => {
-                    table.heard(&mut chain, &memory)?;
-                    queue.push(chain.head, 0)?;
+                let written = self.table.speak(&chain, memory)?;
+                Ok(written.map_or(Taken::Later, |written| Taken::Used(head, written)))
+            }
+            _ => {
+                let written = chain.writable.write(memory, &TRANSPORT_RESET)?;
+                if written as usize != TRANSPORT_RESET.len() {
+                    return Err(Fault::Request);
                 }
-                TO_GUEST => {
-                    if !chain.readable.is_empty() || chain.writable.len() <= HEADER as u64 {
-                        return Err(Fault::Request);
-                    }
-                    match table.speak(&chain, &memory)? {
-                        Some(written) => queue.push(chain.head, written)?,
-                        None => queue.unpop(1),
-                    }
-                }
-                _ => {
-                    let written = chain.writable.write(&memory, &TRANSPORT_RESET)?;
-                    if written as usize != TRANSPORT_RESET.len() {
-                        return Err(Fault::Request);
-                    }
-                    self.event = false;
-                    queue.push(chain.head, written)?;
-                }
+                own.event = false;
+                Ok(Taken::Used(head, written))
             }
         }
-        if queue.wants_interrupt()? {
-            self.interrupt.used(*index);
+    }
+
+    fn serve(&mut self, place: usize, desk: &mut Desk<Own>) -> std::result::Result<bool, Fault> {
+        let queues = desk.driver().map(|driver| &driver.queues);
+        let Some(index) = queues.and_then(|queues| Some(queues.get(place)?.index)) else {
+            return Ok(false);
+        };
+        let was_full = !self.table.has_room();
+        let more = desk.visit(place, self)?;
+        match index {
+            FROM_GUEST if self.table.has_words() => desk.look_at(|index| index == TO_GUEST),
+            // There is room again for what answers the guest.
+            TO_GUEST if was_full && self.table.has_room() => {
+                desk.look_at(|index| index == FROM_GUEST)
+            }
+            _ => {}
         }
         Ok(more)
     }
@@ -631,12 +524,6 @@ impl Table {
             }
         }
         Ok(None)
-    }
-}
-
-fn soon(again: &mut VecDeque<usize>, place: usize) {
-    if !again.contains(&place) {
-        again.push_back(place);
     }
 }
 
