@@ -91,7 +91,7 @@ class CoreEvent(msgspec.Struct):
     json: bytes
 
 
-# native/vmm/src/config.rs, LinkKind
+# native/vmm/src/config/devices.rs, LinkKind
 _LINKS: Final = {"bridge": "tap", "user": "stream", "isolated": "hub"}
 # native/capi/src/event.rs
 _EVENTS: Final = {
@@ -157,7 +157,7 @@ def configuration(
     restore: bool = False,
     clone: bool = False,
 ) -> bytes:
-    """The core's ``Config`` (native/vmm/src/config.rs) as JSON: the definition, each file by its fd.
+    """The core's ``Config`` (native/vmm/src/config) as JSON: the definition, each file by its fd.
 
     ``merge``: whether mergeable memory is offered to KSM; ``restore``: the machine goes on from a file, whose
     memory a ``clone`` has.
@@ -366,7 +366,7 @@ class Core:
         call(lib.vmbus_machine_slot(self._machine, SLOT_OPERATIONS["vsock"], request, json, len(json)))
 
     def change(self, request: int, device: str, kind: str, value: bool | int) -> None:
-        """Change a device; ``kind`` is one of native/vmm/src/config.rs, ``ChangeKind``. An event answers."""
+        """Change a device; ``kind`` is one of native/vmm/src/config, ``ChangeKind``. An event answers."""
         words = _encoder.encode({"device": device, "change": {kind: value}})
         call(lib.vmbus_machine_change(self._machine, request, words, len(words)))
 

@@ -24,7 +24,7 @@ pub struct VmbusMachine {
     json: Mutex<CString>,
 }
 
-/// Builds the machine that `json` (native/vmm/src/config.rs) describes, standing still.
+/// Builds the machine that `json` (native/vmm/src/config) describes, standing still.
 ///
 /// Takes over the fds that it names, whatever the result; an fd that is named twice, or JSON that is no
 /// configuration, leaves all of them with the caller.
@@ -124,7 +124,7 @@ pub unsafe extern "C" fn vmbus_machine_request(
 }
 
 /// Asks about a device in a hotplug slot: 0 attach a disk, 1 attach a network interface (`json` is a `Disk` or a
-/// `Nic` of native/vmm/src/config.rs with a slot; takes over the fds that it names, whatever the result, unless
+/// `Nic` of native/vmm/src/config with a slot; takes over the fds that it names, whatever the result, unless
 /// it is no such JSON), 2 ask the guest to let go of the device whose name `json` is, 3 let it keep it; or 4 put another medium into a
 /// CD-ROM drive (`json` is a `MediumChange`, whose fds are taken over likewise), 5 connect a socket with the guest, or have it wait
 /// for the guest (`json` is a `VsockEnd`, whose fd is taken over likewise). The answer
@@ -164,7 +164,7 @@ pub unsafe extern "C" fn vmbus_machine_slot(
     })
 }
 
-/// What is done with a file: 0 save the machine to it (`json` is a `SaveTo` of native/vmm/src/config.rs), 1 go on from it (a
+/// What is done with a file: 0 save the machine to it (`json` is a `SaveTo` of native/vmm/src/config), 1 go on from it (a
 /// `RestoreFrom`); or 2 tidy up after snapshots that were broken off (a `Tidy` of snapshots.rs, without a file). Takes over the fd
 /// that it names unless it is no such JSON. The answer is an event with the same `id`.
 ///
@@ -199,7 +199,7 @@ pub unsafe extern "C" fn vmbus_machine_keep(
     })
 }
 
-/// Another machine has come to an isolated network: `json` is a `Peer` of native/vmm/src/config.rs, whose fd is taken
+/// Another machine has come to an isolated network: `json` is a `Peer` of native/vmm/src/config, whose fd is taken
 /// over unless it is no such JSON. The answer is an event with the same `id`.
 ///
 /// # Safety
@@ -221,7 +221,7 @@ pub unsafe extern "C" fn vmbus_machine_link(
     })
 }
 
-/// Changes a device that the guest uses: `json` is a `DeviceChange` of native/vmm/src/config.rs. The answer is an
+/// Changes a device that the guest uses: `json` is a `DeviceChange` of native/vmm/src/config. The answer is an
 /// event with the same `id`.
 ///
 /// # Safety
