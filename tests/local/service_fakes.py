@@ -99,6 +99,12 @@ class FakeWorker:
         self.state, self.reason = "ended", reason
         self.event("ended", state="ended", reason=reason, detail=detail)
 
+    def finish_touching(self) -> None:
+        """A Prefault that waits is done."""
+        with self._lock:
+            number, self.touching = self.touching, 0
+            self.say(wire.Result(id=number))
+
     def hang_up(self) -> None:
         """Close the control connection, without ending."""
         assert self._sock is not None

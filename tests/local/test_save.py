@@ -29,8 +29,8 @@ def options(**values: bool) -> dict[str, Any]:
     return {key.replace("_", "-"): Variant("b", value) for key, value in values.items()}
 
 
-async def finish(alice: Caller, job: str) -> None:
-    """Wait for a job; raises as it failed."""
+async def finish(alice: Caller, job: str) -> dict[str, Any]:
+    """Wait for a job, whose result this is; raises as it failed."""
     while (state := await alice.client.get(job, "Job", "State")) == "running":
         await asyncio.sleep(0.02)
     if state != "done":
@@ -38,11 +38,12 @@ async def finish(alice: Caller, job: str) -> None:
         raise VmbusError(
             error.rpartition(".")[2] or "Cancelled", await alice.client.get(job, "Job", "Message")
         )
+    return dict(await alice.client.get(job, "Job", "Result"))
 
 
-async def save(alice: Caller, machine: str, file: int, **values: bool) -> None:
+async def save(alice: Caller, machine: str, file: int, **values: bool) -> dict[str, Any]:
     """Save it, and wait until it is done."""
-    await finish(alice, await alice(machine, "Machine.Save", file, options(**values)))
+    return await finish(alice, await alice(machine, "Machine.Save", file, options(**values)))
 
 
 async def said(alice: Caller, machine: str, wanted: str) -> str:
@@ -152,7 +153,8 @@ async def test_one_that_stays_goes_on_and_others_begin_where_it_was(stage: Stage
         await alice(machine, "Machine.Start", {}, {})
         await said(alice, machine, "line 5\n")
         file = os.memfd_create("saved")
-        await save(alice, machine, file, keep=True)
+        result = await save(alice, machine, file, keep=True)
+        assert result["bytes"] == os.fstat(file).st_blocks * 512
         assert await alice.state(machine) == "running"
         twin = await alice(ROOT, "Manager.DefineMachine", stage.guest("flood"))
         await alice(twin, "Machine.Restore", file, {}, {})

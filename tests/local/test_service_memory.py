@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.local.service_bed import BOB, Bed, Caller, scenario, uuid_of
+from tests.local.service_bed import BOB, ROOT, Bed, Caller, scenario, uuid_of
 from tests.local.service_fakes import FakeWorker
 from vmbus.wire.errors import VmbusError
 
@@ -168,6 +168,37 @@ async def test_memory_is_touched_by_a_job_that_shows_its_progress_and_can_be_can
             await asyncio.sleep(0.02)
         assert await alice.client.get(job, "Job", "State") == "done"
         assert list(await alice.client.get(job, "Job", "Progress")) == [MEMORY, MEMORY]
+
+
+@scenario
+async def test_who_has_subscribed_hears_how_far_a_job_is_and_what_came_of_it(bed: Bed) -> None:
+    async with bed.caller() as alice, bed.caller(BOB) as bob:
+        machine, worker = await running(alice, bed)
+        heard: list[dict[str, Any]] = []
+        others: list[Any] = []
+        ended = asyncio.Event()
+
+        def told(_interface: str, member: str, body: list[Any]) -> None:
+            if member == "PropertiesChanged":
+                heard.append(body[1])
+            elif member == "Finished":
+                ended.set()
+
+        worker.slow = True
+        job = await alice(machine, "Machine.Prefault")
+        await alice(ROOT, "Manager.Subscribe")
+        await bob(ROOT, "Manager.Subscribe")
+        await alice.client.watch(job, told)
+        await bob.client.watch(job, lambda _interface, _member, body: others.append(body))
+        while not any(list(news.get("Progress", [])) == [MEMORY // 2, MEMORY] for news in heard):
+            await asyncio.sleep(0.02)
+        worker.finish_touching()
+        await ended.wait()
+        (last,) = [news for news in heard if "Result" in news and "Message" in news]
+        assert list(last["Progress"]) == [MEMORY, MEMORY]
+        assert last["Result"]["seconds"] > 0
+        assert await alice.client.get(job, "Job", "Result") == last["Result"]
+        assert not any("Result" in str(body) or "Progress" in str(body) for body in others)
 
 
 @scenario

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vmbus.api.machine import job_path, machine_path
+from vmbus.api.machine import figures, job_path, machine_path
 from vmbus.bus import Variant
 from vmbus.service.jobs import Job
 from vmbus.service.standard import Caller
@@ -40,6 +40,8 @@ class JobObject:
                 return Variant("s", job.state)
             case "Progress":
                 return Variant("(tt)", list(job.progress))
+            case "Result":
+                return Variant("a{sv}", figures(dict(job.result)))
             case "Error":
                 return Variant("s", error_name(job.error.kind) if job.error else "")
             case "Message":

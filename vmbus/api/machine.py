@@ -310,7 +310,7 @@ class MachineApi:
 
     async def get_stats(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetStats."""
-        return _figures(await self._lifecycle.stats(item.machine))
+        return figures(await self._lifecycle.stats(item.machine))
 
     async def set_memory_target(self, caller: Caller, item: MachineObject, target: int) -> None:
         """SetMemoryTarget."""
@@ -322,7 +322,7 @@ class MachineApi:
 
     async def get_memory(self, caller: Caller, item: MachineObject) -> dict[str, Any]:
         """GetMemory."""
-        return _figures(await self._memory.figures(item.machine))
+        return figures(await self._memory.figures(item.machine))
 
     async def undefine(self, caller: Caller, item: MachineObject) -> None:
         """Undefine."""
@@ -339,7 +339,7 @@ def job_path(number: int) -> str:
     return f"/org/vmbus1/job/{number}"
 
 
-def _figures(stats: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+def figures(stats: dict[str, Any], depth: int = 0) -> dict[str, Any]:
     """What a worker says it counts, as ``a{sv}``; the worker is not trusted with depth, number or type."""
     found: dict[str, Any] = {}
     for key, value in list(stats.items())[:1000]:
@@ -353,5 +353,5 @@ def _figures(stats: dict[str, Any], depth: int = 0) -> dict[str, Any]:
             found[key[:64]] = Variant("s", value[:1000])
         elif isinstance(value, list | dict) and depth < 4:
             inner = value if isinstance(value, dict) else {str(n): item for n, item in enumerate(value)}
-            found[key[:64]] = Variant("a{sv}", _figures(inner, depth + 1))
+            found[key[:64]] = Variant("a{sv}", figures(inner, depth + 1))
     return found

@@ -35,6 +35,7 @@ class Publisher:
         lifecycle.on_console = lambda machine: self._emit(machine, "ConsoleActivity")
         lifecycle.on_reset = lambda machine: self._emit(machine, "GuestReset")
         jobs.on_added = lambda job: exports.add(JobObject(job))
+        jobs.on_told = lambda job: self._job_changed(job, "Progress", "Result")
         jobs.on_finished = self._job_finished
         jobs.on_removed = lambda job: exports.remove(job_path(job.number))
 
@@ -61,9 +62,14 @@ class Publisher:
         if item is not None:
             self._exports.emit(item, signal)
 
-    def _job_finished(self, job: Job) -> None:
+    def _job_changed(self, job: Job, *names: str) -> None:
         item = self._exports.get(job_path(job.number))
         if item is not None:
-            self._exports.changed(item, ("State", "Error", "Message"))
+            self._exports.changed(item, names)
+
+    def _job_finished(self, job: Job) -> None:
+        self._job_changed(job, "Progress", "Result", "State", "Error", "Message")
+        item = self._exports.get(job_path(job.number))
+        if item is not None:
             error = f"{ERROR_PREFIX}{job.error.kind}" if job.error else ""
             self._exports.emit(item, "Finished", job.state, error, str(job.error or job.note))

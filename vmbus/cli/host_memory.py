@@ -27,7 +27,7 @@ async def hugepages(remote: Remote, arguments: argparse.Namespace) -> int:
         raise VmbusError("InvalidArgument", f"{arguments.pages} is not 1 or more", argument="PAGES")
     pool = _chosen(pools, PAGE_SIZES[arguments.page_size], arguments.node)
     change = arguments.pages if arguments.action == "grow" else -arguments.pages
-    said = await remote.finish(await remote.resize_pool(pool["Path"], change))
+    said = (await remote.finish(await remote.resize_pool(pool["Path"], change))).message
     (pool,) = (one for one in await remote.pools() if one["Path"] == pool["Path"])
     if arguments.json:
         output.print_json({**_plain(pool), "message": said})

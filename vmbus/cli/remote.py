@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Protocol, TypeVar
 
 from vmbus.wire.definition import Definition, Disk, Medium, Nic
@@ -89,6 +89,14 @@ class Moment:
     state: str
     reason: str
     detail: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job that is done has to say, and what it has counted; nothing if it was done too long ago."""
+
+    message: str = ""
+    result: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Remote:
@@ -307,7 +315,7 @@ class Remote:
         method = "HugePages.Grow" if change > 0 else "HugePages.Shrink"
         return str(await self._call(path, method, abs(change)))
 
-    async def finish(self, job: str) -> str:
+    async def finish(self, job: str) -> Outcome:
         """Return when a job is done, with what it has to say; raises VmbusError as it failed, Cancelled, or
         Disconnected."""
         ended = asyncio.Event()
@@ -325,14 +333,14 @@ class Remote:
                 found = await self._connection.get_all(job, "Job")
         except VmbusError as error:
             if error.kind == "NotFound":  # a finished job is kept for half a minute only
-                return ""
+                return Outcome()
             raise
         if found["State"] == "failed":
             kind = str(found.get("Error", "")).rpartition(".")[2]
             raise VmbusError(kind if kind in KINDS else "Internal", str(found.get("Message", "")))
         if found["State"] == "cancelled":
             raise VmbusError("Cancelled", "somebody cancelled it")
-        return str(found.get("Message", ""))
+        return Outcome(str(found.get("Message", "")), found.get("Result", {}))
 
     @contextlib.asynccontextmanager
     async def watch(self, path: str) -> AsyncIterator[Watch]:

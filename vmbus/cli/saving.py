@@ -13,11 +13,12 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from vmbus.cli import files, output
-from vmbus.cli.remote import Remote
+from vmbus.cli.remote import Outcome, Remote
 from vmbus.wire import dbus_form
 from vmbus.wire.definition import slots
 from vmbus.wire.errors import VmbusError
@@ -29,23 +30,24 @@ async def save(remote: Remote, arguments: argparse.Namespace) -> int:
     with _new(Path(arguments.to)) as (fd, keep_it):
         begun = asyncio.ensure_future(remote.save(path, fd, keep=arguments.keep))
         try:
-            await remote.finish(await asyncio.shield(begun))
+            outcome = await remote.finish(await asyncio.shield(begun))
         except asyncio.CancelledError:
-            if not await _done_all_the_same(remote, await begun):
+            done = await done_all_the_same(remote, await begun)
+            if done is None:
                 raise
+            outcome = done
         keep_it()
-    return _done(arguments, "saved")
+    return _done(arguments, "saved", outcome.result)
 
 
-async def _done_all_the_same(remote: Remote, job: str) -> bool:
-    """Cancel a job; whether it was done before."""
+async def done_all_the_same(remote: Remote, job: str) -> Outcome | None:
+    """Cancel a job; what it says if it was done before."""
     with contextlib.suppress(VmbusError):
         await remote.cancel(job)
     try:
-        await remote.finish(job)
+        return await remote.finish(job)
     except VmbusError:
-        return False
-    return True
+        return None
 
 
 async def restore(remote: Remote, arguments: argparse.Namespace) -> int:
@@ -60,9 +62,9 @@ async def restore(remote: Remote, arguments: argparse.Namespace) -> int:
     return _done(arguments, "restored")
 
 
-def _done(arguments: argparse.Namespace, what: str) -> int:
+def _done(arguments: argparse.Namespace, what: str, result: Mapping[str, Any] | None = None) -> int:
     if arguments.json:
-        output.print_json({"machine": arguments.machine, "state": what})
+        output.print_json({**(result or {}), "machine": arguments.machine, "state": what})
     return 0
 
 

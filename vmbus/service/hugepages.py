@@ -129,9 +129,7 @@ class HugePages:
 
         async def work() -> None:
             try:
-                await self._resize(
-                    pool, change, lambda *progress: setattr(job, "progress", progress), told.append
-                )
+                await self._resize(pool, change, job, told.append)
             finally:
                 self._busy.discard(pool.setting)
                 job.note = " ".join(told)
@@ -140,13 +138,11 @@ class HugePages:
         job = self._jobs.start("grow" if change > 0 else "shrink", owner, path, work())
         return job
 
-    async def _resize(
-        self, pool: Pool, change: int, progress: Callable[[int, int], object], say: Callable[[str], object]
-    ) -> None:
+    async def _resize(self, pool: Pool, change: int, job: Job, say: Callable[[str], object]) -> None:
         begun, goal = pool.total, abs(change)
         step = max(1, STEP // pool.page_size)
         done = 0
-        progress(0, goal * pool.page_size)
+        job.tell((0, goal * pool.page_size), pages=0)
         if change < 0:
             self._check_shrink(pool, goal)
         try:
@@ -156,7 +152,7 @@ class HugePages:
                 await self._set(pool, before + asked if change > 0 else before - asked)
                 got = abs(pool.total - before)
                 done += got
-                progress(done * pool.page_size, goal * pool.page_size)
+                job.tell((done * pool.page_size, goal * pool.page_size), pages=done)
                 if got < asked:
                     break
         except BaseException:

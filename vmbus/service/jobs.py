@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long work that a client can watch and cancel. A job is a task with a face on the bus."""
+"""Long work that a client can watch and cancel. A job is a task with a face on the bus.
+
+Work tells how far it is as often as it likes (``Job.tell``); who watches hears of it at most once in
+INTERVAL, of the latest, and with the end of what was last.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Literal
 
 from vmbus.wire.errors import VmbusError
@@ -16,6 +20,12 @@ LINGER: Final = 30.0
 """Seconds for which a finished job can still be read."""
 KEPT: Final = 32
 """Finished jobs that are kept for an owner; with more, the oldest goes before its time."""
+INTERVAL: Final = 1.0
+"""Seconds between two news of a job that runs."""
+
+Figure = bool | int | float | str
+Work = Awaitable[None] | Callable[["Job"], Awaitable[None]]
+"""What a job does; a function of the job where it has something to tell."""
 
 State = Literal["running", "done", "failed", "cancelled"]
 
@@ -23,7 +33,8 @@ State = Literal["running", "done", "failed", "cancelled"]
 class Job:
     """``machine`` is the UUID of the machine that it works on, or the object path of something else.
 
-    ``progress``: bytes done and in all; ``note``: what a job that is done has to say.
+    ``progress``: bytes done and in all; ``result``: what it counts while it runs, and has found when it is
+    done, by names that its kind fixes; ``note``: what a job that is done has to say.
     """
 
     def __init__(self, jobs: Jobs, number: int, kind: str, owner: int, machine: str) -> None:
@@ -35,19 +46,29 @@ class Job:
         self.state: State = "running"
         self.error: VmbusError | None = None
         self.progress = (0, 0)
+        self.result: Mapping[str, Figure] = {}
         self.note = ""
         self._task: asyncio.Task[None] | None = None
         self._begun = asyncio.Event()
         self._cancelling = False
 
-    def begin(self, work: Awaitable[None]) -> None:
+    def begin(self, work: Work) -> None:
         """Run ``work`` as this job. A VmbusError fails it, a cancellation cancels it."""
-        self._task = asyncio.ensure_future(self._run(work))
+        self._task = asyncio.ensure_future(self._run(work(self) if callable(work) else work))
+
+    def tell(self, progress: tuple[int, int] | None = None, **figures: Figure) -> None:
+        """The work is so far, and has counted so much."""
+        if progress is not None:
+            self.progress = progress
+        self.result = {**self.result, **figures}
+        self._jobs.told(self)
 
     async def _run(self, work: Awaitable[None]) -> None:
         self._begun.set()
+        begun = asyncio.get_running_loop().time()
         try:
             await work
+            self.tell(seconds=asyncio.get_running_loop().time() - begun)
             self.state = "done"
         except asyncio.CancelledError:
             self.state = "cancelled"
@@ -90,11 +111,14 @@ class Jobs:
     def __init__(self) -> None:
         self._next = 0
         self._jobs: dict[int, Job] = {}
+        self._news: dict[int, asyncio.TimerHandle] = {}
+        self._last: dict[int, float] = {}
         self.on_added: Callable[[Job], None] = lambda job: None
+        self.on_told: Callable[[Job], None] = lambda job: None
         self.on_finished: Callable[[Job], None] = lambda job: None
         self.on_removed: Callable[[Job], None] = lambda job: None
 
-    def start(self, kind: str, owner: int, machine: str, work: Awaitable[None]) -> Job:
+    def start(self, kind: str, owner: int, machine: str, work: Work) -> Job:
         """A new job that is already running."""
         self._next += 1
         job = Job(self, self._next, kind, owner, machine)
@@ -103,8 +127,23 @@ class Jobs:
         job.begin(work)
         return job
 
+    def told(self, job: Job) -> None:
+        """Called by the job when it has news."""
+        if job.number not in self._news:
+            loop = asyncio.get_running_loop()
+            due = self._last.get(job.number, float("-inf")) + INTERVAL
+            self._news[job.number] = loop.call_at(due, self._pass_on, job)
+
+    def _pass_on(self, job: Job) -> None:
+        del self._news[job.number]
+        self._last[job.number] = asyncio.get_running_loop().time()
+        self.on_told(job)
+
     def finished(self, job: Job) -> None:
         """Called by the job at its end."""
+        if (news := self._news.pop(job.number, None)) is not None:
+            news.cancel()
+        self._last.pop(job.number, None)
         self.on_finished(job)
         finished = [
             other for other in self._jobs.values() if other.owner == job.owner and other.state != "running"

@@ -298,37 +298,43 @@ class Lifecycle:
         ask = deadline > 0 and machine.state == "running"
         before = machine.job
         machine.set_state("stopping", "stop")
-        job = self._jobs.start(
-            "stop", machine.owner, machine.uuid, self._stop(machine, deadline if ask else 0, before)
+        job = machine.job = self._jobs.start(
+            "stop",
+            machine.owner,
+            machine.uuid,
+            lambda job: self._stop(machine, job, deadline if ask else 0, before),
         )
-        machine.job = job
         return job
 
-    async def _stop(self, machine: Machine, deadline: float, before: Job | None) -> None:
+    async def _stop(self, machine: Machine, job: Job, deadline: float, before: Job | None) -> None:
         try:
-            if before is not None and before.kind in ("save", "snapshot"):
-                with contextlib.suppress(VmbusError):
-                    await before.cancel()
-            if deadline:
-                with contextlib.suppress(VmbusError):  # a worker that cannot press it is ended all the same
-                    await machine.connection().shutdown()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(machine.gone.wait(), deadline)
-                    return
-            with contextlib.suppress(VmbusError):
-                await machine.connection().stop()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(machine.gone.wait(), END_DEADLINE)
-            if not machine.gone.is_set():
-                await self._make_gone(machine)
-            if not machine.gone.is_set():
-                raise VmbusError("Timeout", "the worker has not ended; StatusFlags says why")
+            await self._end(machine, deadline, before)
+            job.tell(reason=machine.reason)
         except asyncio.CancelledError:
             if machine.state == "stopping" and not machine.killed and not _has_ended(machine):
                 machine.set_state(machine.guest)
             raise
         finally:
             machine.job = None
+
+    async def _end(self, machine: Machine, deadline: float, before: Job | None) -> None:
+        if before is not None and before.kind in ("save", "snapshot"):
+            with contextlib.suppress(VmbusError):
+                await before.cancel()
+        if deadline:
+            with contextlib.suppress(VmbusError):  # a worker that cannot press it is ended all the same
+                await machine.connection().shutdown()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(machine.gone.wait(), deadline)
+                return
+        with contextlib.suppress(VmbusError):
+            await machine.connection().stop()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(machine.gone.wait(), END_DEADLINE)
+        if not machine.gone.is_set():
+            await self._make_gone(machine)
+        if not machine.gone.is_set():
+            raise VmbusError("Timeout", "the worker has not ended; StatusFlags says why")
 
     async def kill(self, machine: Machine) -> None:
         """End the worker now."""

@@ -65,12 +65,13 @@ class Memory:
         if machine.uuid in self._touched:
             raise VmbusError("InvalidState", "the machine's memory is being touched already; see its job")
         self._touched.add(machine.uuid)
-        job = self._jobs.start("prefault", machine.owner, machine.uuid, self._prefault(machine, lambda: job))
-        return job
+        return self._jobs.start(
+            "prefault", machine.owner, machine.uuid, lambda job: self._prefault(machine, job)
+        )
 
-    async def _prefault(self, machine: Machine, job: Callable[[], Job]) -> None:
+    async def _prefault(self, machine: Machine, job: Job) -> None:
         try:
-            await touch(machine, job())
+            await touch(machine, job)
         finally:
             self._touched.discard(machine.uuid)
 
@@ -185,7 +186,7 @@ async def watched(
         while not (await asyncio.wait({asking}, timeout=PROGRESS))[0]:
             memory = (await worker.stats()).get("memory")
             if job is not None and isinstance(memory, dict):
-                job.progress = (_count(memory.get("prefaulted"), size), size)
+                job.tell((_count(memory.get("prefaulted"), size), size))
         await asking
     except asyncio.CancelledError:
         with contextlib.suppress(VmbusError):
@@ -197,7 +198,7 @@ async def watched(
     finally:
         asking.cancel()
     if job is not None:
-        job.progress = (size, size)
+        job.tell((size, size))
 
 
 def check_target(machine: Machine, target: int) -> None:

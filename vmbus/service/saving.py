@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import Final
 
 from vmbus.service.files import PassedFile
@@ -50,8 +51,12 @@ class Saving:
         except VmbusError:
             file.close()
             raise
-        work = self._save(machine, sender, file, keep=keep)
-        job = machine.job = self._jobs.start("save", machine.owner, machine.uuid, work)
+        job = machine.job = self._jobs.start(
+            "save",
+            machine.owner,
+            machine.uuid,
+            lambda job: self._save(machine, job, sender, file, keep=keep),
+        )
         self._by_sender.setdefault(sender, set()).add(job)
         return job
 
@@ -62,10 +67,11 @@ class Saving:
             self._cancelling.add(task)
             task.add_done_callback(self._cancelling.discard)
 
-    async def _save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool) -> None:
-        worker, job = machine.connection(), machine.job
+    async def _save(self, machine: Machine, job: Job, sender: str, file: PassedFile, *, keep: bool) -> None:
+        worker = machine.connection()
         try:
             await watched(machine, job, worker.save(file.fd, end=not keep), worker.cancel_save, worker)
+            job.tell(bytes=os.fstat(file.fd).st_blocks * 512)
             if not keep:
                 ending = asyncio.ensure_future(asyncio.wait_for(machine.gone.wait(), END_DEADLINE))
                 with contextlib.suppress(TimeoutError):
@@ -76,7 +82,7 @@ class Saving:
         finally:
             file.close()
             machine.job = None
-            if job is not None and job in (mine := self._by_sender.get(sender, set())):
+            if job in (mine := self._by_sender.get(sender, set())):
                 mine.discard(job)
                 if not mine:
                     del self._by_sender[sender]

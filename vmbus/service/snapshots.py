@@ -126,6 +126,8 @@ class Snapshots:
                 size = os.fstat(file.fd).st_blocks * 512
             finally:
                 file.close()
+            if machine.job is not None:
+                machine.job.tell(bytes=size)
             self._store.settle_memory(uuid)
             index = self._store.of(uuid)
             snapshot = Snapshot(identifier, name, now(), index.current, size)

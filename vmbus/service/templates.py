@@ -126,9 +126,11 @@ class Templates:
         except VmbusError:
             file.close()
             raise
-        return self._jobs.start("import-template", owner, where, self._make(owner, name, file))
+        return self._jobs.start(
+            "import-template", owner, where, lambda job: self._make(job, owner, name, file)
+        )
 
-    async def _make(self, owner: int, name: str, file: PassedFile) -> None:
+    async def _make(self, job: Job, owner: int, name: str, file: PassedFile) -> None:
         identifier = uuids.uuid4().hex
         path = self._root / identifier
         target = -1
@@ -137,6 +139,7 @@ class Templates:
             size = os.fstat(file.fd).st_size
             os.ftruncate(target, size)
             for begin in range(0, size, _PIECE):
+                job.tell((begin, size))
                 await aside(_copy, file.fd, target, begin, min(begin + _PIECE, size))
             await aside(os.fsync, target)
             blocks = os.fstat(target).st_blocks * 512
@@ -147,6 +150,7 @@ class Templates:
             if any(template.name == name for template in self.of(owner)):
                 raise VmbusError("AlreadyExists", f"you have a template '{name}'", argument="name")
             self._put([*self._all, Template(identifier, owner, name, blocks, now(), verity)])
+            job.tell((size, size), bytes=blocks)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 durable.remove(path)
