@@ -74,7 +74,7 @@ def internal(identifier: str) -> str:
 
 
 def new_identifier() -> str:
-    """One that no other snapshot has."""
+    """One that no other snapshot, or template, has."""
     return uuids.uuid4().hex
 
 

@@ -26,7 +26,6 @@ import fcntl
 import logging
 import os
 import struct
-import uuid as uuids
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
@@ -41,6 +40,7 @@ from vmbus.service.hotplug import Hotplug
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.lifecycle import Lifecycle, Resumption
 from vmbus.service.machine import Machine, now
+from vmbus.service.snapshot_store import new_identifier
 from vmbus.service.snapshots import NAME
 from vmbus.wire.errors import VmbusError
 
@@ -112,8 +112,7 @@ class Templates:
         try:
             if not NAME.fullmatch(name):
                 raise VmbusError("InvalidArgument", f"{name!r} is no name of a template", argument="name")
-            if any(template.name == name for template in self.of(owner)):
-                raise VmbusError("AlreadyExists", f"you have a template '{name}'", argument="name")
+            self._check_free(owner, name)
             file.check("file", writable=False, regular=True)
             size = os.fstat(file.fd).st_blocks * 512
             used = self.taken(owner) + self.used(owner)
@@ -130,8 +129,12 @@ class Templates:
             "import-template", owner, where, lambda job: self._make(job, owner, name, file)
         )
 
+    def _check_free(self, owner: int, name: str) -> None:
+        if any(template.name == name for template in self.of(owner)):
+            raise VmbusError("AlreadyExists", f"you have a template '{name}'", argument="name")
+
     async def _make(self, job: Job, owner: int, name: str, file: PassedFile) -> None:
-        identifier = uuids.uuid4().hex
+        identifier = new_identifier()
         path = self._root / identifier
         target = -1
         try:
@@ -147,8 +150,7 @@ class Templates:
             descriptors.close(target)
             target = -1
             verity = _protect(path)
-            if any(template.name == name for template in self.of(owner)):
-                raise VmbusError("AlreadyExists", f"you have a template '{name}'", argument="name")
+            self._check_free(owner, name)
             self._put([*self._all, Template(identifier, owner, name, blocks, now(), verity)])
             job.tell((size, size), bytes=blocks)
         except BaseException as error:

@@ -96,3 +96,11 @@ pub fn image_error(error: vmbus_qcow2::Error) -> Error {
     };
     Error::new(kind, "", error.message())
 }
+
+/// The same, with the argument or the device that it is about.
+pub fn error_of(argument: &str, error: vmbus_qcow2::Error) -> Error {
+    Error {
+        argument: argument.to_owned(),
+        ..image_error(error)
+    }
+}

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vmbus_qcow2::{DetectZeroes, Format, Image, LayerFiles, OpenOptions, Secret};
 
-use crate::block::image_error;
+use crate::block::error_of;
 use crate::config::{Disk, DiskBus};
 use crate::devices::{DiskSpec, ScsiSpec};
 use crate::error::{Error, Result};
@@ -127,12 +127,9 @@ pub fn open_medium(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<Op
 }
 
 fn open_image(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<Arc<Image>> {
-    let about = |error: vmbus_qcow2::Error| Error {
-        argument: match error.layer() {
-            Some(layer) => format!("disk/{}/{layer}", disk.id),
-            None => format!("disk/{}", disk.id),
-        },
-        ..image_error(error)
+    let about = |error: vmbus_qcow2::Error| match error.layer() {
+        Some(layer) => error_of(&format!("disk/{}/{layer}", disk.id), error),
+        None => error_of(&format!("disk/{}", disk.id), error),
     };
     let layers = disk
         .layers
@@ -147,9 +144,8 @@ fn open_image(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<Arc<Ima
                 data_file: fds.data.map(File::from),
                 backing_name: layer.backing_name.clone(),
                 data_name: layer.data_name.clone(),
-                secret: secret.transpose().map_err(|error| Error {
-                    argument: format!("disk/{}/{index}/secret", disk.id),
-                    ..image_error(error)
+                secret: secret.transpose().map_err(|error| {
+                    error_of(&format!("disk/{}/{index}/secret", disk.id), error)
                 })?,
             })
         })

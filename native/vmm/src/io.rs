@@ -428,13 +428,13 @@ impl Device for IoDevice {
     fn let_go(&self) -> Result<()> {
         let image = self.behind.image.as_ref();
         let done = image.map_or(Ok(()), |image| image.inactivate());
-        done.map_err(|error| about(&self.id, error))
+        done.map_err(|error| block::error_of(&self.id, error))
     }
 
     fn take_up(&self) -> Result<()> {
         let image = self.behind.image.as_ref();
         let done = image.map_or(Ok(()), |image| image.activate());
-        done.map_err(|error| about(&self.id, error))
+        done.map_err(|error| block::error_of(&self.id, error))
     }
 
     fn mark(&self, mark: Mark) -> Result<()> {
@@ -452,7 +452,7 @@ impl Device for IoDevice {
 /// What a device with an image is to a machine that is saved.
 fn facts_of(id: &str, mut same: State, image: Option<&Image>) -> Result<facts::Device> {
     let stamps = image.map(Image::stamps).transpose();
-    let stamps = stamps.map_err(|error| about(id, error))?;
+    let stamps = stamps.map_err(|error| block::error_of(id, error))?;
     let stamps = stamps.into_iter().flatten();
     let files = stamps.map(|stamp| facts::FileStamp {
         identity: stamp.identity,
@@ -466,13 +466,6 @@ fn facts_of(id: &str, mut same: State, image: Option<&Image>) -> Result<facts::D
         same,
         files: files.collect(),
     })
-}
-
-fn about(id: &str, error: vmbus_qcow2::Error) -> Error {
-    Error {
-        argument: id.to_owned(),
-        ..block::image_error(error)
-    }
 }
 
 /// What is in a drive now, which its thread changes: a disk's image, or a medium.
@@ -530,12 +523,12 @@ impl Device for Unit {
 
     fn let_go(&self) -> Result<()> {
         let done = self.unit.image().map_or(Ok(()), |image| image.inactivate());
-        done.map_err(|error| about(&self.unit.id, error))
+        done.map_err(|error| block::error_of(&self.unit.id, error))
     }
 
     fn take_up(&self) -> Result<()> {
         let done = self.unit.image().map_or(Ok(()), |image| image.activate());
-        done.map_err(|error| about(&self.unit.id, error))
+        done.map_err(|error| block::error_of(&self.unit.id, error))
     }
 
     fn mark(&self, mark: Mark) -> Result<()> {

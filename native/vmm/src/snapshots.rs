@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use vmbus_qcow2::{snapshot, Image};
 
-use crate::block::image_error;
+use crate::block::error_of;
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
 
@@ -134,13 +134,7 @@ pub(crate) fn mark(id: &str, image: Option<&Image>, mark: Mark) -> Result<()> {
     let Some(image) = image.filter(|image| !image.read_only()) else {
         return Ok(());
     };
-    let about = |error: vmbus_qcow2::Error| {
-        let error = image_error(error);
-        Error {
-            argument: id.to_owned(),
-            ..error
-        }
-    };
+    let about = |error| error_of(id, error);
     let has = |name: &str| {
         let list = snapshot::list(image).map_err(about)?;
         Ok::<_, Error>(list.iter().any(|snapshot| snapshot.name == name))
