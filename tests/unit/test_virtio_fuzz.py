@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random guests against whole virtio devices, FUZZ_SECONDS long (native/vmm/src/virtio/fuzz.rs)."""
+"""Random guests against whole virtio devices, FUZZ_SECONDS long (native/vmm/src/virtio/fuzz)."""
 
 from __future__ import annotations
 
