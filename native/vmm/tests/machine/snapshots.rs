@@ -83,6 +83,17 @@ fn snapshot(guest: &mut Running, file: &File, name: &str) -> (Result<Value, Erro
     guest.answer(2000)
 }
 
+/// A snapshot that fails, for `argument`: nothing is in its file, and the guest goes on.
+fn refused_snapshot(mut guest: Running, kind: Kind, argument: &str) {
+    let memory = file();
+    let (result, events) = snapshot(&mut guest, &memory, "one");
+    let error = result.unwrap_err();
+    assert_eq!((error.kind, error.argument.as_str()), (kind, argument));
+    assert_eq!(events, [Event::Paused, Event::Running]);
+    assert_eq!(memory.metadata().unwrap().len(), 0);
+    guest.wrote(0);
+}
+
 fn revert(file: &File, to: &str, machine: Value) -> Result<Running, Error> {
     revert_in(MODE, file, to, machine)
 }
@@ -187,21 +198,12 @@ fn a_machine_goes_back_with_its_disks_and_has_another_generation() {
 #[test]
 fn a_raw_disk_is_refused_by_name_and_none_has_a_snapshot() {
     requires_kvm!();
-    let (root, raw, memory) = (qcow2(), file(), file());
+    let (root, raw) = (qcow2(), file());
     raw.set_len(1 << 20).unwrap();
     let disks = [("root", &root, "qcow2"), ("data", &raw, "raw")];
     let mut guest = run(MODE, with(&disks));
     guest.wrote(100);
-    let (result, events) = snapshot(&mut guest, &memory, "one");
-    let error = result.unwrap_err();
-    assert_eq!(
-        (error.kind, error.argument.as_str()),
-        (Kind::NotSupported, "disk/data")
-    );
-    assert_eq!(events, [Event::Paused, Event::Running]);
-    assert_eq!(memory.metadata().unwrap().len(), 0);
-    guest.wrote(0);
-    drop(guest);
+    refused_snapshot(guest, Kind::NotSupported, "disk/data");
     assert_eq!(names(&root), Vec::<String>::new());
 }
 
@@ -222,20 +224,11 @@ fn one_full_disk_leaves_the_others_and_the_machine_as_they_were() {
     // No room for another table.
     let filler = File::create_new(directory.join("filler")).unwrap();
     while std::io::Write::write(&mut &filler, &[1; 4096]).is_ok() {}
-    let (root, memory) = (qcow2(), file());
+    let root = qcow2();
     let disks = [("root", &root, "qcow2"), ("data", &full, "qcow2")];
     let mut guest = run(MODE, with(&disks));
     guest.wrote(100);
-    let (result, events) = snapshot(&mut guest, &memory, "one");
-    let error = result.unwrap_err();
-    assert_eq!(
-        (error.kind, error.argument.as_str()),
-        (Kind::Unavailable, "disk/data")
-    );
-    assert_eq!(events, [Event::Paused, Event::Running]);
-    assert_eq!(memory.metadata().unwrap().len(), 0);
-    guest.wrote(0);
-    drop(guest);
+    refused_snapshot(guest, Kind::Unavailable, "disk/data");
     assert_eq!((names(&root), names(&full)), (vec![], vec![]));
     let unmounted = std::process::Command::new("umount")
         .arg("-l")
