@@ -26,15 +26,21 @@ static void end(char letter)
     net_send(60);
 }
 
-static void arp(const u8 *hardware, const u8 *address, char letter)
+/* RFC 826 and 903: of Ethernet and IPv4, from an alleged sender. */
+static void begin_arp(u32 type, u8 operation, const u8 *hardware)
 {
-    begin(net_mac, 0x0806);
+    begin(net_mac, type);
     net_out[15] = 1;
     net_out[16] = 8;
     net_out[18] = 6;
     net_out[19] = 4;
-    net_out[21] = 1;
+    net_out[21] = operation;
     copy(net_out + 22, hardware, 6);
+}
+
+static void arp(const u8 *hardware, const u8 *address, char letter)
+{
+    begin_arp(0x0806, 1, hardware);
     copy(net_out + 28, address, 4);
     copy(net_out + 38, other, 4);
     end(letter);
@@ -42,13 +48,7 @@ static void arp(const u8 *hardware, const u8 *address, char letter)
 
 static void reverse(const u8 *hardware, char letter)
 {
-    begin(net_mac, 0x8035);
-    net_out[15] = 1;
-    net_out[16] = 8;
-    net_out[18] = 6;
-    net_out[19] = 4;
-    net_out[21] = 3;
-    copy(net_out + 22, hardware, 6);
+    begin_arp(0x8035, 3, hardware);
     copy(net_out + 32, hardware, 6);
     end(letter);
 }
