@@ -141,11 +141,7 @@ async def start(remote: Remote, arguments: argparse.Namespace) -> int:
         )
     for name in arguments.machines:
         path = await remote.find(name)
-        wanted = {}
-        if arguments.files or arguments.secrets:
-            known = dbus_form.parse((await remote.machine(path)).properties.get("Definition", {}))
-            wanted = files.given(known, arguments.files) | files.secrets(slots(known), arguments.secrets)
-        with files.opened(wanted) as fds:
+        with files.opened(await files.asked_for(remote, path, arguments)) as fds:
             await remote.start(path, fds, paused=arguments.paused or arguments.console)
         if arguments.console:
             with await remote.console(path, write=True, steal=False) as channel:

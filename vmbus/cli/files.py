@@ -10,12 +10,15 @@ at its end) through a memfd. It is kept no longer than that, and only the machin
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from vmbus.cli.remote import Remote
+from vmbus.wire import dbus_form
 from vmbus.wire.definition import Definition, Slot, slots
 from vmbus.wire.errors import VmbusError
 
@@ -74,6 +77,15 @@ def given(definition: Definition, assignments: list[str]) -> dict[str, tuple[str
             )
         wanted[name] = (path, by_fd[name].writable)
     return wanted
+
+
+async def asked_for(remote: Remote, path: str, arguments: argparse.Namespace) -> dict[str, tuple[str, bool]]:
+    """What ``opened`` needs for ``--file`` and ``--secret`` of a machine that is defined; without either its
+    definition is not asked for."""
+    if not arguments.files and not arguments.secrets:
+        return {}
+    known = dbus_form.parse((await remote.machine(path)).properties.get("Definition", {}))
+    return given(known, arguments.files) | secrets(slots(known), arguments.secrets)
 
 
 def secrets(all_slots: Iterable[Slot], assignments: list[str]) -> dict[str, tuple[str, bool]]:

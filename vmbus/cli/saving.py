@@ -19,8 +19,6 @@ from typing import Any
 
 from vmbus.cli import files, output
 from vmbus.cli.remote import Outcome, Remote
-from vmbus.wire import dbus_form
-from vmbus.wire.definition import slots
 from vmbus.wire.errors import VmbusError
 
 
@@ -53,10 +51,7 @@ async def done_all_the_same(remote: Remote, job: str) -> Outcome | None:
 async def restore(remote: Remote, arguments: argparse.Namespace) -> int:
     """Machine.Restore."""
     path = await remote.find(arguments.machine)
-    wanted = {}
-    if arguments.files or arguments.secrets:
-        known = dbus_form.parse((await remote.machine(path)).properties.get("Definition", {}))
-        wanted = files.given(known, arguments.files) | files.secrets(slots(known), arguments.secrets)
+    wanted = await files.asked_for(remote, path, arguments)
     with _saved(arguments.source) as fd, files.opened(wanted) as fds:
         await remote.restore(path, fd, fds, paused=arguments.paused, changed_disks=arguments.changed_disks)
     return _done(arguments, "restored")

@@ -11,8 +11,6 @@ from typing import Any
 
 from vmbus.cli import files, output
 from vmbus.cli.remote import Remote
-from vmbus.wire import dbus_form
-from vmbus.wire.definition import slots
 from vmbus.wire.errors import VmbusError
 
 Found = Mapping[str, Any]
@@ -46,11 +44,7 @@ async def snapshot(remote: Remote, arguments: argparse.Namespace) -> int:
 
 
 async def _with_files(remote: Remote, path: str, arguments: argparse.Namespace) -> None:
-    wanted = {}
-    if arguments.files or arguments.secrets:
-        known = dbus_form.parse((await remote.machine(path)).properties.get("Definition", {}))
-        wanted = files.given(known, arguments.files) | files.secrets(slots(known), arguments.secrets)
-    with files.opened(wanted) as fds:
+    with files.opened(await files.asked_for(remote, path, arguments)) as fds:
         if arguments.action == "revert":
             await remote.revert_to_snapshot(path, arguments.snapshot, fds, paused=arguments.paused)
         else:

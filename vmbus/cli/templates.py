@@ -9,8 +9,6 @@ import time
 
 from vmbus.cli import files, output
 from vmbus.cli.remote import Remote
-from vmbus.wire import dbus_form
-from vmbus.wire.definition import slots
 from vmbus.wire.errors import VmbusError
 
 _WANTED = {"import": (True, True), "list": (False, False), "delete": (True, False)}
@@ -64,11 +62,7 @@ async def _import(remote: Remote, arguments: argparse.Namespace) -> None:
 async def clone(remote: Remote, arguments: argparse.Namespace) -> int:
     """Machine.Clone."""
     path = await remote.find(arguments.machine)
-    wanted = {}
-    if arguments.files or arguments.secrets:
-        known = dbus_form.parse((await remote.machine(path)).properties.get("Definition", {}))
-        wanted = files.given(known, arguments.files) | files.secrets(slots(known), arguments.secrets)
-    with files.opened(wanted) as fds:
+    with files.opened(await files.asked_for(remote, path, arguments)) as fds:
         await remote.clone(path, arguments.template, fds, paused=arguments.paused)
     if arguments.json:
         output.print_json({"machine": arguments.machine, "state": "cloned"})
