@@ -28,6 +28,7 @@ from bench.images import CHECKOUT, JUMP, MIB, OURS, QEMU, run
 SIZE = 512 * MIB
 ROUNDS = 5
 SECRET = ("--object", "secret,id=s0,data=passphrase")
+KEY = "encrypt.key-secret=s0"
 LUKS = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10"
 # Requests, depth, bytes of one, step.
 WORKS = {
@@ -96,11 +97,10 @@ def main() -> int:
         ours = [OURS, "serve", "-t", "--cache", "none", *SECRET, "--image-opts"]
         qemu = ["qemu-nbd", "-t", "--cache=none", "--aio=io_uring", *SECRET, "--image-opts"]
         opened = {who: f"driver=qcow2,file.filename={place / who}" for who in ("ours", "qemu", "plain")}
-        key = ",encrypt.key-secret=s0"
         with ExitStack() as stack:
             addresses = {
-                "ours": stack.enter_context(serving([*ours, opened["ours"] + key], place, "ours"))[1],
-                "qemu": stack.enter_context(serving([*qemu, opened["qemu"] + key], place, "qemu"))[1],
+                "ours": stack.enter_context(serving([*ours, f"{opened['ours']},{KEY}"], place, "ours"))[1],
+                "qemu": stack.enter_context(serving([*qemu, f"{opened['qemu']},{KEY}"], place, "qemu"))[1],
                 "plain": stack.enter_context(serving([*ours, opened["plain"]], place, "plain"))[1],
             }
             for address in addresses.values():

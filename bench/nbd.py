@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small requests over NBD: vmbus-img serve beside qemu-nbd and a raw file, fio's runs in turn.
+"""Requests over NBD: vmbus-img serve beside qemu-nbd and a raw file, fio's runs in turn.
 
 Each line of JSON is one kind of work: requests a second of ours and of QEMU's, each on a qcow2 image of its
 own over a unix socket (fio's ioengine=nbd, which is libnbd), and where that means something of the same load
 on a raw file without a server (ioengine=io_uring), as the best and the median of a few runs, the ratios of
 the best; and the CPU time that the servers took for a request, the least of the runs, which a busy host
-disturbs less. All use io_uring and O_DIRECT.
+disturbs less. All use io_uring and O_DIRECT. Compressed and encrypted images are read at random and from
+start to end, which both servers may do on all processors.
 
     python -m bench.nbd [DIRECTORY [WORK...]]   (default: .cache of this checkout; 4 GB; all works)
 """
@@ -25,13 +26,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import report
-from bench.encrypted import serving
+from bench.encrypted import KEY, LUKS, SECRET, serving
 from bench.images import CHECKOUT, GIB, MIB, OURS, QEMU, TIB, load, run
 
 ROUNDS = 5
-REQUESTS = 30000
 DEPTH = 32
+CODED = 256 * MIB
 NEEDED = ("fio", "qemu-img", "qemu-nbd")
+
+
+@dataclass
+class Load:
+    """What fio does: its name of it, bytes of a request, and how many."""
+
+    kind: str
+    size: int = 4096
+    requests: int = 30000
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.size >> 10} KiB, depth {DEPTH}"
+
+
+RANDOM_READ, RANDOM_WRITE = Load("randread"), Load("randwrite")
 
 
 @dataclass
@@ -49,9 +65,10 @@ class Target:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def fio(target: Target, work: str, seed: int) -> tuple[float, float]:
+def fio(target: Target, work: Load, seed: int) -> tuple[float, float]:
     """Requests a second, and the server's CPU seconds, of one run."""
-    shape = [f"--rw={work}", "--bs=4k", f"--iodepth={DEPTH}", f"--io_size={REQUESTS * 4096}", "--direct=1"]
+    amount = [f"--bs={work.size}", f"--io_size={work.requests * work.size}"]
+    shape = [f"--rw={work.kind}", f"--iodepth={DEPTH}", "--direct=1", *amount]
     words = ["fio", "--name=bench", "--output-format=json", f"--randseed={seed}", "--norandommap", *shape]
     before = target.cpu()
     done = subprocess.run([*words, *target.options], check=True, capture_output=True, text=True)
@@ -60,7 +77,7 @@ def fio(target: Target, work: str, seed: int) -> tuple[float, float]:
     return job["read"]["iops"] + job["write"]["iops"], target.cpu() - before
 
 
-def compare(name: str, work: str, targets: dict[str, Target]) -> None:
+def compare(name: str, work: Load, targets: dict[str, Target]) -> None:
     """Run all in turn and print their line."""
     rates: dict[str, list[float]] = {who: [] for who in targets}
     costs: dict[str, list[float]] = {who: [] for who in targets}
@@ -75,23 +92,26 @@ def compare(name: str, work: str, targets: dict[str, Target]) -> None:
     }
     for who, target in targets.items():
         if target.server is not None:
-            figures[f"{who}, server's CPU µs a request"] = round(min(costs[who]) / REQUESTS * 1e6, 1)
+            figures[f"{who}, server's CPU µs a request"] = round(min(costs[who]) / work.requests * 1e6, 1)
     figures["ours/qemu"] = round(best["ours"] / best["qemu"], 2)
     if "raw" in best:
         figures["ours/raw"] = round(best["ours"] / best["raw"], 2)
         figures["qemu/raw"] = round(best["qemu"] / best["raw"], 2)
-    report.emit(f"nbd: {name}", unit="requests/s", **figures)
+    report.emit(f"nbd: {work}, {name}", unit="requests/s", **figures)
 
 
 @contextmanager
-def served(place: Path, images: dict[str, Path]) -> Iterator[dict[str, Target]]:
-    """Both servers on their images."""
-    ours = [OURS, "serve", "-t", "--cache", "none", "-f", "qcow2"]
-    qemu = ["qemu-nbd", "-t", "--cache=none", "--aio=io_uring", "-f", "qcow2"]
+def served(place: Path, images: dict[str, Path], secret: Sequence[str] = ()) -> Iterator[dict[str, Target]]:
+    """Both servers on their images; with a secret these are encrypted."""
+    ours = [OURS, "serve", "-t", "--cache", "none", *secret]
+    qemu = ["qemu-nbd", "-t", "--cache=none", "--aio=io_uring", *secret]
     with ExitStack() as stack:
         targets = {}
         for who, words in (("ours", ours), ("qemu", qemu)):
-            server, address = stack.enter_context(serving([*words, images[who]], place, who))
+            opened = ["-f", "qcow2", images[who]]
+            if secret:
+                opened = ["--image-opts", f"driver=qcow2,file.filename={images[who]},{KEY}"]
+            server, address = stack.enter_context(serving([*words, *opened], place, who))
             targets[who] = Target(["--ioengine=nbd", f"--uri={address}"], server.pid)
         yield targets
 
@@ -105,8 +125,8 @@ def allocated(place: Path) -> None:
         load(QEMU, path, format, "-w", "-c", 1024, "-s", MIB, "-d", 4, "-t", "none")
     with served(place, images) as targets:
         targets["raw"] = Target(["--ioengine=io_uring", f"--filename={raw}"])
-        for work in ("randread", "randwrite"):
-            compare(f"{work} of 4 KiB, depth {DEPTH}, 1 GiB all allocated", work, targets)
+        for work in (RANDOM_READ, RANDOM_WRITE):
+            compare("1 GiB all allocated", work, targets)
     for path in (*images.values(), raw):
         path.unlink()
 
@@ -123,7 +143,7 @@ def chain(place: Path) -> None:
         top = place / f"top.{who}"
         run(QEMU, "create", "-q", "-f", "qcow2", "-b", place / "layer31", "-F", "qcow2", top)
     with served(place, {who: place / f"top.{who}" for who in ("ours", "qemu")}) as targets:
-        compare(f"randread of 4 KiB, depth {DEPTH}, 1 GiB through 32 backing files", "randread", targets)
+        compare("1 GiB through 32 backing files", RANDOM_READ, targets)
     for path in (*place.glob("layer*"), *place.glob("top.*")):
         path.unlink()
 
@@ -134,12 +154,57 @@ def large(place: Path) -> None:
     run(OURS, "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", images["ours"], str(TIB))
     run("cp", "--sparse=always", images["ours"], images["qemu"])
     with served(place, images) as targets:
-        compare(f"randread of 4 KiB, depth {DEPTH}, 1 TiB with all tables", "randread", targets)
+        compare("1 TiB with all tables", RANDOM_READ, targets)
     for path in images.values():
         path.unlink()
 
 
-WORKS = {"allocated": allocated, "chain": chain, "large": large}
+def half_random(path: Path) -> None:
+    """Bytes of which each has four random bits: they pack to half."""
+    table = bytes(byte & 15 for byte in range(256))
+    with path.open("wb") as file:
+        for _ in range(CODED // MIB):
+            file.write(os.urandom(MIB).translate(table))
+
+
+def coded(place: Path, name: str, make: Sequence[str | Path], secret: Sequence[str] = ()) -> None:
+    """Reads at random and from start to end of an image with content, and writes if it is not compressed."""
+    plain = place / "plain"
+    half_random(plain)
+    images = {who: place / f"coded.{who}" for who in ("ours", "qemu")}
+    run(QEMU, "convert", "-f", "raw", *make, plain, images["qemu"])
+    plain.unlink()
+    run("cp", images["qemu"], images["ours"])
+    with served(place, images, secret) as targets:
+        compare(name, Load("randread", requests=10000), targets)
+        compare(name, Load("read", size=64 << 10, requests=CODED >> 16), targets)
+        compare(name, Load("read", size=MIB, requests=CODED // MIB), targets)
+        if secret:
+            compare(name, Load("randwrite", requests=10000), targets)
+            compare(name, Load("write", size=MIB, requests=CODED // MIB), targets)
+    for path in images.values():
+        path.unlink()
+
+
+def compressed(place: Path) -> None:
+    """256 MiB packed to half, by each method."""
+    for codec in ("zlib", "zstd"):
+        make = ["-O", "qcow2", "-c", "-o", f"compression_type={codec}"]
+        coded(place, f"256 MiB packed by {codec}", make)
+
+
+def encrypted(place: Path) -> None:
+    """256 MiB under LUKS."""
+    coded(place, "256 MiB under LUKS", [*SECRET, "-O", "qcow2", "-o", LUKS], SECRET)
+
+
+WORKS = {
+    "allocated": allocated,
+    "chain": chain,
+    "large": large,
+    "compressed": compressed,
+    "encrypted": encrypted,
+}
 
 
 def main() -> int:

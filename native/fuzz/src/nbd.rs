@@ -67,6 +67,7 @@ pub fn run(data: &[u8]) {
             persistent: false,
             connections: 1,
             bitmaps: Vec::new(),
+            helpers: 0,
         };
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {

@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result};
 use crate::file::{BlockFile, Stamp};
 use crate::locks::{self, Use};
 use crate::mailbox::Waiter;
-use crate::plan::{CommitStep, Extents, Need, Planned, Stop, WriteStep, ZeroStep};
+use crate::plan::{CommitStep, Extents, FileId, Need, Planned, Stop, WriteStep, ZeroStep};
 use crate::qcow2::bitmaps;
 use crate::qcow2::zero::Zeroing;
 use crate::state::{Layer, State};
@@ -268,6 +268,20 @@ impl Image {
             .iter()
             .take(self.active_files)
             .any(|file| file.sealer.is_some())
+    }
+
+    /// Whether what it holds may have to be expanded or decrypted.
+    pub fn is_coded(&self) -> bool {
+        let layers = &self.lock().layers;
+        layers.iter().any(|layer| matches!(layer, Layer::Qcow2(_)))
+    }
+
+    /// The cipher of a file with encrypted data.
+    pub(crate) fn sealer(&self, file: FileId) -> Result<&crypt::Sealer> {
+        self.files
+            .get(file)
+            .and_then(|file| file.sealer.as_ref())
+            .ok_or_else(|| Error::invalid("no cipher for encrypted data"))
     }
 
     pub(crate) fn files(&self) -> &[BlockFile] {

@@ -79,7 +79,7 @@ pub use crypt::create::EncryptOptions;
 pub use crypt::info::{Encryption, LuksInfo};
 pub use crypt::{fuzz_luks_header, Secret};
 pub use disk::Disk;
-pub use engine::{Engine, Slot};
+pub use engine::{Engine, Pool, Slot};
 pub use error::{Error, Kind, Result};
 pub use file::Stamp;
 pub use image::{DetectZeroes, Image, LayerFiles, OpenOptions, MAX_LAYERS};

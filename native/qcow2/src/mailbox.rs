@@ -57,6 +57,11 @@ impl Mailbox {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(message);
+        self.ring_if_away();
+    }
+
+    /// Make the eventfd readable, unless the owner looks for news anyway before it leaves.
+    pub(crate) fn ring_if_away(&self) {
         if !self.awake.load(Ordering::SeqCst) {
             self.ring();
         }

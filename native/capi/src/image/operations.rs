@@ -22,6 +22,9 @@ use super::request::{
 use super::Outcome;
 use crate::error::Failure;
 
+/// Threads of a server that help its clients' own.
+const MOST_HELPERS: usize = 15;
+
 pub(super) fn perform(
     request: &Value,
     image: Option<Arc<Image>>,
@@ -226,6 +229,10 @@ pub(super) fn perform(
                 persistent: flag(request, "persistent"),
                 connections: number(request, "connections")? as usize,
                 bitmaps: texts(request, "bitmaps"),
+                // The clients' own threads have one of the processors.
+                helpers: std::thread::available_parallelism()
+                    .map_or(0, |all| all.get() - 1)
+                    .min(MOST_HELPERS),
             };
             serve(&needed(&image)?, &listener, &options, &progress.cancel)?;
             Ok(Value::Null)

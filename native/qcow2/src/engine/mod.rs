@@ -34,6 +34,8 @@
 //! | `outcome`  | what follows when an operation has ended                               |
 //! | `task`     | what is kept about a request and an operation                          |
 //! | `bounce`   | memory of our own for data on its way                                  |
+//! | `work`     | expanding, encrypting, decrypting                                      |
+//! | `pool`     | threads that help with that                                            |
 //! | `backend`  | io_uring, or plain system calls                                        |
 
 mod advance;
@@ -41,8 +43,10 @@ pub(crate) mod backend;
 mod bounce;
 mod commit;
 mod outcome;
+mod pool;
 pub(crate) mod task;
 mod transfer;
+mod work;
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
@@ -60,6 +64,9 @@ use crate::slab::Slab;
 use backend::{Backend, Blocking, Uring};
 use bounce::Bounces;
 use task::{CommitRun, Io, Job, Task};
+use work::Workload;
+
+pub use pool::Pool;
 
 /// Zeros are written from one buffer of this size, named as often as needed.
 const ZEROS: usize = 64 * 1024;
@@ -90,6 +97,7 @@ pub struct Engine {
     done: Vec<Completion>,
     zeros: Buffer,
     bounces: Bounces,
+    workload: Workload,
     /// Tasks for which a commit is to be asked: slot, task, what of it.
     wishes: Vec<(u64, u64, Want)>,
 }
@@ -133,6 +141,7 @@ impl Engine {
             done: Vec::new(),
             zeros: Buffer::zeroed(ZEROS),
             bounces: Bounces::default(),
+            workload: Workload::default(),
             wishes: Vec::new(),
         }
     }
@@ -225,6 +234,9 @@ impl Engine {
         self.mailbox.leave();
         done.append(&mut self.done);
         self.mind_mail();
+        if self.workload.has_news() {
+            self.mailbox.ring();
+        }
         result
     }
 
@@ -308,6 +320,7 @@ impl Engine {
     /// Go round until nothing moves any more.
     fn turn(&mut self, wait: bool) -> Result<()> {
         let mut ended = Vec::new();
+        let mut worked = false;
         loop {
             let letters = self.mailbox.take();
             self.deliver(letters);
@@ -318,10 +331,18 @@ impl Engine {
             } else {
                 self.backend.turn(&mut ended)?;
             }
-            let quiet = ended.is_empty();
+            let mut quiet = ended.is_empty();
             for (token, result) in ended.drain(..) {
                 self.ended(token, result);
             }
+            let hear = !self.done.is_empty() && self.runnable.is_empty();
+            if worked && hear && self.workload.has_news() {
+                // Whoever asked hears of it before there is more work.
+                return Ok(());
+            }
+            let busy = self.work();
+            worked |= busy;
+            quiet &= !busy;
             if quiet && self.runnable.is_empty() && self.wishes.is_empty() {
                 return Ok(());
             }
@@ -345,6 +366,7 @@ impl Drop for Engine {
                 task.fail(Error::new(Kind::InvalidState, "the engine has gone"));
             }
         }
+        self.end_work();
         while self.ios.len() > 0 {
             if self.turn(true).is_err() {
                 // The ring is broken; freeing the memory it may still write to would be worse.

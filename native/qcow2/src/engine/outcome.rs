@@ -4,9 +4,9 @@
 
 use super::backend::IoOp;
 use super::task::{After, Owner};
+use super::work::{Packed, Sealed};
 use super::Engine;
 use crate::buffer;
-use crate::compress;
 use crate::error::{Error, Result};
 use crate::plan::CommitIo;
 
@@ -72,44 +72,16 @@ impl Engine {
                 self.give_bounce(buffer);
                 self.counted_off(owner, outcome);
             }
+            After::Unseal { owner, sealed } if outcome.is_ok() => self.unseal(owner, sealed),
+            After::Expand { owner, packed } if outcome.is_ok() => self.expand(owner, packed),
             After::Unseal {
                 owner,
-                slot,
-                file,
-                place,
-                mut buffer,
-                skip,
-                pieces,
-            } => {
-                let outcome = outcome.and_then(|()| {
-                    self.sealer(slot, file)?.open(place, buffer.bytes_mut());
-                    // SAFETY: as above.
-                    unsafe { buffer::scatter(buffer.bytes().get(skip..).unwrap_or(&[]), &pieces) };
-                    Ok(())
-                });
-                self.give_bounce(buffer);
-                self.counted_off(owner, outcome);
+                sealed: Sealed { buffer, .. },
             }
-            After::Expand {
+            | After::Expand {
                 owner,
-                buffer,
-                front,
-                stored,
-                codec,
-                cluster_size,
-                skip,
-                pieces,
+                packed: Packed { buffer, .. },
             } => {
-                let outcome = outcome.and_then(|()| {
-                    let packed = buffer
-                        .bytes()
-                        .get(front..front.saturating_add(stored))
-                        .unwrap_or(&[]);
-                    let cluster = compress::expand(codec, packed, cluster_size)?;
-                    // SAFETY: as above.
-                    unsafe { buffer::scatter(cluster.get(skip..).unwrap_or(&[]), &pieces) };
-                    Ok(())
-                });
                 self.give_bounce(buffer);
                 self.counted_off(owner, outcome);
             }

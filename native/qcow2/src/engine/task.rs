@@ -2,9 +2,10 @@
 //! What an engine keeps about a request and about each operation it has under way.
 
 use super::backend::IoOp;
+use super::work::{Packed, Sealed};
 use crate::buffer::{Buffer, IoVecs};
 use crate::error::{Error, Result};
-use crate::plan::{Codec, CommitIo, FileId, Need};
+use crate::plan::{CommitIo, FileId, Need};
 use crate::request::Op;
 
 /// A request from its submission to its completion.
@@ -85,27 +86,10 @@ pub(crate) enum After {
         skip: usize,
         pieces: IoVecs,
     },
-    /// Decrypt and copy; the IVs count from byte `place`.
-    Unseal {
-        owner: Owner,
-        slot: u64,
-        file: FileId,
-        place: u64,
-        buffer: Buffer,
-        skip: usize,
-        pieces: IoVecs,
-    },
+    /// Decrypt and copy.
+    Unseal { owner: Owner, sealed: Sealed },
     /// Expand and copy.
-    Expand {
-        owner: Owner,
-        buffer: Buffer,
-        front: usize,
-        stored: usize,
-        codec: Codec,
-        cluster_size: usize,
-        skip: usize,
-        pieces: IoVecs,
-    },
+    Expand { owner: Owner, packed: Packed },
     /// A bounced write, whose memory is kept until now.
     Bounced { task: u64, buffer: Buffer },
     /// The data of a [`Job`] is written; a bounce buffer may go.

@@ -4,11 +4,10 @@
 
 use super::backend::IoOp;
 use super::task::{After, Io, Job, Owner};
+use super::work::{Packed, Plain, Sealed};
 use super::Engine;
 use crate::buffer::{self, Buffer, IoVecs};
 use crate::crypt::cipher::SECTOR;
-use crate::crypt::Sealer;
-use crate::error::{Error, Result};
 use crate::plan::{Allocation, Extents, FileId, Source, WriteStep};
 use crate::request::Op;
 
@@ -53,11 +52,11 @@ impl Engine {
                 let Some(alignment) = self.alignment(slot, file) else {
                     return;
                 };
-                if self.sealer(slot, file).is_ok() && len > STRETCH {
+                if self.is_sealed(slot, file) {
                     return self.write_stretches(key, (slot, file, offset.0), &pieces, durable);
                 }
-                if self.bounces(slot, file, &pieces, alignment) {
-                    let mut buffer = self.bounce(slot, file, offset.0, &pieces);
+                if buffer::refused(&pieces, alignment) {
+                    let mut buffer = self.bounce(&pieces);
                     let pieces = IoVecs::from_slice(&[buffer.iovec(0, len as usize)]);
                     let op = IoOp::Write {
                         pieces,
@@ -106,22 +105,16 @@ impl Engine {
         let mut done = 0;
         while done < len {
             let take = (len - done).min(STRETCH);
-            let at = offset + done;
-            let mut buffer = self.bounce(slot, file, at, &buffer::subrange(pieces, done, take));
-            let op = IoOp::Write {
-                pieces: IoVecs::from_slice(&[buffer.iovec(0, take as usize)]),
-                offset: at,
-                durable,
-            };
             self.counted_on(Owner::Task(key));
-            let after = After::Bounced { task: key, buffer };
-            self.start(Io {
+            let plain = Plain {
                 slot,
                 file,
-                op,
-                expected: take,
-                after,
-            });
+                offset: offset + done,
+                pieces: buffer::subrange(pieces, done, take),
+                buffer: self.take_bounce(take as usize),
+                durable,
+            };
+            self.seal(Owner::Task(key), plain);
             done += take;
         }
         self.counted_off(Owner::Task(key), Ok(()));
@@ -140,19 +133,11 @@ impl Engine {
         attached.is_some_and(|attached| attached.image.on_disk(at, len))
     }
 
-    /// Whether data must not be written from where it is.
-    fn bounces(&self, slot: u64, file: FileId, pieces: &[libc::iovec], unit: usize) -> bool {
-        buffer::refused(pieces, unit) || self.sealer(slot, file).is_ok()
-    }
-
-    /// The pieces' bytes as they are to stand at `offset` of the file.
-    fn bounce(&mut self, slot: u64, file: FileId, offset: u64, pieces: &[libc::iovec]) -> Buffer {
+    /// The pieces' bytes in memory of our own.
+    fn bounce(&mut self, pieces: &[libc::iovec]) -> Buffer {
         let mut buffer = self.take_bounce(buffer::total(pieces).unwrap_or(0) as usize);
         // SAFETY: the pieces are a request's, valid until its completion (submit's contract), or a job's.
         unsafe { buffer::gather(pieces, buffer.bytes_mut()) };
-        if let Ok(sealer) = self.sealer(slot, file) {
-            sealer.seal(offset, buffer.bytes_mut());
-        }
         buffer
     }
 
@@ -202,20 +187,31 @@ impl Engine {
         }
         let (file, offset, task, alone) = (job.file, job.offset, job.task, job.alone);
         let expected = buffer::total(&pieces).unwrap_or(0);
-        let mut bounce = None;
-        if self
-            .alignment(slot, file)
-            .is_some_and(|unit| self.bounces(slot, file, &pieces, unit))
-        {
-            let mut buffer = self.bounce(slot, file, offset, &pieces);
-            pieces = IoVecs::from_slice(&[buffer.iovec(0, expected as usize)]);
-            bounce = Some(buffer);
-        }
         let wanted = self
             .tasks
             .get(task)
             .is_some_and(|task| task.durable && matches!(task.op, Op::Write { .. }));
         let durable = alone && wanted && self.direct(slot, file);
+        if self.is_sealed(slot, file) {
+            let plain = Plain {
+                slot,
+                file,
+                offset,
+                pieces,
+                buffer: self.take_bounce(expected as usize),
+                durable,
+            };
+            return self.seal(Owner::Job(key), plain);
+        }
+        let mut bounce = None;
+        if self
+            .alignment(slot, file)
+            .is_some_and(|unit| buffer::refused(&pieces, unit))
+        {
+            let mut buffer = self.bounce(&pieces);
+            pieces = IoVecs::from_slice(&[buffer.iovec(0, expected as usize)]);
+            bounce = Some(buffer);
+        }
         let after = After::JobWritten {
             job: key,
             buffer: bounce,
@@ -271,16 +267,16 @@ impl Engine {
                         pieces: IoVecs::from_slice(&[buffer.iovec(0, len)]),
                         offset: start,
                     };
-                    let after = After::Expand {
-                        owner,
-                        buffer,
+                    let packed = Packed {
                         front,
                         stored: *stored as usize,
                         codec: *codec,
                         cluster_size: *cluster_size as usize,
                         skip: *skip as usize,
                         pieces: part,
+                        buffer,
                     };
+                    let after = After::Expand { owner, packed };
                     self.start(Io {
                         slot,
                         file: *file,
@@ -367,8 +363,7 @@ impl Engine {
                 pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
                 offset: start,
             };
-            let after = After::Unseal {
-                owner,
+            let sealed = Sealed {
                 slot,
                 file,
                 place: place.wrapping_add(done).wrapping_sub(skip),
@@ -376,6 +371,7 @@ impl Engine {
                 skip: skip as usize,
                 pieces: buffer::subrange(part, done, take),
             };
+            let after = After::Unseal { owner, sealed };
             self.start(Io {
                 slot,
                 file,
@@ -387,12 +383,10 @@ impl Engine {
         }
     }
 
-    /// The cipher of a file with encrypted data.
-    pub(super) fn sealer(&self, slot: u64, file: FileId) -> Result<&Sealer> {
-        self.slots
-            .get(slot)
-            .and_then(|attached| attached.image.files().get(file)?.sealer.as_ref())
-            .ok_or_else(|| Error::invalid("no cipher for encrypted data"))
+    /// Whether what stands in a file is encrypted.
+    fn is_sealed(&self, slot: u64, file: FileId) -> bool {
+        let attached = self.slots.get(slot);
+        attached.is_some_and(|attached| attached.image.sealer(file).is_ok())
     }
 
     pub(super) fn alignment(&self, slot: u64, file: FileId) -> Option<usize> {

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use smallvec::smallvec;
 
 use crate::buffer::Buffer;
-use crate::engine::{Engine, Slot};
+use crate::engine::{Engine, Pool, Slot};
 use crate::error::{Error, Kind};
 use crate::image::Image;
 use crate::nbd::handshake::{broken, Agreed, MAX_REQUEST};
@@ -74,6 +74,7 @@ impl Connection {
         image: Arc<Image>,
         bitmaps: &[String],
         agreed: Agreed,
+        pool: Option<&Arc<Pool>>,
     ) -> Result<Connection, Error> {
         let mut views = HashMap::new();
         for (name, number) in bitmaps.iter().zip(1..) {
@@ -85,6 +86,9 @@ impl Connection {
             Ok(ring) => Engine::uring(ring),
             Err(_) => Engine::blocking().map_err(|e| Error::io("eventfd", &e))?,
         };
+        if let Some(pool) = pool {
+            engine.use_pool(pool);
+        }
         let slot = engine.attach(image.clone())?;
         Ok(Connection {
             engine,

@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::engine::Pool;
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::qcow2::bitmaps::BitmapView;
@@ -45,6 +46,17 @@ pub struct ServeOptions {
     pub connections: usize,
     /// Bitmaps of the image that clients may ask for, by name.
     pub bitmaps: Vec<String>,
+    /// Threads that expand, encrypt and decrypt besides the clients' own, for all of them together.
+    pub helpers: usize,
+}
+
+/// Closes the pool however serving ends, for its threads are waited for.
+struct Closing(Arc<Pool>);
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 /// Serve an active image on a listening socket until `stop` is set, or, unless persistent, until the
@@ -63,41 +75,60 @@ pub fn serve(
         .map_err(|e| Error::io("the listening socket", &e))?;
     let clients = AtomicUsize::new(0);
     let mut served = false;
-    std::thread::scope(|scope| loop {
-        if stop.load(Ordering::Relaxed)
-            || (served && !options.persistent && clients.load(Ordering::SeqCst) == 0)
-        {
-            return Ok(());
+    let pool = Pool::new();
+    std::thread::scope(|scope| {
+        let _closing = Closing(pool.clone());
+        let helpers = if image.is_coded() { options.helpers } else { 0 };
+        for _ in 0..helpers {
+            scope.spawn(|| pool.work());
         }
-        match listener.accept() {
-            Ok((socket, _)) if clients.load(Ordering::SeqCst) < options.connections => {
-                served = true;
-                clients.fetch_add(1, Ordering::SeqCst);
-                let clients = &clients;
-                scope.spawn(move || {
-                    // A client's own faults end its connection and concern nobody else.
-                    let _ = serve_client(image, socket, options, stop);
-                    clients.fetch_sub(1, Ordering::SeqCst);
-                });
+        let pool = (helpers > 0).then_some(&pool);
+        loop {
+            if stop.load(Ordering::Relaxed)
+                || (served && !options.persistent && clients.load(Ordering::SeqCst) == 0)
+            {
+                return Ok(());
             }
-            Ok((socket, _)) => drop(socket),
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                std::thread::sleep(Duration::from_millis(20))
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => {
-                stop.store(true, Ordering::Relaxed);
-                return Err(Error::io("accept a client", &e));
+            match listener.accept() {
+                Ok((socket, _)) if clients.load(Ordering::SeqCst) < options.connections => {
+                    served = true;
+                    clients.fetch_add(1, Ordering::SeqCst);
+                    let clients = &clients;
+                    scope.spawn(move || {
+                        // A client's own faults end its connection and concern nobody else.
+                        let _ = converse(image, socket, options, pool, stop);
+                        clients.fetch_sub(1, Ordering::SeqCst);
+                    });
+                }
+                Ok((socket, _)) => drop(socket),
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                    std::thread::sleep(Duration::from_millis(20))
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    stop.store(true, Ordering::Relaxed);
+                    return Err(Error::io("accept a client", &e));
+                }
             }
         }
     })
 }
 
-/// Serve one client that is connected already, from its handshake to its end.
+/// Serve one client that is connected already, from its handshake to its end, on this thread alone.
 pub fn serve_client(
+    image: &Arc<Image>,
+    socket: UnixStream,
+    options: &ServeOptions,
+    stop: &AtomicBool,
+) -> Result<()> {
+    converse(image, socket, options, None, stop)
+}
+
+fn converse(
     image: &Arc<Image>,
     mut socket: UnixStream,
     options: &ServeOptions,
+    pool: Option<&Arc<Pool>>,
     stop: &AtomicBool,
 ) -> Result<()> {
     let export = Export {
@@ -111,7 +142,7 @@ pub fn serve_client(
     match agreed {
         None => Ok(()),
         Some(agreed) => {
-            let mut connection = Connection::new(image.clone(), &options.bitmaps, agreed)?;
+            let mut connection = Connection::new(image.clone(), &options.bitmaps, agreed, pool)?;
             connection
                 .serve(&mut socket, stop)
                 .map_err(|e| Error::io("serve a client", &e))
@@ -190,6 +221,7 @@ mod tests {
             persistent: false,
             connections: 1,
             bitmaps: Vec::new(),
+            helpers: 0,
         };
         serve_client(image, server, &options, &AtomicBool::new(false))
     }
@@ -231,6 +263,7 @@ mod tests {
                 persistent: false,
                 connections: 1,
                 bitmaps: Vec::new(),
+                helpers: 0,
             };
             std::thread::spawn(move || serve_client(&image, server, &options, &stop))
         };
@@ -316,6 +349,7 @@ mod tests {
                         persistent: false,
                         connections: 1,
                         bitmaps: Vec::new(),
+                        helpers: 0,
                     };
                     serve_client(&image, server, &options, &AtomicBool::new(false))
                 })
