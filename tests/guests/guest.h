@@ -105,6 +105,7 @@ void mode_smp(void);
 void mode_acpi(void);
 void mode_memory(void);
 void mode_fill(void);
+void mode_dirty(void);
 void mode_cpuid(void);
 void mode_clock(void);
 void mode_pci_list(void);

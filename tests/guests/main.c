@@ -21,6 +21,7 @@ static const struct mode modes[] = {
     { "acpi", mode_acpi },
     { "memory", mode_memory },
     { "fill", mode_fill },
+    { "dirty", mode_dirty },
     { "cpuid", mode_cpuid },
     { "clock", mode_clock },
     { "pci-list", mode_pci_list },

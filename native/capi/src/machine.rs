@@ -85,7 +85,7 @@ fn decode<'a, T: Deserialize<'a>>(json: &'a [u8], what: &str) -> Result<T, Failu
 }
 
 /// Asks for something: 0 run, 1 pause, 2 resume, 3 power button, 4 reset, 5 stop, 6 stats,
-/// 7 memory target of `argument` bytes (the others have no argument: 0), 8 prefault, 9 cancel prefault, 10 cancel a save or a restore. The answer is an event with the same `id`.
+/// 7 memory target of `argument` bytes (the others have no argument: 0), 8 prefault, 9 cancel prefault, 10 cancel a save or a restore, sending or receiving. The answer is an event with the same `id`.
 ///
 /// # Safety
 /// `machine` is a handle that is not freed.
@@ -165,7 +165,8 @@ pub unsafe extern "C" fn vmbus_machine_slot(
 }
 
 /// What is done with a file: 0 save the machine to it (`json` is a `SaveTo` of native/vmm/src/config), 1 go on from it (a
-/// `RestoreFrom`); or 2 tidy up after snapshots that were broken off (a `Tidy` of snapshots.rs, without a file). Takes over the fd
+/// `RestoreFrom`); 2 tidy up after snapshots that were broken off (a `Tidy` of snapshots.rs, without a file); or, with a socket in the
+/// file's place, 3 have it go on at the other end (a `SendTo`), 4 go on with the machine that comes from there (a `ReceiveFrom`). Takes over the fd
 /// that it names unless it is no such JSON. The answer is an event with the same `id`.
 ///
 /// # Safety
@@ -187,11 +188,13 @@ pub unsafe extern "C" fn vmbus_machine_keep(
             0 => machine.save(id, &decode(json, "file")?)?,
             1 => machine.restore(id, &decode(json, "file")?)?,
             2 => machine.tidy(id, decode(json, "tidy")?),
+            3 => machine.send(id, &decode(json, "socket")?)?,
+            4 => machine.receive(id, &decode(json, "socket")?)?,
             _ => {
                 return Err(Failure::about(
                     "InvalidArgument",
                     "operation",
-                    format!("operation {operation} is none of 0 (save), 1 (restore) and 2 (tidy)"),
+                    format!("operation {operation} is none of 0 (save) to 4 (receive)"),
                 ))
             }
         }

@@ -25,10 +25,11 @@ fn role(number: u32) -> Result<Role, Failure> {
         4 => Ok(Role::Network),
         5 => Ok(Role::Memory),
         6 => Ok(Role::Crew),
+        7 => Ok(Role::Migration),
         _ => Err(Failure::about(
             "InvalidArgument",
             "role",
-            format!("role {number} is none of 0 (main) to 6 (crew)"),
+            format!("role {number} is none of 0 (main) to 7 (migration)"),
         )),
     }
 }
@@ -102,7 +103,7 @@ pub extern "C" fn vmbus_sandbox_seccomp(profile: u32) -> c_int {
     })
 }
 
-/// Narrows the calling thread to a role: 0 main, 1 control, 2 vCPU, 3 block, 4 network, 5 memory.
+/// Narrows the calling thread to a role: 0 main, 1 control, 2 vCPU, 3 block, 4 network, 5 memory, 6 crew, 7 migration.
 #[no_mangle]
 pub extern "C" fn vmbus_sandbox_narrow(number: u32) -> c_int {
     guard(|| {

@@ -45,8 +45,11 @@ pub const KVM_STATE: &[u32] = &[
     0x0000_ae71, // KVM_REINJECT_CONTROL
     0x4030_ae7b, // KVM_SET_CLOCK
     0x8030_ae7c, // KVM_GET_CLOCK
+];
+
+/// What the guest has written to.
+pub const KVM_LOG: &[u32] = &[
     0x4010_ae42, // KVM_GET_DIRTY_LOG
-    0xc018_aec0, // KVM_CLEAR_DIRTY_LOG
 ];
 
 /// What a register of a PCI device moves: memory slots, interrupt routes, doorbells.

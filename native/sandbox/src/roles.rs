@@ -33,6 +33,8 @@ pub enum Role {
     Memory,
     /// Goes over the guest's memory: touches it, moves it to and from the file of a saved machine.
     Crew,
+    /// Moves the guest's memory through a socket, and asks KVM what the guest has written to.
+    Migration,
 }
 
 /// Allowed system calls: no rule means with any arguments, several rules mean any of them.
@@ -262,6 +264,12 @@ fn crew(allowed: &mut Allowed) -> Result<(), Error> {
     stat(allowed)
 }
 
+fn migration(allowed: &mut Allowed) -> Result<(), Error> {
+    // What it is that it was given; where the memory of a file has holes.
+    allowed.always(&[libc::SYS_getsockopt, libc::SYS_getpeername, libc::SYS_lseek]);
+    allowed.ioctls(ioctls::KVM_LOG)
+}
+
 fn own_pid() -> i32 {
     // SAFETY: getpid takes nothing and cannot fail.
     unsafe { libc::getpid() }
@@ -352,6 +360,7 @@ pub(crate) fn of_role(role: Role, profile: Profile) -> Result<Allowed, Error> {
         Role::Network => network(&mut allowed)?,
         Role::Memory => allowed.always(&[libc::SYS_epoll_create1, libc::SYS_epoll_ctl]),
         Role::Crew => crew(&mut allowed)?,
+        Role::Migration => migration(&mut allowed)?,
     }
     runtime(&mut allowed)?;
     Ok(allowed)
@@ -361,6 +370,7 @@ pub(crate) fn of_role(role: Role, profile: Profile) -> Result<Allowed, Error> {
 pub(crate) fn base(profile: Profile) -> Result<Allowed, Error> {
     let mut allowed = Allowed::new();
     control(&mut allowed, profile)?;
+    migration(&mut allowed)?;
     build(&mut allowed)?;
     main(&mut allowed)?;
     runtime(&mut allowed)?;

@@ -71,6 +71,7 @@ const NAMED: &[i64] = &[
     libc::SYS_fstat,
     libc::SYS_getsockname,
     libc::SYS_getsockopt,
+    libc::SYS_getpeername,
     libc::SYS_eventfd2,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,
@@ -225,6 +226,7 @@ fn clone3_looks_absent() {
         Role::Network,
         Role::Memory,
         Role::Crew,
+        Role::Migration,
     ] {
         assert_eq!(in_role(role, libc::SYS_clone3, [0; 6]), absent, "{role:?}");
     }
@@ -527,6 +529,7 @@ fn prctl_names_threads_and_little_else() {
         Role::Network,
         Role::Memory,
         Role::Crew,
+        Role::Migration,
     ] {
         assert_eq!(
             in_role(role, libc::SYS_prctl, [38, 1, 0, 0, 0, 0]),
@@ -556,7 +559,7 @@ type Right = (&'static str, i64, [u64; 6], &'static [Role]);
 
 #[test]
 fn each_role_has_what_it_does_and_not_what_the_others_do() {
-    const EVERY: [Role; 7] = [
+    const EVERY: [Role; 8] = [
         Role::Main,
         Role::Control,
         Role::Vcpu,
@@ -564,6 +567,7 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
         Role::Network,
         Role::Memory,
         Role::Crew,
+        Role::Migration,
     ];
     let rights: &[Right] = &[
         ("accept4", libc::SYS_accept4, [BAD; 6], &[Role::Main]),
@@ -604,6 +608,24 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
             libc::SYS_ioctl,
             [BAD, 0x4030_ae7b, 0, 0, 0, 0],
             &[Role::Control],
+        ),
+        (
+            "KVM_GET_DIRTY_LOG",
+            libc::SYS_ioctl,
+            [BAD, 0x4010_ae42, 0, 0, 0, 0],
+            &[Role::Migration],
+        ),
+        (
+            "getpeername",
+            libc::SYS_getpeername,
+            [BAD; 6],
+            &[Role::Migration],
+        ),
+        (
+            "getsockopt",
+            libc::SYS_getsockopt,
+            [BAD; 6],
+            &[Role::Main, Role::Migration],
         ),
         (
             "KVM_IRQFD",
@@ -680,6 +702,7 @@ fn no_role_makes_threads() {
         Role::Network,
         Role::Memory,
         Role::Crew,
+        Role::Migration,
     ] {
         assert_eq!(spawns(role), End::Value(0), "{role:?}");
     }

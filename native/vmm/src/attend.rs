@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
+use crate::memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::error::{Error, Result};

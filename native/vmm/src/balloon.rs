@@ -8,8 +8,8 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::attend::{self, Attend, Desk, Driver, Taken, OWN};

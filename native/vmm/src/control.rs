@@ -34,8 +34,10 @@ use crate::platform::Platform;
 use crate::poll::{self, watch};
 use crate::prefault::Touch;
 mod keep;
+mod moving;
 
 pub(crate) use keep::Keeping;
+pub(crate) use moving::Moving;
 
 use crate::thread::{self, panic_message, Role, ThreadHook};
 use crate::virtio::balloon::Balloon;
@@ -113,6 +115,7 @@ pub(crate) struct Control {
     platform: Platform,
     on_reset: OnReset,
     keeping: Keeping,
+    moving: Moving,
     state: State,
     begin: Instant,
     resets: u64,
@@ -126,7 +129,8 @@ impl Control {
         devices: (Vec<Arc<dyn Device>>, Hotplug, Option<Dog>),
         memory: (Option<Arc<Balloon>>, Crew),
         platform: Platform,
-        (on_reset, keeping): (OnReset, Keeping),
+        on_reset: OnReset,
+        (keeping, moving): (Keeping, Moving),
     ) -> Control {
         let (devices, hotplug, watchdog) = devices;
         let (balloon, crew) = memory;
@@ -142,6 +146,7 @@ impl Control {
             platform,
             on_reset,
             keeping,
+            moving,
             state: State::Built,
             begin: Instant::now(),
             resets: 0,
@@ -197,6 +202,7 @@ impl Control {
                     Mail::Keep(id, keep) => self.keep(id, keep),
                     Mail::BeginSave => self.begin_save(),
                     Mail::Kept(result) => self.kept(result),
+                    Mail::Move(step) => self.step(step),
                     Mail::Ejected(slot) => self.remove(slot),
                     Mail::Cause(cause, epoch) => self.follow(cause, epoch),
                     Mail::Quit => return Ok(()),
@@ -218,7 +224,9 @@ impl Control {
         match (request, self.state) {
             (Stats, _) => return Ok(self.stats()),
             (CancelSave, _) => self.cancel_keeping(),
-            (request, _) if self.keeping.busy() => return Err(keep::busy(&format!("{request:?}"))),
+            (request, _) if self.is_kept() && !self.moving.allows(request) => {
+                return Err(keep::busy(&format!("{request:?}")))
+            }
             (Run, Built) => {
                 self.keeping.check_begin()?;
                 self.gate.run();
@@ -232,6 +240,7 @@ impl Control {
                 self.enter(Paused);
             }
             (Resume, Paused) => {
+                self.take_back()?;
                 self.let_go();
                 self.enter(Running);
             }
@@ -260,7 +269,7 @@ impl Control {
             let message = "no device comes or goes: the machine is at its end";
             return Err(Error::new(Kind::InvalidState, "", message));
         }
-        if self.keeping.busy() {
+        if self.is_kept() {
             return Err(keep::busy("a change of devices"));
         }
         match slot {
@@ -318,7 +327,7 @@ impl Control {
         let begun = if self.state == State::Ended {
             let message = "there is no memory to touch: the machine is at its end";
             Err(Error::new(Kind::InvalidState, "", message))
-        } else if self.keeping.busy() {
+        } else if self.is_kept() {
             Err(keep::busy("Prefault"))
         } else {
             let mailbox = Arc::clone(&self.mailbox);
@@ -446,6 +455,7 @@ impl Control {
             return;
         }
         self.crew.cancel();
+        self.moving.cancel("the machine has ended");
         let mut trouble = Vec::new();
         if self.state != State::Paused {
             trouble.extend(self.stand_still().err());
@@ -458,7 +468,8 @@ impl Control {
                 EndReason::GuestPoweroff
                 | EndReason::GuestReset
                 | EndReason::Stopped
-                | EndReason::Saved,
+                | EndReason::Saved
+                | EndReason::Migrated,
                 Some(error),
             ) => Event::Ended {
                 reason: EndReason::IoError,
@@ -490,7 +501,7 @@ impl Control {
             .filter(|(_, stats)| !stats.is_null())
             .collect();
         let (written, read) = self.platform.serial.stats();
-        json!({
+        let mut stats = json!({
             "state": match self.state {
                 State::Built => "configured",
                 State::Running => "running",
@@ -503,7 +514,10 @@ impl Control {
             "console": { "written": written, "read": read },
             "memory": { "prefaulted": self.crew.done(), "total": self.keeping.memory() },
             "devices": devices,
-        })
-        .to_string()
+        });
+        if let (Some(migration), Some(stats)) = (self.moving.stats(), stats.as_object_mut()) {
+            stats.insert("migration".to_owned(), migration);
+        }
+        stats.to_string()
     }
 }

@@ -7,9 +7,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use crate::memory::GuestMemoryMmap;
 use serde_json::json;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Image, Ring};
 
 use crate::balloon;

@@ -36,7 +36,27 @@ pub enum Kind {
     Internal,
 }
 
+const KINDS: [Kind; 12] = [
+    Kind::InvalidArgument,
+    Kind::InvalidState,
+    Kind::ImageInvalid,
+    Kind::BackingChanged,
+    Kind::InUse,
+    Kind::AccessDenied,
+    Kind::NotSupported,
+    Kind::Unavailable,
+    Kind::Disconnected,
+    Kind::Cancelled,
+    Kind::Changed,
+    Kind::Internal,
+];
+
 impl Kind {
+    /// The kind of this name.
+    pub fn named(name: &str) -> Option<Kind> {
+        KINDS.into_iter().find(|kind| kind.as_str() == name)
+    }
+
     /// The name on the wire.
     pub const fn as_str(self) -> &'static str {
         match self {

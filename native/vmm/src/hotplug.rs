@@ -165,7 +165,8 @@ mod tests {
     use std::os::unix::net::UnixDatagram;
     use std::sync::Mutex;
 
-    use vm_memory::{GuestAddress, GuestMemoryMmap};
+    use crate::memory::GuestMemoryMmap;
+    use vm_memory::GuestAddress;
 
     use super::*;
     use crate::bus::Bus;

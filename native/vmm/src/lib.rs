@@ -38,6 +38,7 @@ pub mod legacy;
 pub mod machine;
 mod mailbox;
 pub mod memory;
+pub mod migrate;
 pub mod net;
 pub mod nics;
 pub mod pci;

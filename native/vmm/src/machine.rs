@@ -9,6 +9,7 @@
 //! | control | 1 | requests, causes, the console's bytes (`control.rs`) |
 //! | block-N | one an I/O ring | disks (`block.rs`) |
 //! | network | one, if there are interfaces | their frames (`net.rs`) |
+//! | migration | 1 | moves the machine elsewhere, or takes one in (`migrate`) |
 //! | memory-N | one to four | touch, save and restore memory (`crew.rs`) |
 //! | balloon | one, if there is a balloon | memory that the guest gives back (`balloon.rs`) |
 //!
@@ -18,17 +19,18 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use crate::memory::GuestMemoryMmap;
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::mmap::MmapRegion;
-use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::Ring;
 
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
 use crate::config::{
-    Config, DeviceChange, Disk, Files, MediumChange, Nic, Peer, RestoreFrom, SaveTo, VsockEnd,
+    Config, DeviceChange, Disk, Files, MediumChange, Nic, Peer, ReceiveFrom, RestoreFrom, SaveTo,
+    SendTo, VsockEnd,
 };
-use crate::control::{Control, Keeping, VcpuThreads};
+use crate::control::{Control, Keeping, Moving, VcpuThreads};
 use crate::cpu::entry::Entry;
 use crate::cpu::flags;
 use crate::cpu::gate::{self, Cause, Gate};
@@ -57,6 +59,7 @@ use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
 use crate::mailbox::{Event, Keep, Mail, Mailbox, Request, Slot};
 use crate::memory;
+use crate::migrate::Tools;
 use crate::nics;
 use crate::pci::host::HostBridge;
 use crate::pci::root::Root;
@@ -241,6 +244,16 @@ impl Machine {
             memory: config.memory,
             firmware: config.firmware.is_some(),
         };
+        let moving = Moving::new(
+            Tools {
+                memory: Arc::clone(&memory),
+                slots: Arc::clone(&platform.vm().slots),
+                gate: Arc::clone(&gate),
+                mailbox: Arc::clone(&mailbox),
+                progress: Arc::default(),
+            },
+            &hook,
+        )?;
         let keeping = Keeping::new(
             memory,
             vcpus.iter().map(|vcpu| Arc::clone(&vcpu.saved)).collect(),
@@ -258,7 +271,8 @@ impl Machine {
             (devices.list, devices.hotplug, watchdog.zip(config.watchdog)),
             (balloon, crew),
             platform,
-            (config.on_reset, keeping),
+            config.on_reset,
+            (keeping, moving),
         );
         let control = thread::spawn("control", Role::Control, &hook, move || control.run())?;
         Ok(Machine {
@@ -335,6 +349,28 @@ impl Machine {
     pub fn restore(&self, id: u64, from: &RestoreFrom) -> Result<()> {
         let file = from.take_file()?.map(Into::into);
         let mail = Mail::Keep(id, Keep::Restore(file, from.clone()));
+        self.mailbox.inbox.push(mail);
+        Ok(())
+    }
+
+    /// Has the machine go on at the other end of a socket, where a machine receives it; then this one ends, and the answer is
+    /// [`Event::Done`] with the same id. Takes over the fd that is named.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn send(&self, id: u64, to: &SendTo) -> Result<()> {
+        let mail = Mail::Keep(id, Keep::Send(to.take_socket()?, to.clone()));
+        self.mailbox.inbox.push(mail);
+        Ok(())
+    }
+
+    /// Goes on with the machine that is sent from the other end of a socket; the answer is [`Event::Done`] with the same id.
+    /// Takes over the fd that is named.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn receive(&self, id: u64, from: &ReceiveFrom) -> Result<()> {
+        let mail = Mail::Keep(id, Keep::Receive(from.take_socket()?, from.clone()));
         self.mailbox.inbox.push(mail);
         Ok(())
     }

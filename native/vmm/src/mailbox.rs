@@ -11,11 +11,12 @@ use std::sync::{Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
-use crate::config::{OnWatchdog, RestoreFrom, SaveTo};
+use crate::config::{OnWatchdog, ReceiveFrom, RestoreFrom, SaveTo, SendTo};
 use crate::cpu::gate::Cause;
 use crate::error::{Error, Result};
 use crate::hotplug::Arrival;
 use crate::io::Change;
+use crate::migrate::Step;
 use crate::snapshots::Tidy;
 
 /// What a machine is asked to do.
@@ -41,7 +42,7 @@ pub enum Request {
     Prefault,
     /// Stop doing that.
     CancelPrefault,
-    /// Stop saving or restoring.
+    /// Stop saving, restoring, sending or receiving.
     CancelSave,
 }
 
@@ -56,6 +57,8 @@ pub enum EndReason {
     Stopped,
     /// It is in a file now.
     Saved,
+    /// It goes on elsewhere.
+    Migrated,
     /// The guest's kernel panicked and said so.
     GuestPanic,
     /// The guest's processor shut down.
@@ -80,6 +83,7 @@ impl EndReason {
             EndReason::GuestReset => "guest-reset",
             EndReason::Stopped => "stopped",
             EndReason::Saved => "saved",
+            EndReason::Migrated => "migrated",
             EndReason::GuestPanic => "guest-panic",
             EndReason::TripleFault => "triple-fault",
             EndReason::KvmInternalError => "kvm-internal-error",
@@ -137,7 +141,7 @@ pub(crate) enum Slot {
     TakeBackTheQuestion(String),
 }
 
-/// What is done with a file.
+/// What is done with a file or a socket.
 pub(crate) enum Keep {
     /// Write the machine to it.
     Save(File, SaveTo),
@@ -145,6 +149,10 @@ pub(crate) enum Keep {
     Restore(Option<File>, RestoreFrom),
     /// Remove what broken off snapshots have left on the disks.
     Tidy(Tidy),
+    /// Have the machine go on at the other end.
+    Send(OwnedFd, SendTo),
+    /// Go on with the machine that comes from there.
+    Receive(OwnedFd, ReceiveFrom),
 }
 
 /// To the control thread.
@@ -158,6 +166,8 @@ pub(crate) enum Mail {
     BeginSave,
     /// The crew is done with the guest's memory: bytes of the file, or why not.
     Kept(Result<u64>),
+    /// The thread that migrates has come so far.
+    Move(Step),
     /// The guest has let go of what is in the slot with this index.
     Ejected(u8),
     /// With the gate's epoch at the time.

@@ -8,18 +8,22 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use vm_memory::bitmap::Bitmap as _;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
 };
 
 use crate::config::{MemoryKind, NODES_MAX};
 use crate::crew::{Chunk, Work as _};
 use crate::error::{Error, Kind, Result};
 use crate::layout;
+use crate::migrate::marks::Marks;
 use crate::prefault::Touch;
 use crate::slots::{self, Slots, Source, View};
+
+/// The guest's RAM, with marks for a migration.
+pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<Marks>;
 
 /// How much of `memory` lies below the 32-bit hole, and how much above.
 pub fn split(memory: u64) -> (u64, u64) {
@@ -91,7 +95,7 @@ fn region(
     offset: u64,
     size: u64,
     address: u64,
-) -> Result<GuestRegionMmap> {
+) -> Result<GuestRegionMmap<Marks>> {
     let size = usize::try_from(size).map_err(|_| Error::invalid("memory", "too much"))?;
     let (source, flags) = match file {
         Some(file) => {
@@ -159,7 +163,7 @@ fn advise(address: *mut u8, size: usize, advice: libc::c_int) -> Result<()> {
 }
 
 /// From now on its pages come from these NUMA nodes only (mbind(2)). Before anything is touched.
-fn bind(mapping: &MmapRegion, nodes: &[u16]) -> Result<()> {
+fn bind(mapping: &MmapRegion<Marks>, nodes: &[u16]) -> Result<()> {
     let mut mask = [0u64; NODES_MAX as usize / 64];
     for node in nodes {
         if let Some(word) = mask.get_mut(usize::from(*node) / 64) {
@@ -194,7 +198,7 @@ fn bind(mapping: &MmapRegion, nodes: &[u16]) -> Result<()> {
 
 /// Huge pages are reserved on the host, not on a node: the first touch of one that its nodes have not would be a
 /// SIGBUS. So they are taken here, or not at all.
-fn take(mapping: &MmapRegion, nodes: &[u16]) -> Result<()> {
+fn take(mapping: &MmapRegion<Marks>, nodes: &[u16]) -> Result<()> {
     let whole = Chunk {
         address: mapping.as_ptr() as usize,
         len: mapping.size() as u64,
@@ -207,7 +211,7 @@ fn take(mapping: &MmapRegion, nodes: &[u16]) -> Result<()> {
 }
 
 /// Its pages stay in RAM once they are there (mlock2(2), MLOCK_ONFAULT).
-fn lock(mapping: &MmapRegion) -> Result<()> {
+fn lock(mapping: &MmapRegion<Marks>) -> Result<()> {
     // SAFETY: the range is one mapping of ours, and its contents do not change.
     let result = unsafe {
         libc::mlock2(
@@ -263,6 +267,8 @@ pub fn discard(memory: &GuestMemoryMmap, start: u64, len: u64) -> std::io::Resul
         if unsafe { libc::madvise(place.cast(), bytes as usize, advice) } != 0 {
             return Err(std::io::Error::last_os_error());
         }
+        let within = from.wrapping_sub(first) as usize;
+        region.bitmap().mark_dirty(within, bytes as usize);
         discarded = discarded.saturating_add(bytes);
     }
     Ok(discarded)

@@ -186,6 +186,11 @@ pub struct Platform {
 }
 
 impl Platform {
+    /// What it is made on.
+    pub(crate) fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
     /// Gives the machine a new generation ID and tells the guest. Whoever makes the guest's past another's calls this:
     /// a restore, a revert, a clone; before the vCPUs go on.
     ///

@@ -13,16 +13,22 @@
 //! KVM changes neither the memory nor the writability of a slot that exists, so a change takes the slot away
 //! and adds it again. A vCPU that meets the gap makes an MMIO exit: a read finds ones, a write is lost. Only the
 //! guest's own writes to PAM, to the flash or to a ROM BAR cause such changes, so only it can harm itself.
+//!
+//! While a migration runs, KVM logs what vCPUs write to slots that show RAM, and [`Slots::harvest`] brings that to the
+//! marks of the memory. The log of a slot goes with the slot: all that it showed is then marked.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_READONLY};
+use crate::memory::GuestMemoryMmap;
+use kvm_bindings::{kvm_userspace_memory_region, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY};
 use kvm_ioctls::VmFd;
+use vm_memory::bitmap::Bitmap as _;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::error::{Error, Result};
+use crate::memory::PAGE;
 
 /// RAM from 0 to the shadow area.
 pub const RAM_BASE: u32 = 0;
@@ -79,13 +85,39 @@ pub struct View {
     pub read_only: bool,
 }
 
+impl View {
+    /// Whether a vCPU's writes to it are writes to RAM.
+    fn is_logged(&self) -> bool {
+        matches!(self.source, Source::Ram(..)) && !self.read_only
+    }
+
+    /// Marks RAM behind `len` bytes from `offset` on.
+    fn mark(&self, offset: u64, len: u64) -> Result<()> {
+        let Source::Ram(memory, address) = &self.source else {
+            return Ok(());
+        };
+        let address = GuestAddress(address.saturating_add(offset));
+        let slice = memory.get_slice(address, len as usize);
+        let slice = slice.map_err(|e| Error::internal(format!("a slot's memory: {e}")))?;
+        slice.bitmap().mark_dirty(0, slice.len());
+        Ok(())
+    }
+}
+
 /// What KVM knows of a slot: base, size, host address, read-only.
 type Placed = (u64, u64, u64, bool);
 
 /// The slots of one VM.
 pub struct Slots {
     vm: Arc<VmFd>,
-    present: Mutex<BTreeMap<u32, (Placed, View)>>,
+    present: Mutex<Present>,
+}
+
+#[derive(Default)]
+struct Present {
+    slots: BTreeMap<u32, (Placed, View)>,
+    /// Writes to RAM are logged.
+    logs: bool,
 }
 
 impl Slots {
@@ -111,26 +143,76 @@ impl Slots {
             }
             None => None,
         };
-        let mut present = self.present.lock().unwrap_or_else(|e| e.into_inner());
-        let before = present.get(&slot).map(|(placed, _)| *placed);
+        let mut present = self.lock();
+        let before = present.slots.get(&slot).map(|(placed, _)| *placed);
         if before == wanted.as_ref().map(|(placed, _)| *placed) {
             return Ok(());
         }
         if let Some((base, _, host, _)) = before {
-            self.ask(slot, (base, 0, host, false))?;
-            present.remove(&slot);
+            self.ask(slot, (base, 0, host, false), false)?;
+            let gone = present.slots.remove(&slot);
+            if let Some((_, view)) = gone.filter(|(_, view)| present.logs && view.is_logged()) {
+                view.mark(0, view.size)?;
+            }
         }
         if let Some((placed, view)) = wanted {
-            self.ask(slot, placed)?;
-            present.insert(slot, (placed, view));
+            self.ask(slot, placed, present.logs && view.is_logged())?;
+            present.slots.insert(slot, (placed, view));
         }
         Ok(())
     }
 
-    fn ask(&self, slot: u32, (base, size, host, read_only): Placed) -> Result<()> {
+    /// From now on the vCPUs' writes to RAM are logged, or no longer.
+    ///
+    /// # Errors
+    /// `Unavailable` when KVM refuses: some slots may be logged then.
+    pub fn log(&self, on: bool) -> Result<()> {
+        let mut present = self.lock();
+        present.logs = on;
+        let logged = present.slots.iter().filter(|(_, (_, v))| v.is_logged());
+        logged
+            .map(|(slot, (placed, _))| self.ask(*slot, *placed, on))
+            .fold(Ok(()), Result::and)
+    }
+
+    /// Marks the pages of RAM that vCPUs have written to since the last time, or since logging began.
+    ///
+    /// # Errors
+    /// `Unavailable` when KVM refuses.
+    pub fn harvest(&self) -> Result<()> {
+        let present = self.lock();
+        for (slot, (_, view)) in present.slots.iter().filter(|(_, (_, v))| v.is_logged()) {
+            let log = self.vm.get_dirty_log(*slot, view.size as usize);
+            let log = log.map_err(|e| Error::kernel("KVM_GET_DIRTY_LOG", e))?;
+            for (word, number) in log.into_iter().zip(0u64..) {
+                let mut left = word;
+                while left != 0 {
+                    let first = left.trailing_zeros();
+                    let count = (left >> first).trailing_ones();
+                    let page = number.saturating_mul(64).saturating_add(u64::from(first));
+                    let len = u64::from(count).saturating_mul(PAGE);
+                    view.mark(page.saturating_mul(PAGE), len)?;
+                    left &= u64::MAX
+                        .checked_shl(first.saturating_add(count))
+                        .unwrap_or(0);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Present> {
+        self.present.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn ask(&self, slot: u32, (base, size, host, read_only): Placed, log: bool) -> Result<()> {
+        let mut flags = if read_only { KVM_MEM_READONLY } else { 0 };
+        if log {
+            flags |= KVM_MEM_LOG_DIRTY_PAGES;
+        }
         let region = kvm_userspace_memory_region {
             slot,
-            flags: if read_only { KVM_MEM_READONLY } else { 0 },
+            flags,
             guest_phys_addr: base,
             memory_size: size,
             userspace_addr: host,

@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 
+use crate::memory::GuestMemoryMmap;
 use kvm_ioctls::VmFd;
-use vm_memory::GuestMemoryMmap;
 
 use crate::bus::Bus;
 use crate::irq::Routing;

@@ -5,9 +5,10 @@
 use std::sync::mpsc::{channel, Receiver};
 use std::sync::Arc;
 
+use crate::memory::GuestMemoryMmap;
 use serde_json::{json, Map, Value};
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{hex, number, Disk, Machine};

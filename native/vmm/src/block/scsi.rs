@@ -6,8 +6,8 @@
 
 use std::sync::{Arc, MutexGuard};
 
+use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
-use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::{Engine, Image, Op, Slot};
 
 use super::{image_error, Counters};

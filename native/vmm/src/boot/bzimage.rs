@@ -5,8 +5,9 @@
 //! Documentation/arch/x86/zero-page.rst. The setup code is not run: what it would find out stands in the
 //! zero page.
 
+use crate::memory::GuestMemoryMmap;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::{write, Boot, CMDLINE, GDT, PAGE, PAGE_TABLES, ZERO_PAGE};
 use crate::cpu::entry::{self, Entry};

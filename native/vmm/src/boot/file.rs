@@ -8,10 +8,10 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+use crate::memory::GuestMemoryMmap;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile, VolatileMemoryError,
-    VolatileSlice,
+    GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, VolatileSlice,
 };
 
 use crate::error::{Error, Kind, Result};
@@ -149,6 +149,7 @@ impl ReadVolatile for Positioned<'_> {
         };
         let read = usize::try_from(read)
             .map_err(|_| VolatileMemoryError::IOError(std::io::Error::last_os_error()))?;
+        buffer.bitmap().mark_dirty(0, read);
         self.offset = self.offset.saturating_add(read as u64);
         Ok(read)
     }

@@ -22,7 +22,8 @@ mod tests;
 
 pub use file::BootFile;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use crate::memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::cpu::entry::Entry;
 use crate::error::{Error, Result};

@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::FromRawFd;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use crate::memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::config::MemoryKind;

@@ -27,5 +27,6 @@ pub use devices::{Disk, DiskBus, Layer, LinkKind, Nic, Port};
 pub use files::Files;
 pub use machine::{Config, Firmware, Kernel, MemoryKind, OnReset, OnWatchdog};
 pub use requests::{
-    ChangeKind, DeviceChange, MediumChange, Peer, RestoreFrom, Revert, SaveTo, VsockEnd,
+    ChangeKind, DeviceChange, MediumChange, Peer, ReceiveFrom, RestoreFrom, Revert, SaveTo, SendTo,
+    VsockEnd,
 };

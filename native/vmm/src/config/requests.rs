@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is asked of a machine that is built: to be saved or to go on from a file, to change a device or a medium, to
+//! What is asked of a machine that is built: to be saved or to go on from a file, to go elsewhere or come from there, to change a device or a medium, to
 //! take the socket of a connection or of another machine.
 
 use std::os::fd::{OwnedFd, RawFd};
@@ -68,6 +68,50 @@ impl RestoreFrom {
     /// `InvalidArgument` for a number that is no fd.
     pub fn take_file(&self) -> Result<Option<OwnedFd>> {
         self.fd.map(|fd| take("file", fd)).transpose()
+    }
+}
+
+/// Where a machine goes to while it runs.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SendTo {
+    /// A connected stream socket, at whose other end a machine is to receive it.
+    pub fd: RawFd,
+    /// For how many milliseconds it may stand on its way.
+    pub downtime: u64,
+    /// Bytes a second, at most; 0 for as many as go.
+    #[serde(default)]
+    pub bandwidth: u64,
+}
+
+impl SendTo {
+    /// Takes over the fd.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn take_socket(&self) -> Result<OwnedFd> {
+        take("socket", self.fd)
+    }
+}
+
+/// Where a machine comes from.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveFrom {
+    /// A connected stream socket, at whose other end a machine is sent.
+    pub fd: RawFd,
+    /// It does not go on at once, even if it ran.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+impl ReceiveFrom {
+    /// Takes over the fd.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a number that is no fd.
+    pub fn take_socket(&self) -> Result<OwnedFd> {
+        take("socket", self.fd)
     }
 }
 

@@ -23,9 +23,10 @@ use std::fs::File;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
+use crate::memory::GuestMemoryMmap;
 use serde_json::json;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileMemory};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
 use super::{Control, State};
 use crate::config::{RestoreFrom, Revert, SaveTo};
@@ -46,16 +47,16 @@ pub(crate) type VcpuPlace = Arc<Mutex<Option<(VcpuState, u64)>>>;
 
 /// What it takes to write the machine down.
 pub(crate) struct Keeping {
-    memory: Arc<GuestMemoryMmap>,
+    pub(super) memory: Arc<GuestMemoryMmap>,
     vcpus: Vec<VcpuPlace>,
     hardware: Hardware,
     uuid: String,
     /// The firmware's code, its variables and the option ROM, where there are some.
-    roms: Vec<(Section, Arc<MmapRegion>)>,
+    pub(super) roms: Vec<(Section, Arc<MmapRegion>)>,
     /// The machine begins by going on from a file.
-    awaits: bool,
+    pub(super) awaits: bool,
     /// This one, whose memory it has.
-    image: Option<Arc<Saved>>,
+    pub(super) image: Option<Arc<Saved>>,
     job: Option<Job>,
 }
 
@@ -79,7 +80,7 @@ enum Job {
 
 /// Something that cannot be done now.
 pub(super) fn busy(what: &str) -> Error {
-    let message = format!("{what} has to wait: the machine is being saved or restored");
+    let message = format!("{what} has to wait: the machine is being saved, restored or moved");
     Error::new(Kind::InvalidState, "", message)
 }
 
@@ -124,16 +125,23 @@ impl Keeping {
 }
 
 impl Control {
+    /// Whether nothing else is to be done with the whole machine.
+    pub(super) fn is_kept(&self) -> bool {
+        self.keeping.busy() || self.moving.busy()
+    }
+
     /// Begins what was asked for; the answer comes when it is done.
     pub(super) fn keep(&mut self, id: u64, keep: Keep) {
         let begun = match keep {
-            _ if self.keeping.busy() => Err(busy("another file")),
+            _ if self.is_kept() => Err(busy("another file or socket")),
             Keep::Save(file, to) => self.stand_for_save(id, file, to),
             Keep::Restore(file, from) => self.begin_restore(id, file, from),
             Keep::Tidy(what) => self.tidy(&what).map(|()| {
                 let result = Ok(String::new());
                 self.tell(Event::Done { id, result });
             }),
+            Keep::Send(socket, to) => self.begin_send(id, socket, &to),
+            Keep::Receive(socket, from) => self.begin_receive(id, socket, &from),
         };
         if let Err(error) = begun {
             self.tell(Event::Done {
@@ -151,6 +159,7 @@ impl Control {
         if self.keeping.busy() {
             self.crew.cancel();
         }
+        self.moving.cancel("it was stopped");
     }
 
     fn stand_for_save(&mut self, id: u64, file: File, to: SaveTo) -> Result<()> {
@@ -220,12 +229,7 @@ impl Control {
             (Section::State, json(serde_json::to_vec(&states))?),
         ];
         for (kind, rom) in &self.keeping.roms {
-            let mut bytes = vec![0; rom.size()];
-            let whole = rom.as_volatile_slice();
-            whole
-                .read_slice(&mut bytes, 0)
-                .map_err(|e| Error::internal(format!("firmware: {e}")))?;
-            sections.push((*kind, bytes));
+            sections.push((*kind, content(rom)?));
         }
         let memory = Arc::clone(&self.keeping.memory);
         let writer = Writer::new(Arc::clone(file), memory, sections)?;
@@ -238,7 +242,7 @@ impl Control {
         self.crew.begin(work, finished)
     }
 
-    fn states(&self) -> Result<States> {
+    pub(super) fn states(&self) -> Result<States> {
         self.gate.errand(Errand::Save)?;
         let vcpus = self.keeping.vcpus.iter().map(|place| {
             let saved = place.lock().unwrap_or_else(|e| e.into_inner()).take();
@@ -260,7 +264,7 @@ impl Control {
         })
     }
 
-    fn facts(&self) -> Result<Facts> {
+    pub(super) fn facts(&self) -> Result<Facts> {
         let devices = self.devices.iter();
         let devices = devices.filter_map(|device| {
             let facts = device.facts().transpose()?;
@@ -406,19 +410,40 @@ impl Control {
         states: &States,
         revert: Option<&Revert>,
     ) -> Result<u64> {
-        let roms = self.keeping.roms.iter().map(|(kind, rom)| {
+        let roms = self.keeping.roms.iter().map(|(kind, _)| {
             let bytes = saved.section(*kind)?;
-            Ok((rom, bytes.unwrap_or_default()))
+            Ok((*kind, bytes.unwrap_or_default()))
         });
         // All of the file is good before anything outside of this process is changed.
-        for (rom, bytes) in roms.collect::<Result<Vec<_>>>()? {
+        let roms = roms.collect::<Result<Vec<_>>>()?;
+        self.load(states, facts.saved_at, &roms)?;
+        self.devices
+            .iter()
+            .try_for_each(|device| device.take_up())?;
+        if let Some(revert) = revert {
+            self.go_back(facts, revert)?;
+        }
+        if revert.is_some() || saved.mark_used() {
+            self.renew_generation()?;
+        }
+        Ok(self.keeping.memory())
+    }
+
+    /// All parts take over what they remembered, at that time, of the host's clock; `roms` are whole.
+    pub(super) fn load(&self, states: &States, at: u64, roms: &[(Section, Vec<u8>)]) -> Result<()> {
+        if states.vcpus.len() != self.keeping.vcpus.len() {
+            return Err(damaged("another number of vCPUs"));
+        }
+        for (kind, rom) in &self.keeping.roms {
+            let bytes = roms.iter().find(|(known, _)| known == kind);
+            let bytes = bytes.map_or(&[] as &[u8], |(_, bytes)| bytes);
             let whole = rom.as_volatile_slice();
             whole
-                .write_slice(&bytes, 0)
+                .write_slice(bytes, 0)
                 .map_err(|e| Error::internal(format!("firmware: {e}")))?;
         }
         self.devices.iter().try_for_each(|device| device.pause())?;
-        let passed = facts::now().saturating_sub(facts.saved_at);
+        let passed = facts::now().saturating_sub(at);
         for (place, state) in self.keeping.vcpus.iter().zip(&states.vcpus) {
             *place.lock().unwrap_or_else(|e| e.into_inner()) = Some((state.clone(), passed));
         }
@@ -437,16 +462,7 @@ impl Control {
         if let Some((id, _)) = others.first_key_value() {
             return Err(state::invalid(format!("{id} is not known")));
         }
-        self.devices
-            .iter()
-            .try_for_each(|device| device.take_up())?;
-        if let Some(revert) = revert {
-            self.go_back(facts, revert)?;
-        }
-        if revert.is_some() || saved.mark_used() {
-            self.renew_generation()?;
-        }
-        Ok(self.keeping.memory())
+        Ok(())
     }
 
     /// The disks, too, become what they were.
@@ -527,6 +543,15 @@ impl Control {
             }
         }
     }
+}
+
+/// What is in a part of the firmware.
+pub(super) fn content(rom: &MmapRegion) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; rom.size()];
+    let whole = rom.as_volatile_slice();
+    let read = whole.read_slice(&mut bytes, 0);
+    read.map_err(|e| Error::internal(format!("firmware: {e}")))?;
+    Ok(bytes)
 }
 
 fn parse<T: serde::de::DeserializeOwned>(saved: &Saved, kind: Section) -> Result<T> {

@@ -15,7 +15,7 @@
 //! | order | what a vCPU thread does |
 //! |---|---|
 //! | Stand | waits |
-//! | Run | leaves the gate and runs the guest |
+//! | Run | leaves the gate and runs the guest, but not while it is held ([`Gate::hold`]) |
 //! | Errand | resets, saves or restores its vCPU, once, then waits |
 //! | End | returns |
 //!
@@ -93,6 +93,8 @@ struct State {
     errands: u64,
     /// How many of them were resets.
     epoch: u64,
+    /// Until then, Run is not followed.
+    held_until: Option<Instant>,
 }
 
 /// How a vCPU thread is brought out of KVM_RUN.
@@ -123,6 +125,7 @@ impl Gate {
                 failure: None,
                 errands: 0,
                 epoch: 0,
+                held_until: None,
             }),
             changed: Condvar::new(),
             kicks: (0..vcpus)
@@ -157,9 +160,16 @@ impl Gate {
         state.standing = state.standing.saturating_add(1);
         self.changed.notify_all();
         loop {
+            let mut time = DEADLINE;
+            let held = state
+                .held_until
+                .map(|end| end.saturating_duration_since(Instant::now()));
             match state.order {
                 Order::Stand => {}
                 Order::Errand(_) if state.errands == *done => {}
+                Order::Run if held.is_some_and(|left| !left.is_zero()) => {
+                    time = held.unwrap_or(time);
+                }
                 order => {
                     if let Order::Errand(_) = order {
                         *done = state.errands;
@@ -168,7 +178,7 @@ impl Gate {
                     return order;
                 }
             }
-            state = self.sleep(state, DEADLINE);
+            state = self.sleep(state, time);
         }
     }
 
@@ -208,6 +218,12 @@ impl Gate {
     pub fn stand(&self) -> Result<()> {
         self.lock().order = Order::Stand;
         self.await_state("stand still", |state| state.standing == self.kicks.len())
+    }
+
+    /// Holds them back for a while if they run: a migration slows them. Never waits.
+    pub fn hold(&self, time: Duration) {
+        self.lock().held_until = Instant::now().checked_add(time);
+        self.kick();
     }
 
     /// Lets them go. They must stand.

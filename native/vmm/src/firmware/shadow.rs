@@ -14,8 +14,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use crate::memory::GuestMemoryMmap;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::GuestMemoryMmap;
 
 use crate::error::Result;
 use crate::layout::{EXTENDED_START, SHADOW_START};

@@ -17,8 +17,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::bus::BusDevice;
 use crate::error::Result;

@@ -8,8 +8,8 @@ use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use crate::memory::GuestMemoryMmap;
 use smallvec::SmallVec;
-use vm_memory::GuestMemoryMmap;
 
 use super::{Counters, Link};
 use crate::virtio::chain::Chain;

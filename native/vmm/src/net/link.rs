@@ -4,8 +4,8 @@
 use std::io;
 use std::os::fd::RawFd;
 
+use crate::memory::GuestMemoryMmap;
 use smallvec::SmallVec;
-use vm_memory::GuestMemoryMmap;
 
 use super::hub::{Hub, MEMBERS_MAX};
 use super::interface::PIECES_MAX;

@@ -16,7 +16,8 @@
 
 use std::os::fd::AsRawFd;
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use crate::memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::file::{Saved, Section};
 use crate::error::{Error, Result};

@@ -17,7 +17,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use crate::memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::checksum::Crc32c;
 use super::file::{cannot_write, damaged, Header, Saved, Section, PAGE};
@@ -120,7 +121,8 @@ fn blocks(chunk: Chunk) -> impl Iterator<Item = (u64, *mut u8)> {
     })
 }
 
-fn is_zero(page: &[u8]) -> bool {
+/// Whether there is nothing but zeros.
+pub(crate) fn is_zero(page: &[u8]) -> bool {
     page.chunks_exact(64)
         .all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
 }
@@ -134,6 +136,45 @@ struct Backed {
     start: u64,
 }
 
+/// Where memory that is a mapping of files has holes, which reading through the mapping would fill.
+pub(crate) struct Holes {
+    backed: Vec<Backed>,
+    /// Keeps the files open.
+    _memory: Arc<GuestMemoryMmap>,
+}
+
+impl Holes {
+    pub(crate) fn of(memory: &Arc<GuestMemoryMmap>) -> Holes {
+        let mut begin: u64 = 0;
+        let mut backed = Vec::new();
+        for region in memory.iter() {
+            if let Some(source) = region.file_offset() {
+                backed.push(Backed {
+                    begin,
+                    len: region.len(),
+                    fd: source.file().as_raw_fd(),
+                    start: source.start(),
+                });
+            }
+            begin = begin.saturating_add(region.len());
+        }
+        Holes {
+            backed,
+            _memory: Arc::clone(memory),
+        }
+    }
+
+    /// Whether nothing of `len` bytes from `offset` on was ever written, as the file behind it says. One that cannot tell says no.
+    pub(crate) fn has(&self, offset: u64, len: u64) -> bool {
+        let find = |region: &&Backed| offset.wrapping_sub(region.begin) < region.len;
+        self.backed.iter().find(find).is_some_and(|region| {
+            let at = offset.wrapping_sub(region.begin).wrapping_add(region.start);
+            let data = next_data(region.fd, at);
+            data.is_none_or(|data| data >= at.saturating_add(len))
+        })
+    }
+}
+
 /// Writes RAM to a file, and then what makes it a saved machine.
 pub struct Writer {
     file: Arc<File>,
@@ -141,12 +182,10 @@ pub struct Writer {
     base: u64,
     entries: Mutex<Vec<Entry>>,
     written: AtomicU64,
-    backed: Vec<Backed>,
+    holes: Holes,
     /// The sections but index and memory, with their bytes.
     others: Vec<(Section, Vec<u8>)>,
     header: Header,
-    /// Keeps the chunks mapped.
-    _memory: Arc<GuestMemoryMmap>,
 }
 
 impl Writer {
@@ -173,28 +212,14 @@ impl Writer {
         let header = Header::layout(&sections);
         let base = header.find(Section::Memory).map_or(0, |place| place.offset);
         file.set_len(header.len).map_err(cannot_write)?;
-        let mut begin: u64 = 0;
-        let mut backed = Vec::new();
-        for region in memory.iter() {
-            if let Some(source) = region.file_offset() {
-                backed.push(Backed {
-                    begin,
-                    len: region.len(),
-                    fd: source.file().as_raw_fd(),
-                    start: source.start(),
-                });
-            }
-            begin = begin.saturating_add(region.len());
-        }
         Ok(Writer {
             file,
             base,
             entries: Mutex::new(vec![Entry::default(); (bytes / BLOCK) as usize]),
             written: AtomicU64::new(0),
-            backed,
+            holes: Holes::of(&memory),
             others,
             header,
-            _memory: memory,
         })
     }
 
@@ -207,21 +232,11 @@ impl Writer {
         self.entries.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Whether nothing of the block was ever written, as the file behind it says. One that cannot tell says no.
-    fn is_hole(&self, offset: u64) -> bool {
-        let find = |region: &&Backed| offset.wrapping_sub(region.begin) < region.len;
-        self.backed.iter().find(find).is_some_and(|region| {
-            let at = offset.wrapping_sub(region.begin).wrapping_add(region.start);
-            let data = next_data(region.fd, at);
-            data.is_none_or(|data| data >= at.saturating_add(BLOCK))
-        })
-    }
-
     fn block(&self, offset: u64, address: *const u8) -> Result<()> {
-        if self.is_hole(offset) {
+        if self.holes.has(offset, BLOCK) {
             return Ok(());
         }
-        // SAFETY: the block is guest memory, which `_memory` keeps mapped and nobody writes to meanwhile.
+        // SAFETY: the block is guest memory, which the crew keeps mapped and nobody writes to meanwhile.
         let block = unsafe { std::slice::from_raw_parts(address, BLOCK as usize) };
         let mut entry = Entry::default();
         let mut crc = Crc32c::default();

@@ -8,8 +8,8 @@
 //!
 //! Left out: the legacy interface, geometry, lifetime, secure erase, zones, and a cache that the guest switches.
 
+use crate::memory::GuestMemoryMmap;
 use smallvec::SmallVec;
-use vm_memory::GuestMemoryMmap;
 use vmbus_qcow2::Op;
 
 use super::chain::Chain;

@@ -16,8 +16,8 @@
 
 use std::collections::VecDeque;
 
+use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
-use vm_memory::GuestMemoryMmap;
 
 use super::chain::Chain;
 use super::queue::{self, Fault};

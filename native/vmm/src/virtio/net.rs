@@ -19,8 +19,8 @@
 //! Left out: UFO and USO, the extended receive modes, VLAN filtering, gratuitous announcement, hashes and
 //! steering, offloads that change while it runs, and speed and duplex.
 
+use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
-use vm_memory::GuestMemoryMmap;
 
 use super::chain::Chain;
 use super::queue::{self, Fault};

@@ -25,9 +25,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegion;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::common::{self, Action, Common};

@@ -9,10 +9,13 @@
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
+use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap};
+use vm_memory::bitmap::Bitmap as _;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::chain::{Chain, Segment};
+use crate::migrate::marks;
 
 /// The largest queue that any device here offers, and so the longest legal chain.
 pub const SIZE_MAX: u16 = 256;
@@ -207,7 +210,11 @@ impl Queue {
         &mut self,
         chains: impl IntoIterator<Item = (u16, u32)>,
     ) -> Result<(), Fault> {
+        let marking = marks::is_on(&self.memory);
         for (head, len) in chains {
+            if marking {
+                self.mark(head)?;
+            }
             let entry = u64::from(head) | u64::from(len) << 32;
             let place = 4 + 8 * self.slot(self.next_used);
             self.memory
@@ -215,6 +222,19 @@ impl Queue {
             self.next_used = self.next_used.wrapping_add(1);
         }
         self.store(self.rings.used, 2, self.next_used, Ordering::Release)
+    }
+
+    /// Marks what may have been written to a chain that is given back. Its driver may not have touched it (2.7.13), so it is
+    /// what it was.
+    fn mark(&self, head: u16) -> Result<(), Fault> {
+        for segment in self.walk(head)?.writable.iter() {
+            let address = GuestAddress(segment.address);
+            for slice in self.memory.get_slices(address, segment.len as usize) {
+                let slice = slice?;
+                slice.bitmap().mark_dirty(0, slice.len());
+            }
+        }
+        Ok(())
     }
 
     /// Whether the driver wants to be told about what was pushed since the last time.

@@ -12,7 +12,8 @@ use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use crate::memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::{Format, Image, LayerFiles, OpenOptions, Ring};
 
 use super::balloon::Balloon;

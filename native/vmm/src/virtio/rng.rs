@@ -4,7 +4,7 @@
 //! A request gets at most 4 KiB, whatever its size, which the specification allows: a guest cannot keep an I/O
 //! thread busy with one. The host's generator never runs dry, so there is no rate to limit.
 
-use vm_memory::GuestMemoryMmap;
+use crate::memory::GuestMemoryMmap;
 
 use super::chain::Chain;
 use super::queue::Fault;

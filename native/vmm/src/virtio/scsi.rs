@@ -8,7 +8,7 @@
 //! Left out: protection information, transfers both ways in one command. No target comes or goes, but hot plugging
 //! is offered: Linux gives room for events only where it is.
 
-use vm_memory::GuestMemoryMmap;
+use crate::memory::GuestMemoryMmap;
 
 use super::chain::{Chain, Segments};
 use super::queue::{self, Fault};

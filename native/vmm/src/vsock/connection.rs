@@ -21,7 +21,7 @@ use std::collections::VecDeque;
 use std::io::{Error as IoError, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use vm_memory::GuestMemoryMmap;
+use crate::memory::GuestMemoryMmap;
 
 use crate::io::Answer;
 use crate::virtio::chain::{Chain, Segments};

@@ -9,6 +9,7 @@ mod disks;
 mod ends;
 mod firmware;
 mod memory;
+mod migrate;
 mod network;
 mod save;
 mod snapshots;

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The source: rounds over the guest's memory while it runs, then the rest ([`super`] has the whole).
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::link::Link;
+use super::marks::{self, Pages};
+use super::mover::Tools;
+use super::stream::{self, Kind, PAGES_MAX};
+use super::{per_second, Order, Refusal, Sent, Step};
+use crate::error::{Error, Result};
+use crate::memory::PAGE;
+use crate::save::pages::{is_zero, Holes};
+
+/// Of which the vCPUs stand a part while they are slowed.
+pub const PERIOD: Duration = Duration::from_millis(20);
+/// How often the destination hears of us while we wait for something else.
+const STILL: Duration = Duration::from_secs(5);
+/// How much slower a guest becomes at first, and then each time.
+const FIRST: u64 = 20;
+const MORE: u64 = 10;
+const MOST: u64 = 99;
+/// Fewer bytes say nothing about the speed.
+const SAMPLE: u64 = 1 << 20;
+
+/// Sends one machine.
+pub(super) struct Sender {
+    link: Link,
+    tools: Tools,
+    downtime: Duration,
+    bandwidth: u64,
+    holes: Holes,
+    begin: Instant,
+    pace: Pace,
+    speed: Speed,
+    room: Vec<u8>,
+    /// `go` has gone out whole.
+    given_away: bool,
+}
+
+/// Bytes that were moved, and the time that it took.
+#[derive(Clone, Copy, Debug, Default)]
+struct Speed {
+    bytes: u64,
+    time: Duration,
+}
+
+impl Speed {
+    /// How long so many bytes take.
+    fn time_for(self, bytes: u64) -> Duration {
+        if bytes == 0 {
+            return Duration::ZERO;
+        }
+        if self.bytes == 0 {
+            return Duration::MAX;
+        }
+        self.time.mul_f64(bytes as f64 / self.bytes as f64)
+    }
+}
+
+/// When the vCPUs are held back again.
+struct Pace {
+    percent: u64,
+    next: Instant,
+}
+
+impl Pace {
+    fn keep(&mut self, tools: &Tools) {
+        let now = Instant::now();
+        if self.percent > 0 && now >= self.next {
+            let part = PERIOD.saturating_mul(self.percent as u32) / 100;
+            tools.gate.hold(part);
+            self.next = now.checked_add(PERIOD).unwrap_or(now);
+        }
+    }
+
+    /// A round has left `left` bytes, and sent `sent`.
+    fn adapt(&mut self, left: u64, sent: u64) {
+        if left > sent / 2 {
+            self.percent = match self.percent {
+                0 => FIRST,
+                percent => percent.saturating_add(MORE).min(MOST),
+            };
+        }
+    }
+}
+
+impl Sender {
+    pub(super) fn new(link: Link, tools: Tools, downtime: Duration, bandwidth: u64) -> Sender {
+        let now = Instant::now();
+        Sender {
+            holes: Holes::of(&tools.memory),
+            link,
+            downtime,
+            bandwidth,
+            begin: now,
+            pace: Pace {
+                percent: 0,
+                next: now,
+            },
+            speed: Speed::default(),
+            room: vec![0; PAGES_MAX as usize],
+            given_away: false,
+            tools,
+        }
+    }
+
+    pub(super) fn exits(&self) -> bool {
+        self.link.exits()
+    }
+
+    pub(super) fn send(&mut self, facts: &[u8], roms: &[(Kind, Vec<u8>)]) -> Sent {
+        match self.try_send(facts, roms) {
+            Ok(statistics) => Sent::Away(statistics),
+            Err(Failure::Known(error)) => Sent::Stays(error),
+            Err(Failure::Broken(error)) if self.given_away => Sent::Unsure(error),
+            Err(Failure::Broken(error)) => Sent::Stays(error),
+        }
+    }
+
+    fn try_send(
+        &mut self,
+        facts: &[u8],
+        roms: &[(Kind, Vec<u8>)],
+    ) -> std::result::Result<String, Failure> {
+        self.tools.progress.begin(self.tools.total());
+        self.link.begin();
+        self.link.put(Kind::Facts, (0, 0), facts);
+        self.flush()?;
+        self.answer(Kind::Accepted)?;
+        for (kind, bytes) in roms {
+            self.link.put(*kind, (0, 0), bytes);
+        }
+        let mut left = self.rounds()?;
+        let (stood, last, variables) = self.halt()?;
+        self.tools.slots.harvest()?;
+        left.add(&marks::take(&self.tools.memory));
+        self.pages(&left)?;
+        if let Some(variables) = variables {
+            self.link.put(Kind::Variables, (0, 0), &variables);
+        }
+        self.link.put(Kind::Last, (0, 0), &last);
+        self.flush()?;
+        self.answer(Kind::Ready)?;
+        self.link.put(Kind::Go, (0, 0), &[]);
+        self.flush()?;
+        self.given_away = true;
+        self.link.ignore_orders();
+        self.answer(Kind::Running)?;
+        let downtime = stood.elapsed();
+        let progress = &self.tools.progress;
+        progress.remaining.store(0, Relaxed);
+        progress.moved(self.link.moved(), self.begin.elapsed());
+        let millis = |time: Duration| time.as_micros().div_ceil(1000) as u64;
+        Ok(json!({
+            "downtime_ms": millis(downtime),
+            "sent": self.link.moved(),
+            "rounds": progress.round.load(Relaxed),
+            "seconds": self.begin.elapsed().as_secs_f64(),
+            "throughput": per_second(self.link.moved(), self.begin.elapsed()),
+            "slowed": self.pace.percent,
+        })
+        .to_string())
+    }
+
+    /// Until what is left is little; that is given back.
+    fn rounds(&mut self) -> Result<Pages> {
+        let mut pages = Pages::all(&self.tools.memory);
+        let mut overall = Speed::default();
+        loop {
+            let bytes = pages.bytes();
+            self.speed = Speed::default();
+            self.pages(&pages)?;
+            self.link.put(Kind::Round, (0, bytes), &[]);
+            self.flush()?;
+            self.tools.slots.harvest()?;
+            pages = marks::take(&self.tools.memory);
+            let left = pages.bytes();
+            let progress = &self.tools.progress;
+            progress.round.fetch_add(1, Relaxed);
+            progress.remaining.store(left, Relaxed);
+            overall.bytes = overall.bytes.saturating_add(self.speed.bytes);
+            overall.time = overall.time.saturating_add(self.speed.time);
+            let speed = match self.speed.bytes {
+                SAMPLE.. => self.speed,
+                _ => overall,
+            };
+            if speed.time_for(left) <= self.downtime {
+                return Ok(pages);
+            }
+            self.pace.adapt(left, bytes);
+            progress.slowed.store(self.pace.percent, Relaxed);
+        }
+    }
+
+    /// The machine stands: since when, what its parts remember, the firmware's variables.
+    fn halt(&mut self) -> Result<(Instant, Vec<u8>, Option<Vec<u8>>)> {
+        self.pace.percent = 0;
+        let stood = Instant::now();
+        self.tools.tell(Step::Halt);
+        loop {
+            match self.link.order(STILL)? {
+                Some(Order::Last(last)) => {
+                    let (last, variables) = last?;
+                    return Ok((stood, last, variables));
+                }
+                Some(_) => {}
+                None if stood.elapsed() >= STILL => {
+                    self.link.put(Kind::Still, (0, 0), &[]);
+                    self.flush()?;
+                }
+                None => {}
+            }
+        }
+    }
+
+    fn answer(&mut self, wanted: Kind) -> std::result::Result<(), Failure> {
+        let (header, body) = self.link.take().map_err(Failure::Broken)?;
+        match header.kind {
+            kind if kind == wanted => Ok(()),
+            Kind::Refused => Err(Failure::Known(Refusal::error(&body))),
+            kind => Err(Failure::Broken(stream::damaged(format!(
+                "the other side answers {kind:?} in place of {wanted:?}"
+            )))),
+        }
+    }
+
+    fn pages(&mut self, pages: &Pages) -> Result<()> {
+        let mut left = pages.bytes();
+        let mut from = 0;
+        while let Some((offset, len)) = pages.run(from, PAGES_MAX) {
+            let begin = Instant::now();
+            let before = self.link.waiting();
+            let sent = self.link.moved();
+            self.run(offset, len)?;
+            let filled = self.link.waiting().saturating_sub(before);
+            if self.link.is_full() {
+                self.flush()?;
+            }
+            self.spare_bandwidth()?;
+            self.pace.keep(&self.tools);
+            if filled > len / 2 {
+                self.speed.bytes = self.speed.bytes.saturating_add(len);
+                self.speed.time = self.speed.time.saturating_add(begin.elapsed());
+            }
+            left = left.saturating_sub(len);
+            from = offset.saturating_add(len);
+            let progress = &self.tools.progress;
+            progress.remaining.store(left, Relaxed);
+            if self.link.moved() != sent {
+                progress.moved(self.link.moved(), self.begin.elapsed());
+            }
+        }
+        let begin = Instant::now();
+        self.flush()?;
+        self.speed.time = self.speed.time.saturating_add(begin.elapsed());
+        Ok(())
+    }
+
+    /// Puts a run of pages behind what waits.
+    fn run(&mut self, offset: u64, len: u64) -> Result<()> {
+        if self.holes.has(offset, len) {
+            self.link.put(Kind::Zeros, (offset, len), &[]);
+            return Ok(());
+        }
+        let mut room = std::mem::take(&mut self.room);
+        let place = room.get_mut(..len as usize).unwrap_or_default();
+        let read = read(&self.tools, offset, place);
+        // What is sent is what is read here, whatever the guest does to it.
+        let mut at = offset;
+        let mut rest: &[u8] = place;
+        while let Some(page) = rest.first_chunk::<{ PAGE as usize }>() {
+            let zero = is_zero(page);
+            let same = rest.chunks_exact(PAGE as usize);
+            let count = same.take_while(|page| is_zero(page) == zero).count();
+            let (now, later) = rest.split_at(count.saturating_mul(PAGE as usize));
+            let ram = (at, now.len() as u64);
+            match zero {
+                true => self.link.put(Kind::Zeros, ram, &[]),
+                false => self.link.put(Kind::Pages, ram, now),
+            }
+            at = at.saturating_add(now.len() as u64);
+            rest = later;
+        }
+        self.room = room;
+        read
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        let (link, pace, tools) = (&mut self.link, &mut self.pace, &self.tools);
+        link.flush(PERIOD, || pace.keep(tools))
+    }
+
+    /// Waits until no more than the bandwidth was used.
+    fn spare_bandwidth(&mut self) -> Result<()> {
+        if self.bandwidth == 0 {
+            return Ok(());
+        }
+        loop {
+            let bytes = self.link.moved().saturating_add(self.link.waiting());
+            let due = Duration::from_secs_f64(bytes as f64 / self.bandwidth as f64);
+            let wait = due.saturating_sub(self.begin.elapsed());
+            if wait.is_zero() {
+                return Ok(());
+            }
+            self.pace.keep(&self.tools);
+            self.flush()?;
+            self.link.pause(wait.min(PERIOD))?;
+        }
+    }
+}
+
+/// Copies RAM, counted without the hole.
+fn read(tools: &Tools, offset: u64, place: &mut [u8]) -> Result<()> {
+    let mut begin = 0;
+    for region in tools.memory.iter() {
+        let within = offset.wrapping_sub(begin);
+        if within < region.len() {
+            let address = region.start_addr();
+            let address = GuestAddress(address.0.saturating_add(within));
+            let read = tools.memory.read_slice(place, address);
+            return read.map_err(|e| Error::internal(format!("RAM: {e}")));
+        }
+        begin = begin.saturating_add(region.len());
+    }
+    Err(Error::internal("no such place in RAM"))
+}
+
+/// Why the machine has not left.
+enum Failure {
+    /// Somebody who knows has said that it never will run there.
+    Known(Error),
+    /// It depends on how far it was.
+    Broken(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure::Broken(error)
+    }
+}
