@@ -42,13 +42,14 @@ class Guest:
         disks: dict[str, tuple[list[Layer], list[Path]]] | None = None,
         rings: int = 2,
         kernel: bytes | None = None,
-        restore: int = -1,
+        restore: int | None = None,
         program: Sequence[str] = ("-m", "vmbus.worker.main"),
         **more: Any,
     ) -> None:
         """``kernel`` replaces the guests' ELF file; ``disks``: each one's layers and files.
 
-        ``restore`` is a saved machine to go on from, ``more`` what else its definition says."""
+        ``restore`` is a saved machine to go on from, -1 for one that comes from elsewhere; ``more`` what
+        else its definition says."""
         self.worker = WorkerProcess(kvm="/dev/kvm", rings=rings, program=program)
         try:
             self.service = self.worker.control()
@@ -70,10 +71,10 @@ class Guest:
                 on_reset=on_reset,
                 **more,
             )
-            if restore >= 0:
+            if restore is not None and restore >= 0:
                 self.worker.deliver("restore", os.dup(restore))
             self.configured = self.service.do(
-                Configure, uuid=UUID, definition=definition, restore=restore >= 0
+                Configure, uuid=UUID, definition=definition, restore=restore is not None
             )
         except BaseException:
             self.worker.close()

@@ -93,6 +93,29 @@ class Restore(_Request, tag="restore", frozen=True, kw_only=True):
     aside: str = ""
 
 
+class Send(_Request, tag="send", frozen=True, kw_only=True):
+    """Have the machine go on at the other end of the connected stream socket beside this, where another
+    worker was told Receive. It runs meanwhile, and stands for about ``downtime`` ms at last; at most
+    ``bandwidth`` bytes a second, 0 for as many as go. Result when it runs there, with the statistics in
+    ``stats``; it ends then, with reason ``migrated``. Anything else leaves it what it was; but for one
+    case: Disconnected, and it is paused, when nobody can know whether it runs there. Stats shows how far it
+    is (``migration``); it can be paused, resumed, reset and stopped until it stands.
+    """
+
+    downtime: Annotated[int, Meta(ge=1, le=3_600_000)] = 300
+    bandwidth: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+
+
+class Receive(_Request, tag="receive", frozen=True, kw_only=True):
+    """Go on with the machine that is sent from the other end of the connected stream socket beside this, to
+    one that was configured with ``restore`` (and without ``clone``). Result when it runs (or is paused:
+    with ``paused``, or if it was), with the statistics in ``stats``; it ends if it cannot. Its disks are
+    not touched before. Stats shows how far it is.
+    """
+
+    paused: bool = False
+
+
 class Snapshot(_Request, tag="snapshot", frozen=True, kw_only=True):
     """Write the machine to the empty file beside this, take an internal snapshot ``name`` of each disk that
     can be written to, and go on. Result when all that is durable; if anything fails, nothing of it is
@@ -112,7 +135,8 @@ class Tidy(_Request, tag="tidy", frozen=True, kw_only=True):
 
 
 class CancelSave(_Request, tag="cancel-save", frozen=True, kw_only=True):
-    """Stop a save or a restore: its result is Cancelled. No error if there is nothing to stop."""
+    """Stop a save or a restore, Send or Receive: its result is Cancelled, unless it is too late. No error if
+    there is nothing to stop."""
 
 
 class Run(_Request, tag="run", frozen=True, kw_only=True):
@@ -251,6 +275,8 @@ Request = (
     | Save
     | Restore
     | CancelSave
+    | Send
+    | Receive
     | Snapshot
     | Tidy
     | Media
@@ -282,6 +308,7 @@ EndReason = Literal[
     "guest-reset",
     "stopped",
     "saved",
+    "migrated",
     "guest-panic",
     "triple-fault",
     "kvm-internal-error",

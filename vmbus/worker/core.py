@@ -38,7 +38,16 @@ from vmbus.worker.loop import Loop
 
 ABI: Final = 2
 PROFILES: Final = {"plain": 0, "vfio": 1}
-ROLES: Final = {"main": 0, "control": 1, "vcpu": 2, "block": 3, "network": 4, "memory": 5, "crew": 6}
+ROLES: Final = {
+    "main": 0,
+    "control": 1,
+    "vcpu": 2,
+    "block": 3,
+    "network": 4,
+    "memory": 5,
+    "crew": 6,
+    "migration": 7,
+}
 SLOT_OPERATIONS: Final = {"attach-disk": 0, "attach-nic": 1, "detach": 2, "keep": 3, "medium": 4, "vsock": 5}
 OPERATIONS: Final = {
     "run": 0,
@@ -53,7 +62,7 @@ OPERATIONS: Final = {
     "cancel-prefault": 9,
     "cancel-save": 10,
 }
-FILE_OPERATIONS: Final = {"save": 0, "restore": 1, "tidy": 2}
+FILE_OPERATIONS: Final = {"save": 0, "restore": 1, "tidy": 2, "send": 3, "receive": 4}
 
 
 class CoreError(msgspec.Struct):

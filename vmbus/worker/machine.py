@@ -4,12 +4,12 @@
 | state | comes from | requests |
 |---|---|---|
 | ready | the start | AddFile, Configure, Console, Stop |
-| configured | Configure, once built | Run or Restore, Console, Stop, Stats, memory, links |
-| running | Run, Resume | Shutdown, Reset, Pause, Save, Stop, Stats, Console, memory, links, devices |
-| paused | Pause, Save, Restore | Resume, Reset, Save, Stop, Stats, Console, memory, links, devices |
-| ended | the guest, Stop, Save, an error, a build or a restore that failed | none |
+| configured | Configure, once built | Run, Restore or Receive, Console, Stop, Stats, memory, links |
+| running | Run, Resume, Receive | Shutdown, Reset, Pause, Save, Send, Stop, Stats, Console, and the rest |
+| paused | Pause, Save, Restore, Receive | Resume, Reset, Save, Send, Stop, Stats, Console, and the rest |
+| ended | the guest, Stop, Save, Send, an error, a build, a restore or Receive that failed | none |
 
-About devices are Attach, Detach, Keep, Change, Media and Vsock.
+The rest: memory, links and devices; about devices are Attach, Detach, Keep, Change, Media and Vsock.
 
 A worker is used once: after the end (its last event is the reason) it goes as soon as the service has
 stored that event, or when no control connection was there for LINGER_SECONDS. A machine that cannot be
@@ -40,12 +40,14 @@ from vmbus.wire.worker import (
     OpenPort,
     Pause,
     Prefault,
+    Receive,
     Request,
     Reset,
     Restore,
     Resume,
     Run,
     Save,
+    Send,
     Shutdown,
     Snapshot,
     State,
@@ -156,6 +158,8 @@ class Machine:
             self._change(request, reply)
         elif isinstance(request, Save | Snapshot):
             self._save(request, fds, reply)
+        elif isinstance(request, Send | Receive):
+            self._migrate(request, fds, reply)
         elif isinstance(request, Tidy):
             self._require("tidy", frozenset({"configured", *_PLUGGABLE}))
             self.core.keep("tidy", self._expect("tidy", reply), undo=request.undo, drop=request.drop)
@@ -331,6 +335,23 @@ class Machine:
             self.core.keep("save", number, fd=fds[0], snapshot=request.name)
         else:
             self.core.keep("save", number, fd=fds[0], end=request.end)
+
+    def _migrate(self, request: Send | Receive, fds: list[int], reply: Reply) -> None:
+        receives = isinstance(request, Receive)
+        try:
+            self._require(
+                "receive" if receives else "send", frozenset({"configured"}) if receives else _PLUGGABLE
+            )
+            if not fds:
+                raise VmbusError("InvalidArgument", "no socket came with the message", argument="socket")
+        except VmbusError:
+            close(fds)
+            raise
+        if isinstance(request, Receive):
+            self.core.keep("receive", self._expect("receive", reply), fd=fds[0], paused=request.paused)
+            return
+        number = self._expect("send", reply)
+        self.core.keep("send", number, fd=fds[0], downtime=request.downtime, bandwidth=request.bandwidth)
 
     def _restore(self, request: Restore, reply: Reply) -> None:
         self._require("restore", frozenset({"configured"}))

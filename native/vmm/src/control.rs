@@ -129,8 +129,7 @@ impl Control {
         devices: (Vec<Arc<dyn Device>>, Hotplug, Option<Dog>),
         memory: (Option<Arc<Balloon>>, Crew),
         platform: Platform,
-        on_reset: OnReset,
-        (keeping, moving): (Keeping, Moving),
+        (on_reset, keeping, moving): (OnReset, Keeping, Moving),
     ) -> Control {
         let (devices, hotplug, watchdog) = devices;
         let (balloon, crew) = memory;

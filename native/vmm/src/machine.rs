@@ -271,8 +271,7 @@ impl Machine {
             (devices.list, devices.hotplug, watchdog.zip(config.watchdog)),
             (balloon, crew),
             platform,
-            config.on_reset,
-            (keeping, moving),
+            (config.on_reset, keeping, moving),
         );
         let control = thread::spawn("control", Role::Control, &hook, move || control.run())?;
         Ok(Machine {

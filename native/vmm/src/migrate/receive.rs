@@ -259,9 +259,9 @@ impl Receiver {
     /// Waits for what the control thread makes of it.
     fn done(&mut self) -> Result<()> {
         loop {
-            match self.link.order(Duration::from_secs(60))? {
-                Some(Order::Loaded(result) | Order::Runs(result)) => return result,
-                Some(_) | None => {}
+            let order = self.link.order(Duration::from_secs(60))?;
+            if let Some(Order::Loaded(result) | Order::Runs(result)) = order {
+                return result;
             }
         }
     }
