@@ -79,6 +79,28 @@ void mode_disk_pattern(void)
     print("pattern: done, %lu sectors from %lu\n", count, first);
 }
 
+/* disk-span sector=N bytes=N times=N: one request over all of it, again and again; the sum of the sectors' first words. */
+void mode_disk_span(void)
+{
+    volatile u64 *span = (volatile u64 *)0x800000;
+    u64 bytes = option("bytes", 512), times = option("times", 1), sum = 0;
+    if (!start())
+        return;
+    for (u64 time = 0; time < times; time++) {
+        for (u64 word = 0; word < bytes / 8; word += 64)
+            span[word] = 0;
+        u8 status = block_request_at(BLOCK_IN, option("sector", 0), span, bytes);
+        if (status) {
+            print("span: status %u\n", status);
+            return;
+        }
+        sum = 0;
+        for (u64 word = 0; word < bytes / 8; word += 64)
+            sum += span[word];
+    }
+    print("span: %lu bytes, sum %lx\n", bytes, sum);
+}
+
 /* disk-zero sector=N count=N: write zeroes, then a discard of the same. */
 void mode_disk_zero(void)
 {

@@ -112,6 +112,7 @@ void mode_pci_list(void);
 void mode_disk_read(void);
 void mode_disk_id(void);
 void mode_disk_pattern(void);
+void mode_disk_span(void);
 void mode_disk_zero(void);
 void mode_disk_loop(void);
 void mode_disk_interrupt(void);

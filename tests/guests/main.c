@@ -28,6 +28,7 @@ static const struct mode modes[] = {
     { "disk-read", mode_disk_read },
     { "disk-id", mode_disk_id },
     { "disk-pattern", mode_disk_pattern },
+    { "disk-span", mode_disk_span },
     { "disk-zero", mode_disk_zero },
     { "disk-loop", mode_disk_loop },
     { "disk-interrupt", mode_disk_interrupt },

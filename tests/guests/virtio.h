@@ -86,6 +86,8 @@ extern volatile struct request request;
 extern volatile u8 request_status;
 extern volatile u64 sector_data[64 * 8];
 u8 block_request(u32 type, u64 sector, u32 len);
+/* The same elsewhere than in sector_data. */
+u8 block_request_at(u32 type, u64 sector, volatile void *data, u32 len);
 u64 block_capacity(void);
 
 #endif

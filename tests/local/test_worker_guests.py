@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -314,6 +316,25 @@ class TestDisks:
             for wrong in (b"differently", b"none", b"features refused", b"status 1", b"status 2"):
                 assert wrong not in said, said
         subprocess.run(["qemu-img", "check", "-q", str(images["top"])], check=True)
+
+    def test_compressed_clusters_are_expanded_behind_the_filters(self, tmp_path: Path) -> None:
+        """By the I/O thread and the threads that help it, 32 clusters a request."""
+        raw, packed = tmp_path / "content.raw", tmp_path / "packed.qcow2"
+        words = [sector * 0x9E3779B97F4A7C15 % 2**64 for sector in range(4096)]
+        raw.write_bytes(b"".join(struct.pack("<64Q", word, *range(63)) for word in words))
+        how = ["-O", "qcow2", "-c", "-o", "cluster_size=64k"]
+        subprocess.run(["qemu-img", "convert", "-f", "raw", *how, str(raw), str(packed)], check=True)
+        disks = {"root": ([Layer(format="qcow2")], [packed])}
+        with Guest("disk-span bytes=2097152 times=5", vcpus=2, disks=disks) as guest:
+            tasks = Path(f"/proc/{guest.worker.pid}/task").glob("*/comm")
+            names = [task.read_text().strip() for task in tasks]
+            helpers = min(2, len(os.sched_getaffinity(0)) - 1)
+            assert sum(name.startswith("coder-") for name in names) == helpers
+            guest.start()
+            said = guest.said(b"span: 2097152 bytes, sum ")
+            assert guest.service.event("ended", seconds=60).reason == "guest-poweroff"
+            said += drained(guest.console)
+            assert b"sum %x" % (sum(words) % 2**64) in said
 
     def test_a_write_that_the_file_refuses_is_the_guest_s_error_and_not_the_end(self, tmp_path: Path) -> None:
         image = tmp_path / "small.raw"

@@ -29,7 +29,8 @@ pub enum Role {
     Block,
     /// Reads and writes taps.
     Network,
-    /// Gives the guest's memory to the host and takes it back: madvise, which every role has, and waiting.
+    /// Works on memory alone: gives the guest's to the host and takes it back (madvise, which every role has), or expands
+    /// and encrypts what I/O threads have read or will write. And it waits.
     Memory,
     /// Goes over the guest's memory: touches it, moves it to and from the file of a saved machine.
     Crew,

@@ -12,6 +12,8 @@
 //! A disk grows between two requests: nothing more is begun, and when nothing is in flight the image is resized
 //! (which is a matter of metadata) and the driver told.
 
+#[cfg(test)]
+mod coded_tests;
 mod counters;
 mod scsi;
 #[cfg(test)]
@@ -20,7 +22,7 @@ mod server;
 
 use std::sync::Arc;
 
-use vmbus_qcow2::{Image, Ring};
+use vmbus_qcow2::{Image, Pool, Ring};
 
 use crate::error::{Error, Kind, Result};
 use crate::io::{IoThread, Port, Trouble};
@@ -52,7 +54,7 @@ pub enum Served {
 }
 
 /// Starts thread `index` on `ring` (None: plain system calls), to serve these; a port for each comes back.
-/// `trouble` hears of an end that nobody asked for.
+/// `trouble` hears of an end that nobody asked for; `pool` helps with compressed and encrypted images.
 ///
 /// # Errors
 /// `Unavailable` when the kernel gives no thread or the ring has no room for all files.
@@ -60,12 +62,13 @@ pub fn start(
     index: usize,
     ring: Option<Ring>,
     served: Vec<Served>,
+    pool: Option<Arc<Pool>>,
     hook: &ThreadHook,
     trouble: &Trouble,
 ) -> Result<(IoThread, Vec<Port>)> {
     let name = format!("block-{index}");
     IoThread::start(&name, Role::Block, served.len(), hook, trouble, |mailbox| {
-        Server::new(ring, served, mailbox)
+        Server::new(ring, served, pool, mailbox)
     })
 }
 

@@ -15,6 +15,7 @@ use vmbus_qcow2::{Image, Ring};
 use crate::balloon;
 use crate::block::{self, Counters, ScsiUnit, Served};
 use crate::bus::{Bus, BusDevice};
+use crate::coders::Coders;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::hotplug::{Arrival, Hotplug};
@@ -163,8 +164,9 @@ pub struct Devices {
     pub targets: BTreeMap<String, u8>,
 }
 
-/// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, one for
-/// all network interfaces, those to come included, and one for the balloon, if there is one.
+/// Builds them: one I/O thread for each ring, or one with plain system calls when there is none, some that help these
+/// with compressed and encrypted images, one for all network interfaces, those to come included, and one for the balloon, if
+/// there is one.
 ///
 /// # Errors
 /// `InvalidArgument` for more disks, interfaces or queues than there may be; `Unavailable` when the kernel gives no thread,
@@ -219,6 +221,17 @@ pub fn assemble(
             .into_iter()
             .filter_map(|n| Some((n.slot?, Arrival::Nic(n)))),
     );
+    let mut images = disks.iter().map(|disk| &disk.image);
+    let mut media = units_wanted.iter().filter_map(|unit| unit.image.as_ref());
+    let mut later = arrivals.iter().filter_map(|(_, arrival)| match arrival {
+        Arrival::Disk(disk) => Some(&disk.image),
+        Arrival::Nic(_) => None,
+    });
+    let coded = |image: &Arc<Image>| image.is_coded();
+    let coders = match images.any(coded) || media.any(coded) || later.any(coded) {
+        true => Coders::new(board.vcpus, hook)?,
+        false => None,
+    };
     let mut rings: Vec<Option<Ring>> = rings.into_iter().map(Some).collect();
     if rings.is_empty() {
         rings.push(None);
@@ -287,7 +300,8 @@ pub fn assemble(
     let mut served_by = Vec::new();
     for (index, (ring, share)) in rings.into_iter().zip(shares).enumerate() {
         let (served, endpoints): (Vec<_>, Vec<_>) = share.into_iter().unzip();
-        let (thread, ports) = block::start(index, ring, served, hook, &board.trouble)?;
+        let pool = coders.as_ref().map(|coders| coders.pool().clone());
+        let (thread, ports) = block::start(index, ring, served, pool, hook, &board.trouble)?;
         threads.push(Arc::new(thread));
         served_by.extend(endpoints.into_iter().zip(ports));
     }
@@ -401,6 +415,7 @@ pub fn assemble(
     list.extend(threads.into_iter().map(|thread| thread as Arc<dyn Device>));
     list.push(network);
     list.extend(others);
+    list.extend(coders.map(|coders| Arc::new(coders) as Arc<dyn Device>));
     Ok(Devices {
         config_ports,
         list,

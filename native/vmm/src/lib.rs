@@ -21,6 +21,7 @@ pub mod balloon;
 pub mod block;
 pub mod boot;
 pub mod bus;
+mod coders;
 pub mod config;
 mod control;
 pub mod cpu;

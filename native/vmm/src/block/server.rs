@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress};
-use vmbus_qcow2::{Completion, Engine, Image, Op, Request, Ring, Slot};
+use vmbus_qcow2::{Completion, Engine, Image, Op, Pool, Request, Ring, Slot};
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use super::scsi::{is_for_events, Adapter, Begun, Waiting};
@@ -145,12 +145,16 @@ impl Server {
     pub(super) fn new(
         ring: Option<Ring>,
         served: Vec<Served>,
+        pool: Option<Arc<Pool>>,
         mailbox: Arc<Mailbox>,
     ) -> Result<Server> {
-        let engine = match ring {
+        let mut engine = match ring {
             Some(ring) => Engine::uring(ring),
             None => Engine::blocking().map_err(|e| Error::kernel("eventfd", e))?,
         };
+        if let Some(pool) = pool {
+            engine.use_pool(&pool);
+        }
         let epoll = Epoll::new().map_err(|e| Error::kernel("epoll_create1", e))?;
         watch(&epoll, mailbox.wake.as_raw_fd(), EventSet::IN, WAKE)?;
         watch(&epoll, engine.event_fd(), EventSet::IN, ENGINE)?;

@@ -69,8 +69,23 @@ impl Rig {
 
     /// The same with another link.
     pub fn linked(ring: Option<Ring>, link: Link, wire: Vec<UnixDatagram>) -> Rig {
-        let wiring = Arc::new(FakeWiring::default());
         let file = nameless_file();
+        let root = image(file.try_clone().unwrap(), false);
+        Rig::built(ring, (link, wire), (root, file))
+    }
+
+    /// The same with another first disk, which nobody looks at from outside.
+    pub fn on(ring: Option<Ring>, root: Arc<Image>) -> Rig {
+        let link = (Link::Tap(Tap::sockets(Vec::new())), Vec::new());
+        Rig::built(ring, link, (root, nameless_file()))
+    }
+
+    fn built(
+        ring: Option<Ring>,
+        (link, wire): (Link, Vec<UnixDatagram>),
+        (root, file): (Arc<Image>, File),
+    ) -> Rig {
+        let wiring = Arc::new(FakeWiring::default());
         let trouble = Arc::new(Mutex::new(Vec::new()));
         let heard = trouble.clone();
         let board = Board {
@@ -85,8 +100,8 @@ impl Rig {
         };
         let (mmio, memory) = (board.mmio.clone(), board.memory.clone());
         let disks = vec![
-            disk("root", file.try_clone().unwrap(), false),
-            disk("data", nameless_file(), true),
+            disk("root", root, false),
+            disk("data", image(nameless_file(), true), true),
         ];
         let rings = ring.into_iter().collect();
         let nic = NicSpec {
@@ -224,10 +239,10 @@ fn scsi(id: &str, file: Option<File>, cdrom: bool) -> ScsiSpec {
     }
 }
 
-fn disk(id: &str, file: File, read_only: bool) -> DiskSpec {
+fn disk(id: &str, image: Arc<Image>, read_only: bool) -> DiskSpec {
     DiskSpec {
         id: id.to_owned(),
-        image: image(file, read_only),
+        image,
         read_only,
         serial: format!("serial-{id}"),
         queues: 0,
