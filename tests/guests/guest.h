@@ -129,6 +129,7 @@ void mode_net_reach(void);
 void mode_net_serve(void);
 void mode_plug(void);
 void mode_net_spoof(void);
+void mode_net_hear(void);
 void mode_net_ping(void);
 void mode_scsi(void);
 void mode_scsi_hostile(void);

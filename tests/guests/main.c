@@ -45,6 +45,7 @@ static const struct mode modes[] = {
     { "net-serve", mode_net_serve },
     { "plug", mode_plug },
     { "net-spoof", mode_net_spoof },
+    { "net-hear", mode_net_hear },
     { "net-ping", mode_net_ping },
     { "scsi", mode_scsi },
     { "scsi-hostile", mode_scsi_hostile },

@@ -4,7 +4,7 @@
 #include "net.h"
 #include "virtio.h"
 
-enum { RX = 0, TX = 1, FRAME = 2048, HEADER = 12 };
+enum { RX = 0, TX = 1, CONTROL = 2, FRAME = 2048, HEADER = 12 };
 enum { OFFLOADS = 1 << 0 | 1 << 1 | 0x7f << 7 | 1 << 15 | 1 << 22 };
 
 static volatile struct rings receive, transmit;
@@ -13,6 +13,10 @@ static volatile u8 answer[FRAME] __attribute__((aligned(4096)));
 static u16 sent;
 static u16 seen;
 u8 net_mac[6];
+int net_promiscuous;
+static volatile struct rings control;
+/* virtio 1.2, 5.1.6.5.1: class VIRTIO_NET_CTRL_RX, command PROMISC, on; and the device's answer. */
+static volatile u8 order[4] = { 0, 0, 1, 0xff };
 volatile u8 *const net_out = answer + HEADER;
 
 static void queue(u16 index, volatile struct rings *rings)
@@ -33,6 +37,24 @@ static void give(u16 buffer)
     receive.available.ring[receive.available.index % SIZE] = buffer;
     barrier();
     receive.available.index++;
+}
+
+static void hear_all(void)
+{
+    control.descriptors[0].address = (u64)order;
+    control.descriptors[0].len = 3;
+    control.descriptors[0].flags = DESCRIPTOR_NEXT;
+    control.descriptors[0].next = 1;
+    control.descriptors[1].address = (u64)(order + 3);
+    control.descriptors[1].len = 1;
+    control.descriptors[1].flags = DESCRIPTOR_WRITE;
+    control.available.ring[0] = 0;
+    barrier();
+    control.available.index = 1;
+    virtio_kick(CONTROL);
+    while (control.used.index != 1 && !(virtio_status() & NEEDS_RESET))
+        pause();
+    print("net: promiscuous: %u\n", (u32)order[3]);
 }
 
 int net_start(void)
@@ -58,12 +80,16 @@ int net_start(void)
         net_mac[i] = *(volatile u8 *)(virtio.device + i);
     queue(RX, &receive);
     queue(TX, &transmit);
+    if (net_promiscuous)
+        queue(CONTROL, &control);
     for (u16 buffer = 0; buffer < SIZE; buffer++)
         give(buffer);
     virtio_write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     virtio_kick(RX);
     print("net: mac %x:%x:%x:%x:%x:%x mtu %u\n", net_mac[0], net_mac[1], net_mac[2], net_mac[3], net_mac[4], net_mac[5],
           (u32)*(volatile u16 *)(virtio.device + 10));
+    if (net_promiscuous)
+        hear_all();
     return 1;
 }
 

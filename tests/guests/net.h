@@ -10,6 +10,7 @@ extern u8 net_mac[6];
 /* Where a frame to be sent is written, up to 1514 bytes. */
 extern volatile u8 *const net_out;
 
+extern int net_promiscuous; /* set before net_start: all frames that there are shall come */
 int net_start(void); /* 0 if there is none */
 void net_send(u32 len); /* waits until the device has it */
 const volatile u8 *net_receive(u32 *len); /* 0 if nothing has come */

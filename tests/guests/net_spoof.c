@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A guest that says it is somebody else.
+/* A guest that says it is somebody else, and one that listens to others.
  *
+ * net-hear: is promiscuous, and says the letter of each frame of 60 bytes that ends so, whoever it was for.
  * net-spoof: sends frames to everybody, of 60 bytes each, that end with "vmbus" and a letter: a capital for what its
  * own address, 10.99.0.2 and its MAC, may say. */
 
@@ -110,4 +111,23 @@ void mode_net_spoof(void)
     print("net: done\n");
     for (;;)
         pause();
+}
+
+void mode_net_hear(void)
+{
+    static const u8 mark[5] = { 'v', 'm', 'b', 'u', 's' };
+    net_promiscuous = 1;
+    if (!net_start())
+        return;
+    for (;;) {
+        u32 len;
+        const volatile u8 *frame = net_receive(&len);
+        if (!frame) {
+            pause();
+            continue;
+        }
+        if (len >= 60 && same(frame + 54, mark, 5))
+            print("net: heard %c\n", frame[59]);
+        net_done();
+    }
 }

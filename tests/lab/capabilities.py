@@ -26,7 +26,7 @@ from tests.lab.kernels import CACHE
 
 NESTED: Final = frozenset(
     {"bridge", "cgroup-v2-controllers", "fuse", "hugepages", "io-uring", "ksm", "kvm", "kvm-hardware"}
-    | {"landlock", "numa", "psi", "root", "systemd-in-namespaces", "tap"}
+    | {"landlock", "macvtap", "numa", "psi", "root", "systemd-in-namespaces", "tap"}
 )
 """What the nested host has."""
 
@@ -185,6 +185,15 @@ def _tap() -> str:
     return _in_a_network_of_its_own("ip", "tuntap", "add", "tap0", "mode", "tap")
 
 
+def _macvtap() -> str:
+    """The kind of interface, and a /dev that the kernel fills."""
+    script = "ip link add v0 type veth peer name v1; ip link add link v0 name m0 type macvtap || exit 1; "
+    script += (
+        "n=$(ip -o link show m0 | cut -d: -f1); test -c /dev/tap$n || { echo no /dev/tap$n >&2; exit 1; }"
+    )
+    return _in_a_network_of_its_own("sh", "-c", script)
+
+
 def _selinux() -> str:
     return "" if Path("/sys/fs/selinux/enforce").exists() else "SELinux is off"
 
@@ -255,6 +264,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "kvm-hardware": _kvm_hardware,
     "landlock": _landlock,
     "libvirt": _program("virsh"),
+    "macvtap": _macvtap,
     "nested-host": _nested_host,
     "numa": _numa,
     "psi": _psi,

@@ -119,7 +119,7 @@ def test_what_needs_no_root_is_loaded_after_it_was_given_up(loaded: set[tuple[in
     assert not [name for name in as_root if name.startswith("vmbus.broker.dropped")]
     assert {
         f"vmbus.broker.dropped.{name}"
-        for name in ("accounts", "files", "memfd", "mergers", "policy", "settings", "survey", "taps")
+        for name in ("accounts", "files", "links", "memfd", "mergers", "policy", "settings", "survey", "taps")
     } <= dropped
     assert (ALICE, "vmbus.broker.dropped.files") in loaded
 

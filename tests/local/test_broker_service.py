@@ -97,6 +97,26 @@ BAD = {
     "a path of 5000 bytes": msgspec.msgpack.encode(
         {"op": "open", "id": 1, "uuid": new_uuid(), "slot": "kernel", "path": "/" + "x" * 5000}
     ),
+    **{
+        f"a machine with {memory} bytes and {vcpus} vCPUs": msgspec.msgpack.encode(
+            {"op": "spawn", "id": 1, "uuid": new_uuid(), "memory": memory, "vcpus": vcpus}
+        )
+        for memory, vcpus in ((0, 1), (-(1 << 20), 1), (1 << 50, 1), (1 << 20, 0), (1 << 20, 1000))
+    },
+    **{
+        f"a tap with {queues} queues": msgspec.msgpack.encode(
+            {
+                "op": "tap",
+                "id": 1,
+                "uuid": new_uuid(),
+                "slot": "n",
+                "mac": "52:54:00:00:00:01",
+                "queues": queues,
+            }
+        )
+        for queues in (-1, 17)
+    },
+    "a negative amount": msgspec.msgpack.encode({"op": "check", "id": 1, "uid": 1, "locked": -1}),
     "a list": msgspec.msgpack.encode([1, 2, 3]),
     "not msgpack": b"\xc1\xff\x00",
     "two messages in one": msgspec.msgpack.encode({"op": "workers", "id": 1}) * 2,

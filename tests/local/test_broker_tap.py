@@ -133,9 +133,6 @@ def test_a_bridge_that_is_not_granted_or_not_there_is_refused(bed: Bed) -> None:
     ):
         reply = client.ask(wire.Tap, uuid=machine.uuid, slot="nic/a", mac=MAC, bridge=bridge)
         assert (reply.error, reply.argument) == (error, "bridge")
-    assert (
-        client.ask(wire.Tap, uuid=mine.uuid, slot="n", mac=MAC, bridge="vmbt0", queues=0).argument == "queues"
-    )
     ip("link", "del", "vmbt0")
     assert client.ask(wire.Tap, uuid=mine.uuid, slot="n", mac=MAC, bridge="vmbt0").error == "NotFound"
     ip("link", "add", "vmbt0", "type", "bridge")

@@ -31,7 +31,7 @@ def test_a_task_waits_for_what_is_pending_and_gets_its_value_or_error() -> None:
     assert not outcome.settled
     first.settle(7)
     first.settle(8)
-    second.fail(VmbusError("Timeout", "x"))
+    second.settle(None, VmbusError("Timeout", "x"))
     assert outcome.result() == "7 Timeout"
 
 

@@ -41,9 +41,8 @@ User = tuple[int, list[int]]  # uid, gids
 Caps = Sequence[int]  # CAP_* of prctl
 
 
-class _Report(msgspec.Struct):
-    value: msgspec.Raw
-    error: tuple[str, str, str] | None
+# A value, or an error: kind, message, argument.
+_Report = tuple[msgspec.Raw, tuple[str, str, str] | None]
 
 
 class Channel:
@@ -54,8 +53,7 @@ class Channel:
 
     def report(self, value: Any, error: tuple[str, str, str] | None = None) -> None:
         """Hand the value, or the error (kind, message, argument), to the broker."""
-        report = _Report(msgspec.Raw(msgspec.msgpack.encode(value)), error)
-        self.socket.send(msgspec.msgpack.encode(report))
+        self.socket.send(msgspec.msgpack.encode((value, error)))
 
 
 Work = Callable[[Channel], None]
@@ -82,18 +80,18 @@ class Child(Generic[T]):
     def _read(self) -> None:
         self._loop.unwatch(self.socket.fileno())
         try:
-            report = msgspec.msgpack.decode(self.socket.recv(LIMIT, socket.MSG_DONTWAIT), type=_Report)
-            if report.error is None:
-                self.reported.settle(msgspec.msgpack.decode(report.value, type=self._kind))
+            value, error = msgspec.msgpack.decode(self.socket.recv(LIMIT, socket.MSG_DONTWAIT), type=_Report)
+            if error is None:
+                self.reported.settle(msgspec.msgpack.decode(value, type=self._kind))
             else:
-                kind, message, argument = report.error
+                kind, message, argument = error
                 known = kind if kind in KINDS else "Internal"
-                self.reported.fail(VmbusError(known, message, argument=argument))
+                self.reported.settle(None, VmbusError(known, message, argument=argument))
         except (OSError, msgspec.MsgspecError, ValueError):
-            self.reported.fail(VmbusError("Internal", "a child of the broker ended without a report"))
+            self.reported.settle(None, VmbusError("Internal", "a child of the broker ended without a report"))
 
     def _too_late(self) -> None:
-        self.reported.fail(VmbusError("Timeout", "the operation did not end within its deadline"))
+        self.reported.settle(None, VmbusError("Timeout", "the operation did not end within its deadline"))
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _ended(self) -> None:
@@ -168,11 +166,11 @@ def dropped(
     """Work for a child that is ``user``, with the capabilities ``caps``: ``what`` of dropped/``module``.py.
 
     That is called with ``arguments`` and the channel, whose descriptors are followed by those of the paths
-    ``opened`` as root (made if they are not there). Named by strings, for it is not loaded as root.
+    ``opened`` as root. Named by strings, for it is not loaded as root.
     """
 
     def work(channel: Channel) -> None:
-        channel.fds += [os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for path in opened]
+        channel.fds += [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in opened]
         become(*user, caps)
         getattr(importlib.import_module(f"vmbus.broker.dropped.{module}"), what)(*arguments, channel)
 
@@ -218,7 +216,7 @@ class Crew:
     def _give_up(self, user: int, turn: Pending[None]) -> None:
         self._queue.remove((user, turn))
         message = f"{self._busy[user]} earlier operations for this user have not ended; a file system hangs"
-        turn.fail(VmbusError("Timeout", message))
+        turn.settle(None, VmbusError("Timeout", message))
 
     def _left(self, user: int) -> None:
         self._busy[user] -= 1

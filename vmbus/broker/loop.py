@@ -35,16 +35,12 @@ class Pending(Generic[T]):
         self._waiting: list[Call] = []
 
     def settle(self, value: T | None, error: Exception | None = None) -> None:
-        """Give the value, or the error, to all who wait."""
+        """Give the value to all who wait, or raise the error in them."""
         if not self.settled:
             self.settled, self._value, self._error = True, value, error
             for resume in self._waiting:
                 resume()
             self._waiting.clear()
-
-    def fail(self, error: Exception) -> None:
-        """Raise ``error`` in all who wait."""
-        self.settle(None, error)
 
     def when_settled(self, resume: Call) -> None:
         """Call ``resume`` once settled (now, if it is)."""
@@ -76,7 +72,7 @@ def start(task: Task[T]) -> Pending[T]:
             outcome.settle(stop.value)
         except Exception as error:
             log(f"a task failed: {type(error).__name__}: {error}")
-            outcome.fail(error)
+            outcome.settle(None, error)
 
     advance()
     return outcome

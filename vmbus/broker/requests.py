@@ -19,8 +19,6 @@ from vmbus.wire import broker as wire
 from vmbus.wire.errors import VmbusError
 from vmbus.wire.inlet import Greeting
 
-MOST_QUEUES, MOST_MEMORY, MOST_VCPUS = 16, 510 << 30, 16
-
 Answer = tuple[wire.Reply, list[int]]  # the fds are the caller's to send and to close
 
 
@@ -95,8 +93,6 @@ class Requests:
             rights.check_grant("user-network" + request.kind.removeprefix("passt"))
             yield from self._workers.help(request)
             return wire.Reply(id=request.id), []
-        _in_range("memory", request.memory, MOST_MEMORY)
-        _in_range("vcpus", request.vcpus, MOST_VCPUS)
         self._workers.must_not_have(request.uuid)
         rights.check_quota(self._workers.used_by(rights.uid), amounts(request))
         return wire.Reply(id=request.id), (yield from self._workers.provide(request, rights.uid))
@@ -110,15 +106,21 @@ class Requests:
         return wire.Reply(id=request.id, identity=identity), []
 
     def do_tap(self, request: wire.Tap) -> Task[Answer]:
-        rights = yield from self._owners.rights_of(request.uuid)
-        _in_range("queues", request.queues, MOST_QUEUES)
-        rights.check_grant(f"bridges.{request.bridge}")
-        worker = self._workers.get(request.uuid)
+        rights, worker = (yield from self._owners.rights_of(request.uuid)), self._workers.get(request.uuid)
         worker.taps += 1
         # At most 15 characters; a worker's uid is its own on the whole host, whatever the instance.
         name = f"vt{worker.record.worker_uid:08x}{worker.taps & 0xFFFF:x}"
+        mark = self._workers.mark(worker.name, worker.record.worker_uid) + f"{request.slot};"
+        if not request.queues:
+            yield from self._crew.run(0, tap.sweep([], [mark]), int, [])
+            return wire.Reply(id=request.id), []
+        wanted = f"interfaces.{request.interface}" if request.interface else f"bridges.{request.bridge}"
+        rights.check_grant(wanted)
+        node = "/dev/net/tun"
+        if request.interface:
+            node = f"/dev/tap{(yield from self._crew.run(0, tap.prepare(request, name, mark), int, []))}"
         with worker.directory.connect(Greeting(role="inlet")) as inlet:
-            work = tap.make(request, name, self._workers.mark(worker.name, worker.record.worker_uid))
+            work = tap.make(request, name, mark, [node] * request.queues)
             log((yield from self._crew.run(0, work, str, [inlet.fileno()])))
         return wire.Reply(id=request.id), []
 
@@ -143,8 +145,3 @@ class Requests:
 
     def do_connect(self, request: wire.Connect) -> Answer:
         return wire.Reply(id=request.id), self._workers.get(request.uuid).connect_control()
-
-
-def _in_range(argument: str, value: int, most: int) -> None:
-    if not 0 < value <= most:
-        raise VmbusError("InvalidArgument", f"{argument} is {value}, not 1 … {most}", argument=argument)

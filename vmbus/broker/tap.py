@@ -7,15 +7,20 @@ from vmbus.broker.children import Work, dropped
 from vmbus.wire.broker import Tap
 
 
-def make(request: Tap, name: str, mark: str) -> Work:
-    """A child's work: make tap ``name``, with CAP_NET_ADMIN only. Reports what was made."""
-    opened = ["/dev/net/tun"] * request.queues
-    return dropped("taps", "make", request, name, mark, caps=[prctl.CAP_NET_ADMIN], opened=opened)
+def prepare(request: Tap, name: str, mark: str) -> Work:
+    """A child's work: make macvtap ``name``, with CAP_NET_ADMIN only. Reports its index, for /dev/tapN."""
+    return dropped("macvtaps", "prepare", request, name, mark, caps=[prctl.CAP_NET_ADMIN])
 
 
-def sweep(keep: list[str], prefixes: list[str]) -> Work:
+def make(request: Tap, name: str, mark: str, opened: list[str]) -> Work:
+    """The same, for a tap; or hand over macvtap ``name``, which ``opened`` is. Reports what was made."""
+    module = "macvtaps" if request.interface else "taps"
+    return dropped(module, "make", request, name, mark, caps=[prctl.CAP_NET_ADMIN], opened=opened)
+
+
+def sweep(keep: list[str], prefixes: list[str], uids: range = range(0)) -> Work:
     """A child's work: delete what has a mark that begins with one of ``prefixes``, but for ``keep``."""
-    return dropped("taps", "sweep", keep, prefixes, caps=[prctl.CAP_NET_ADMIN])
+    return dropped("links", "sweep", keep, prefixes, uids, caps=[prctl.CAP_NET_ADMIN])
 
 
 def fence(uid: int, mark: str, command: list[str]) -> Work:

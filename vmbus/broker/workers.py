@@ -108,6 +108,7 @@ class Workers:
         self.ended: Callable[[Ended], None] = lambda _: None
         for directory in (self._directory, self._place):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.settings.touch(mode=0o600)
 
     def get(self, uuid: str) -> Worker:
         """The worker of ``uuid``. Raises InvalidState when it has none."""
@@ -122,10 +123,8 @@ class Workers:
 
     def listed(self) -> list[WorkerInfo]:
         """The living workers that belong to a machine."""
-        records = [
-            (uuid, worker.record) for uuid, worker in sorted(self._live.items()) if not worker.record.of
-        ]
-        return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in records]
+        own = {name: worker.record for name, worker in sorted(self._live.items()) if not worker.record.of}
+        return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in own.items()]
 
     def used_by(self, owner: int) -> list[int]:
         """What the machines that ``owner`` has running or starting add up to, as ``policy.amounts``."""
@@ -391,7 +390,7 @@ class Workers:
             if uid.isdigit() and int(uid) in self._uids.range and str(path) not in held:
                 steps.take_back([cgroup.WorkerCgroup(path)])  # of a start that was cut short
         keep = [self.mark(worker.name, worker.record.worker_uid) for worker in self._live.values()]
-        yield from self._crew.run(0, tap.sweep(keep, [f"vmbus:{self.instance}:"]), int, [])
+        yield from self._crew.run(0, tap.sweep(keep, [f"vmbus:{self.instance}:"], self._uids.range), int, [])
         self._wanted_spares = spares
         self._replenish()
 

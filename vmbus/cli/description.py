@@ -50,6 +50,8 @@ _NIC_FLAG_KEYS: Final = frozenset(
         "id",
         "queues",
         "kind",
+        "interface",
+        "mode",
         "address",
         "network",
         "slot",

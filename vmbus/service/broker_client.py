@@ -173,12 +173,15 @@ class BrokerClient:
         return reply.identity
 
     async def tap(self, uuid: str, nic: Nic, queues: int) -> None:
-        """Make a tap for ``nic`` on its bridge and hand it to the worker."""
+        """Make a tap for ``nic`` on its bridge, or a macvtap on its interface, and hand it to the worker; for
+        no ``queues`` take it away."""
         wanted = wire.Tap(
             id=0,
             uuid=uuid,
             slot=f"nic/{nic.id}",
             bridge=nic.bridge,
+            interface=nic.interface,
+            mode=nic.mode,
             queues=queues,
             mac=nic.mac,
             address=nic.address,

@@ -8,6 +8,7 @@ a client passed goes there from here. Either way this sees its identity and clai
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Final, Literal
@@ -19,8 +20,10 @@ from vmbus.service.firmware import Firmware
 from vmbus.service.machine import Machine
 from vmbus.service.networks import Networks
 from vmbus.wire import broker as wire
-from vmbus.wire.definition import Nic, Slot, passt_options, queue_pairs
+from vmbus.wire.definition import Nic, Slot, is_tapped, passt_options, queue_pairs
 from vmbus.wire.errors import VmbusError
+
+log = logging.getLogger("vmbus.handover")
 
 AT_ONCE: Final = 3
 """Paths of one machine that are being opened at a time: the broker has four children for a user."""
@@ -102,7 +105,7 @@ class Handover:
         for nic in nics:
             slot = f"nic/{nic.id}"
             try:
-                if nic.kind == "bridge":
+                if is_tapped(nic):
                     queues = queue_pairs(nic, machine.definition.vcpus)
                     await self._broker.tap(machine.uuid, nic, queues)
                 elif nic.kind == "user":
@@ -110,6 +113,14 @@ class Handover:
                     await self._broker.helper(machine.uuid, slot, kind, passt_options(nic))
             except VmbusError as error:
                 raise _about(error, slot) from None
+
+    async def take_away(self, machine: Machine, nic: Nic) -> None:
+        """What the host has for an interface that is no more; a broker that is away does it at the end."""
+        try:
+            if is_tapped(nic):
+                await self._broker.tap(machine.uuid, nic, 0)
+        except VmbusError as error:
+            log.info("%s: nic/%s stays until the machine ends: %s", machine.uuid, nic.id, error)
 
 
 def _about(error: VmbusError, argument: str) -> VmbusError:

@@ -62,6 +62,7 @@ class Hotplug:
         self._jobs = jobs
         self._handover = handover
         self._waiting: dict[tuple[str, str], asyncio.Future[str]] = {}
+        self._going: set[asyncio.Future[None]] = set()
 
     # -- attach
 
@@ -118,6 +119,7 @@ class Hotplug:
             # Whatever was delivered, the worker has closed or closes with the next device.
             with contextlib.suppress(VmbusError):
                 self._forget(machine, _name(device))
+            await self._let_go(machine, device)
             raise
 
     # -- detach
@@ -176,11 +178,26 @@ class Hotplug:
             log.warning("%s: %s was detached, and nobody had asked", machine.uuid, name[:64])
             return
         try:
+            device = find(machine.definition, name)
             self._forget(machine, name)
             self._note(machine, name, asked=False)
         except VmbusError as error:
             log.error("%s: %s is detached, which is not stored: %s", machine.uuid, name, error)
-        waiting = self._waiting.get((machine.uuid, name))
+            self._tell(machine, event)
+            return
+        going = asyncio.ensure_future(self._let_go(machine, device))
+        self._going.add(going)
+        going.add_done_callback(self._going.discard)
+        going.add_done_callback(lambda _: self._tell(machine, event))
+
+    async def _let_go(self, machine: Machine, device: Disk | Nic) -> None:
+        """What the host has for a device that the machine has no more; then its address is anybody's."""
+        if isinstance(device, Nic):
+            await self._handover.take_away(machine, device)
+        self._handover.networks.keep(machine, machine.definition.nics)
+
+    def _tell(self, machine: Machine, event: wire.Event) -> None:
+        waiting = self._waiting.get((machine.uuid, event.device))
         if waiting is not None and not waiting.done():
             waiting.set_result(event.detail)
 
@@ -190,7 +207,6 @@ class Hotplug:
         if machine.run is not None:
             self._claims.release(machine.uuid, f"{name}/")
         self.store(machine, _without(machine.definition, name))
-        self._handover.networks.keep(machine, machine.definition.nics)
 
     def store(self, machine: Machine, definition: Definition) -> None:
         """Write a machine's new definition down. Raises VmbusError, and then it has the old one."""

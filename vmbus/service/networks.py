@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What running machines have to do with each other by their networks.
 
-*Stations.* A MAC address is there once on a bridge, and once in an isolated network: a machine that would be
-the second is refused at its start. The bridge's other ports are not ours to know.
+*Stations.* A MAC address is there once on a bridge, on an interface that carries macvtaps, and in an isolated
+network: a machine that would be the second is refused at its start. Who else is there is not ours to know.
 
 *Isolated networks.* Machines of one owner that name the same network hear each other and nobody else. There
 is no process for it: for each two of them a pair of sockets is made here when the second starts, each worker
@@ -44,7 +44,7 @@ class Networks:
         for nic, station in wanted:
             holder = self._stations.get(station, machine.uuid)
             if holder != machine.uuid:
-                where = nic.bridge or nic.network
+                where = nic.bridge or nic.interface or nic.network
                 message = (
                     f"machine {holder} runs with MAC address {nic.mac} on {where} too; change one of them"
                 )
@@ -105,4 +105,5 @@ def _place(machine: Machine, nic: Nic) -> Place | None:
     """Where a MAC address must be there once; None for a network that has only one."""
     if nic.kind == "isolated":
         return "isolated", machine.owner, nic.network
-    return ("bridge", 0, nic.bridge) if nic.kind == "bridge" else None
+    where = nic.bridge or nic.interface
+    return (nic.kind, 0, where) if where else None

@@ -42,6 +42,7 @@ from vmbus.service.lifecycle import Lifecycle, Resumption
 from vmbus.service.machine import Machine, now
 from vmbus.service.snapshot_store import new_identifier
 from vmbus.service.snapshots import NAME
+from vmbus.wire.definition import is_tapped
 from vmbus.wire.errors import VmbusError
 
 log = logging.getLogger("vmbus.templates")
@@ -191,7 +192,7 @@ class Templates:
                 raise VmbusError("NotSupported", text, argument="memory-kind")
             template = self.find(machine.owner, name)
             nics = [
-                msgspec.structs.replace(nic, carrier=False) if nic.kind == "bridge" else nic
+                msgspec.structs.replace(nic, carrier=False) if is_tapped(nic) else nic
                 for nic in definition.nics
             ]
             if nics != definition.nics:

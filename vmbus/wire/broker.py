@@ -22,7 +22,7 @@ SlotName = Annotated[str, Meta(pattern=r"^[a-z0-9/-]{1,64}$")]
 _POOL = r"(kernel/mm|devices/system/node/node[0-9]{1,4})/hugepages/hugepages-[0-9]{1,9}kB/nr_hugepages"
 Setting = Annotated[str, Meta(pattern=rf"^(kernel/mm/ksm/[a-z_]{{1,64}}|{_POOL})\Z")]
 
-
+Bytes = Annotated[int, Meta(ge=0)]
 Mac = Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
 Ipv4 = Annotated[str, Meta(pattern=r"^(|[0-9]{1,3}(\.[0-9]{1,3}){3})$")]
 
@@ -57,10 +57,10 @@ class Check(_Request, tag="check", frozen=True, kw_only=True):
     """Would broker.toml let ``uid`` have this? (asked when a definition is made)."""
 
     uid: int
-    memory: int = 0  # bytes, 0: not asked
-    vcpus: int = 0
-    hugepages: int = 0  # bytes of memory that are huge pages
-    locked: int = 0  # bytes of memory that are never swapped
+    memory: Bytes = 0  # 0: not asked
+    vcpus: Annotated[int, Meta(ge=0, le=16)] = 0
+    hugepages: Bytes = 0  # memory that is huge pages
+    locked: Bytes = 0  # memory that is never swapped
     grants: list[str] = []  # tables of broker.toml: bridges.NAME, user-network
     paths: list[str] = []
 
@@ -77,14 +77,15 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     """
 
     uuid: Uuid
-    memory: int = 0  # of a worker: bytes of guest memory; cgroup limit = this + overhead
-    vcpus: int = 0
+    # Of a worker: bytes of guest memory; cgroup limit = this + overhead.
+    memory: Annotated[int, Meta(ge=1, le=510 << 30)] = 1
+    vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
     memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
     page_size: Literal[0, 0x200000, 0x40000000] = 0  # bytes; not 0 for huge memory
     kind: Literal["worker", "passt", "passt-host"] = "worker"
     slot: SlotName = "-"  # of a helper
     options: list[Annotated[str, Meta(pattern=r"^-[tu][0-9.]{7,15}/[0-9]{4,5}:[0-9]{1,5}\Z")]] = []
-    locked: Annotated[int, Meta(ge=0)] = 0  # bytes of memory that the worker may lock
+    locked: Bytes = 0  # memory that the worker may lock
 
     @property
     def hugepages(self) -> int:
@@ -105,17 +106,20 @@ class Open(_Request, tag="open", frozen=True, kw_only=True):
 
 
 class Tap(_Request, tag="tap", frozen=True, kw_only=True):
-    """Make a tap on ``bridge`` and send it to the worker of ``uuid`` under ``slot``.
+    """Make a tap on ``bridge``, or a macvtap on ``interface``, and send it to the worker under ``slot``.
 
-    What does not come from ``mac``, and where it is given from IPv4 ``address``, is dropped at the tap.
+    What does not come from ``mac``, and where it is given from IPv4 ``address``, is dropped at the tap. No
+    ``queues``: what was made for ``slot`` is taken away instead.
     """
 
     uuid: Uuid
     slot: SlotName
-    bridge: str
+    bridge: str = ""
     mac: Mac
     address: Ipv4 = ""
-    queues: int = 1
+    queues: Annotated[int, Meta(ge=0, le=16)] = 1
+    interface: str = ""
+    mode: Literal["bridge", "private", "vepa"] = "bridge"  # of a macvtap
 
 
 class Tune(_Request, tag="tune", frozen=True, kw_only=True):

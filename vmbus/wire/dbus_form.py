@@ -269,14 +269,19 @@ def _check(definition: Definition) -> None:
 
 
 def _check_nic(nic: Nic, where: str) -> None:
-    if (nic.kind == "bridge") != bool(nic.bridge):
-        said = "is for kind bridge only" if nic.bridge else "is missing; a nic of kind bridge names one"
-        raise _bad(f"{where}.bridge", said)
-    if (nic.kind == "isolated") != bool(nic.network):
-        said = "is for kind isolated only" if nic.network else "is missing; a nic of kind isolated names one"
-        raise _bad(f"{where}.network", said)
-    if nic.address and (nic.kind != "bridge" or not _is_ipv4(nic.address)):
-        raise _bad(f"{where}.address", f"{nic.address!r} is not an IPv4 address of a nic of kind bridge")
+    for kind, key, value in (
+        ("bridge", "bridge", nic.bridge),
+        ("isolated", "network", nic.network),
+        ("macvtap", "interface", nic.interface),
+    ):
+        if (nic.kind == kind) != bool(value):
+            said = f"is for kind {kind} only" if value else f"is missing; a nic of kind {kind} names one"
+            raise _bad(f"{where}.{key}", said)
+    if nic.mode != "bridge" and nic.kind != "macvtap":
+        raise _bad(f"{where}.mode", "is for kind macvtap only")
+    if nic.address and (nic.kind not in {"bridge", "macvtap"} or not _is_ipv4(nic.address)):
+        text = f"{nic.address!r} is not an IPv4 address of a nic of kind bridge or macvtap"
+        raise _bad(f"{where}.address", text)
     _check_forwards(nic, where)
     if int(nic.mac[:2], 16) & 1:
         raise _bad(f"{where}.mac", f"{nic.mac} is a group address; its first byte must be even")

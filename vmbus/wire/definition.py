@@ -101,16 +101,18 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
     """A virtio-net device. The guest cannot tell its kinds apart.
 
     ``bridge``: on a tap, which is a port of an allowed bridge; the guest can speak as ``mac`` only and, where
-    it is given, as ``address``. ``user``: what it sends goes out as traffic of a process of the host (passt),
-    which the host's own loopback does not hear. ``isolated``: with the owner's machines that name the same
-    ``network``, and nobody else.
+    it is given, as ``address``. ``macvtap``: the same beside the host, on an allowed ``interface`` of it.
+    ``user``: what it sends goes out as traffic of a process of the host (passt), which the host's loopback
+    does not hear. ``isolated``: with the owner's machines that name the same ``network``, and nobody else.
     """
 
     id: Id
     mac: Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}$")]
-    kind: Literal["bridge", "user", "isolated"] = "bridge"
+    kind: Literal["bridge", "user", "isolated", "macvtap"] = "bridge"
     bridge: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,15}$")] = ""
     network: Annotated[str, Meta(pattern=r"^(|[a-z][a-z0-9-]{0,19})$")] = ""  # of kind isolated
+    interface: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,15}$")] = ""  # of kind macvtap
+    mode: Literal["bridge", "private", "vepa"] = "bridge"  # of macvtap: whom of its neighbours there it hears
     address: Annotated[str, Meta(pattern=r"^(|[0-9]{1,3}(\.[0-9]{1,3}){3})$")] = ""  # IPv4; "" for any
     queues: Annotated[int, Meta(ge=0, le=8)] = 0  # queue pairs; 0: one per vCPU, at most 8
     slot: HotplugSlot = 0
@@ -119,6 +121,11 @@ class Nic(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen
     forwards: Annotated[
         list[Annotated[str, Meta(pattern=FORWARD_PATTERN)]], Meta(max_length=64)
     ] = []  # of user
+
+
+def is_tapped(nic: Nic) -> bool:
+    """Whether the broker makes a tap or macvtap for it."""
+    return nic.kind in {"bridge", "macvtap"}
 
 
 def passt_options(nic: Nic) -> list[str]:
@@ -240,13 +247,17 @@ def memory_floor(definition: Definition) -> int:
 
 
 def grants(nics: Iterable[Nic]) -> list[str]:
-    """The tables of broker.toml that must grant its owner something: ``bridges.br0``, ``user-network``."""
+    """The tables of broker.toml that must grant its owner something: ``bridges.br0``, ``interfaces.eth0``,
+    ``user-network``."""
+    nics = list(nics)
     found = {f"bridges.{nic.bridge}" for nic in nics if nic.kind == "bridge"}
+    found |= {f"interfaces.{nic.interface}" for nic in nics if nic.kind == "macvtap"}
     return sorted(found | {passt_grant(nic) for nic in nics if nic.kind == "user"})
 
 
 def brought(nics: Iterable[Nic]) -> set[str]:
-    """The names under which dbus/*.xml asks for further actions for these: ``bridge``, ``user-network``."""
+    """The names under which dbus/*.xml asks for further actions for these: ``bridge``, ``interface``,
+    ``user-network``."""
     return {grant.partition(".")[0].removesuffix("s").removesuffix("-host") for grant in grants(nics)}
 
 

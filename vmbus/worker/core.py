@@ -101,7 +101,7 @@ class CoreEvent(msgspec.Struct):
 
 
 # native/vmm/src/config/devices.rs, LinkKind
-_LINKS: Final = {"bridge": "tap", "user": "stream", "isolated": "hub"}
+_LINKS: Final = {"bridge": "tap", "macvtap": "tap", "user": "stream", "isolated": "hub"}
 # native/capi/src/event.rs
 _EVENTS: Final = {
     1: "done",

@@ -52,7 +52,9 @@ def test_own_machines_need_no_session_and_others_an_administrator(name: str) -> 
         assert defaults == ["yes", "yes", "yes"]
 
 
-@pytest.mark.parametrize("name", ["org.vmbus1.bridge.use", "org.vmbus1.hugepages.use"])
+@pytest.mark.parametrize(
+    "name", ["org.vmbus1.bridge.use", "org.vmbus1.interface.use", "org.vmbus1.hugepages.use"]
+)
 def test_what_belongs_to_the_host_needs_an_administrator(name: str) -> None:
     assert text(ACTIONS[name], "defaults/allow_any") == "auth_admin"
     assert text(ACTIONS[name], "defaults/allow_active") == "auth_admin_keep"

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator
 
 INET, NETDEV = 1, 5  # families
-INGRESS, OUTPUT = 0, 3  # hooks, of NETDEV and of INET
+INGRESS, EGRESS, OUTPUT = 0, 1, 3  # hooks, the first two of NETDEV and the last of INET
 DROP, ACCEPT = 0, 1
 EQUAL, OTHER = 0, 1
 _NETLINK_NETFILTER = 12

@@ -83,6 +83,10 @@ class Bridge(_Whom, frozen=True, kw_only=True):
     """``[bridges.NAME]``: who may have a tap on it."""
 
 
+class Interface(_Whom, frozen=True, kw_only=True):
+    """``[interfaces.NAME]``: who may have a macvtap on it."""
+
+
 class UserNetwork(_Whom, frozen=True, kw_only=True):
     """``[user-network]``: who may have interfaces of kind ``user``, for which a process of the host sends."""
 
@@ -148,6 +152,7 @@ class Policy(_Strict, frozen=True, kw_only=True, rename="kebab"):
     open: Open = Open()
     quota: Quota = Quota()
     bridges: dict[str, Bridge] = {}
+    interfaces: dict[str, Interface] = {}
     user_network: UserNetwork = UserNetwork()
     user_network_host: UserNetworkHost = UserNetworkHost()
     ksm: Ksm = Ksm()
@@ -165,6 +170,7 @@ class Policy(_Strict, frozen=True, kw_only=True, rename="kebab"):
         tables: dict[str, _Whom] = {f"bridges.{name}": bridge for name, bridge in self.bridges.items()}
         return {
             **tables,
+            **{f"interfaces.{name}": interface for name, interface in self.interfaces.items()},
             "user-network": self.user_network,
             "user-network-host": self.user_network_host,
         }

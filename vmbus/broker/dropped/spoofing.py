@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest may say of itself: rules at its tap, before the bridge sees a frame (netdev ingress).
+"""What a guest may say of itself: rules at its tap, before the bridge sees a frame (netdev ingress), or at
+its macvtap, before that sees it (netdev egress).
 
 A frame must come from the machine's MAC address, without a VLAN's tag, and an ARP packet must say the same
 inside. Where the machine's IPv4 address is given, that address alone is spoken of: in ARP (or none, RFC
@@ -40,8 +41,9 @@ def rules(mac: str, address: str) -> list[list[Match]]:
 class Rules:
     """Step: the rules of one tap."""
 
-    def __init__(self, mark: str, tap: str, mac: str, address: str) -> None:
-        self.table, self.tap, self.mac, self.address = nft.table_of(mark) + tap, tap, mac, address
+    def __init__(self, mark: str, tap: str, mac: str, address: str, hook: int) -> None:
+        self.table, self.tap, self.hook = nft.table_of(mark) + tap, tap, hook
+        self.mac, self.address = mac, address
 
     def describe(self) -> str:
         return f"frames from {self.mac} {self.address or 'with any address'} only, table {self.table}"
@@ -49,7 +51,7 @@ class Rules:
     def execute(self) -> None:
         wanted = rules(self.mac, self.address)
         passing = [[*_expressions(matches), nft.verdict(nft.ACCEPT)] for matches in wanted]
-        nft.install(nft.NETDEV, self.table, nft.INGRESS, self.tap, nft.DROP, passing)
+        nft.install(nft.NETDEV, self.table, self.hook, self.tap, nft.DROP, passing)
 
     def undo(self) -> None:
         nft.delete([(nft.NETDEV, self.table)])

@@ -2,10 +2,9 @@
 """A tap on an allowed bridge, made by a child that keeps CAP_NET_ADMIN only, and sent straight to the worker.
 
 Its fds keep a tap alive, but whoever holds one can make it persistent: so it is deleted by its index when the
-machine has ended. What a guest may say on it, spoofing.py has. It carries a mark (ifalias
-``vmbus:INSTANCE:UUID:UID;``), and only what carries the instance's mark is ever swept. TUNSETIFF, the
-bridge's ioctls and the deletion take rtnl, which may be held for long: hence a child. Numbers from
-include/uapi/linux/{if_tun,if,sockios,if_link,rtnetlink,netlink}.h.
+machine has ended. What a guest may say on it, spoofing.py has; how it is marked and swept, links.py.
+TUNSETIFF, the bridge's ioctls and the deletion take rtnl, which may be held for long: hence a child. Numbers
+from include/uapi/linux/{if_tun,sockios}.h.
 
 Its own address is the guest's with another first byte, as high as it gets: a bridge without an address of its
 own takes the lowest of its ports', and if that changed with each machine that comes and goes, the others
@@ -16,10 +15,10 @@ import fcntl
 import os
 import socket
 import struct
-from pathlib import Path
 
 from vmbus.broker.children import Channel
-from vmbus.broker.dropped import nft, spoofing
+from vmbus.broker.dropped import links, nft, spoofing
+from vmbus.broker.dropped.links import attribute
 from vmbus.broker.steps import Step, carry_out, take_back
 from vmbus.wire import packet
 from vmbus.wire.broker import Tap
@@ -28,10 +27,7 @@ from vmbus.wire.inlet import Delivery
 
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
-_SIOCBRADDIF, _IFF_UP = 0x89A2, 0x1
-_RTM_NEWLINK, _RTM_DELLINK, _IFLA_ADDRESS, _IFLA_IFALIAS = 16, 17, 1, 20
-_NLM_F_REQUEST, _NLM_F_ACK = 1, 4
-_NET = Path("/sys/class/net")
+_SIOCBRADDIF = 0x89A2
 
 
 class _MakeTap:
@@ -64,10 +60,8 @@ class _Join:
 
     def execute(self) -> None:
         index = socket.if_nametoindex(self.name)
-        own = _attribute(_IFLA_ADDRESS, address_of(self.mac))
-        alias = _attribute(_IFLA_IFALIAS, self.mark.encode())
-        up = struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, _IFF_UP, _IFF_UP)
-        _netlink(_RTM_NEWLINK, up + own + alias)
+        own = attribute(links.ADDRESS, address_of(self.mac))
+        links.change(index, links.UP, own + attribute(links.ALIAS, self.mark.encode()))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             fcntl.ioctl(sock, _SIOCBRADDIF, struct.pack("16si20x", self.bridge.encode(), index))
 
@@ -87,9 +81,9 @@ def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
     for queue in queues:
         os.set_blocking(queue, False)
     bridge = request.bridge
-    if not (_NET / bridge / "bridge").is_dir():
+    if not (links.NET / bridge / "bridge").is_dir():
         raise VmbusError("NotFound", f"there is no bridge '{bridge}' on this host", argument="bridge")
-    rules = spoofing.Rules(mark, name, request.mac, request.address)
+    rules = spoofing.Rules(mark, name, request.mac, request.address, nft.INGRESS)
     steps: list[Step] = [_MakeTap(name, queues), rules, _Join(name, bridge, mark, request.mac)]
     try:
         carry_out(steps)
@@ -103,38 +97,3 @@ def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
         take_back(steps)
         raise VmbusError("Disconnected", f"the worker does not take the tap: {error.strerror}") from None
     channel.report("; ".join([*(step.describe() for step in steps), f"index {index}"]))
-
-
-def sweep(keep: list[str], prefixes: list[str], channel: Channel) -> None:
-    """Delete what has a mark that begins with one of ``prefixes``, not in ``keep``. Reports how many taps."""
-    gone = 0
-    for entry in _NET.iterdir() if _NET.is_dir() else ():
-        try:
-            mark = (entry / "ifalias").read_text().strip()
-            index = int((entry / "ifindex").read_text())
-        except (OSError, ValueError):
-            continue
-        if mark.startswith(tuple(prefixes)) and mark not in keep and (entry / "tun_flags").exists():
-            _netlink(_RTM_DELLINK, struct.pack("BxHiII", socket.AF_UNSPEC, 0, index, 0, 0))
-            gone += 1
-    begins = tuple(nft.table_of(prefix) for prefix in prefixes)
-    kept = tuple(nft.table_of(mark) for mark in keep)
-    nft.delete(
-        (family, name)
-        for family, name in nft.tables()
-        if name.startswith(begins) and not name.startswith(kept)
-    )
-    channel.report(gone)
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return struct.pack("HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
-
-
-def _netlink(kind: int, body: bytes) -> None:
-    """One rtnetlink request, acknowledged. Raises OSError; that the interface has gone is fine."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-        sock.send(struct.pack("IHHII", 16 + len(body), kind, _NLM_F_REQUEST | _NLM_F_ACK, 1, 0) + body)
-        (negative,) = struct.unpack_from("i", sock.recv(4096), 16)
-    if negative and kind != _RTM_DELLINK:
-        raise OSError(-negative, os.strerror(-negative))

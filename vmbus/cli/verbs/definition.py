@@ -50,7 +50,8 @@ def _description(to: argparse.ArgumentParser) -> None:
         help="a network interface on that bridge (address=: the one IPv4 address that it may have), or "
         "kind=user (forwards=tcp:8022:22: a port of the host's is one of the guest's; may be repeated; "
         "reach-host: its gateway is this host), or "
-        "kind=isolated,network=NAME; mac= (default: made up, and kept), id=, queues=, slot=; "
+        "kind=isolated,network=NAME, or kind=macvtap,interface=NAME (mode=bridge, private or vepa; "
+        "address=); mac= (default: made up, and kept), id=, queues=, slot=; "
         "may be repeated",
     )
     add(

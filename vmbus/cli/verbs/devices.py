@@ -14,7 +14,7 @@ def _attach_nic(to: argparse.ArgumentParser) -> None:
     machine(to)
     to.add_argument(
         "nic",
-        metavar="BRIDGE[,mac=M]",
+        metavar="BRIDGE[,mac=M]|kind=KIND",
         help="as for define --nic: mac= (default: made up, and kept), id=, queues=, slot=",
     )
 
@@ -81,6 +81,7 @@ COMMANDS: Final[Sequence[Command]] = (
         "It goes into the first free hotplug slot, or the one that slot= says; the definition keeps it.",
         (
             ("vmbusctl attach-nic web lan0", "an interface on the bridge lan0"),
+            ("vmbusctl attach-nic web kind=macvtap,interface=eth0", "one beside the host, on its eth0"),
             ("vmbusctl attach-nic web lan0,id=lan,slot=2", "with a name and a place"),
         ),
         _attach_nic,
