@@ -137,6 +137,8 @@ pub trait Backend: Send + Sync {
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
+mod marked;
+#[cfg(test)]
 pub(crate) mod rig;
 #[cfg(test)]
 mod tests;
