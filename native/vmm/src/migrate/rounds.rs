@@ -24,8 +24,13 @@ const STILL: Duration = Duration::from_secs(5);
 const FIRST: u64 = 20;
 const MORE: u64 = 10;
 const MOST: u64 = 99;
+const SLICE_MIN: Duration = Duration::from_millis(1);
+/// At most in one piece, if somebody was very late.
+const HELD_MAX: Duration = Duration::from_millis(250);
 /// Fewer bytes say nothing about the speed.
 const SAMPLE: u64 = 1 << 20;
+/// Waiting for less is not worth it.
+const SLACK: Duration = Duration::from_millis(2);
 
 /// Sends one machine.
 pub(super) struct Sender {
@@ -37,6 +42,8 @@ pub(super) struct Sender {
     begin: Instant,
     pace: Pace,
     speed: Speed,
+    /// When the bandwidth allows for more.
+    due: Instant,
     room: Vec<u8>,
     /// `go` has gone out whole.
     given_away: bool,
@@ -62,23 +69,40 @@ impl Speed {
     }
 }
 
-/// When the vCPUs are held back again.
+/// How the vCPUs are held back: for so long, after they ran, that the part of the time is right, however late this is.
 struct Pace {
     percent: u64,
-    next: Instant,
+    held_until: Instant,
 }
 
 impl Pace {
-    fn keep(&mut self, tools: &Tools) {
-        let now = Instant::now();
-        if self.percent > 0 && now >= self.next {
-            let part = PERIOD.saturating_mul(self.percent as u32) / 100;
-            tools.gate.hold(part);
-            self.next = now.checked_add(PERIOD).unwrap_or(now);
-        }
+    /// How long they may run in one piece: what is left of [`PERIOD`], but not so little that it is not worth it.
+    fn slice(&self) -> Duration {
+        let part = PERIOD.saturating_mul(100u64.saturating_sub(self.percent) as u32) / 100;
+        part.max(SLICE_MIN)
     }
 
-    /// A round has left `left` bytes, and sent `sent`.
+    fn keep(&mut self, tools: &Tools) {
+        let now = Instant::now();
+        let ran = now.saturating_duration_since(self.held_until);
+        if self.percent == 0 || ran < self.slice() {
+            return;
+        }
+        let free = 100u64.saturating_sub(self.percent).max(1);
+        let held = ran.saturating_mul(self.percent as u32) / free as u32;
+        let held = held.min(HELD_MAX);
+        tools.gate.hold(held);
+        self.held_until = now.checked_add(held).unwrap_or(now);
+    }
+
+    /// When to look again.
+    fn tick(&self) -> Duration {
+        let next = self.held_until.checked_add(self.slice());
+        let left = next.map(|next| next.saturating_duration_since(Instant::now()));
+        left.unwrap_or(PERIOD).clamp(SLICE_MIN, PERIOD)
+    }
+
+    /// A round has left `left` bytes of RAM, and put `sent` bytes through.
     fn adapt(&mut self, left: u64, sent: u64) {
         if left > sent / 2 {
             self.percent = match self.percent {
@@ -100,9 +124,10 @@ impl Sender {
             begin: now,
             pace: Pace {
                 percent: 0,
-                next: now,
+                held_until: now,
             },
             speed: Speed::default(),
+            due: now,
             room: vec![0; PAGES_MAX as usize],
             given_away: false,
             tools,
@@ -162,7 +187,7 @@ impl Sender {
             "rounds": progress.round.load(Relaxed),
             "seconds": self.begin.elapsed().as_secs_f64(),
             "throughput": per_second(self.link.moved(), self.begin.elapsed()),
-            "slowed": self.pace.percent,
+            "slowed": progress.slowed.load(Relaxed),
         })
         .to_string())
     }
@@ -172,7 +197,7 @@ impl Sender {
         let mut pages = Pages::all(&self.tools.memory);
         let mut overall = Speed::default();
         loop {
-            let bytes = pages.bytes();
+            let (bytes, before) = (pages.bytes(), self.link.moved());
             self.speed = Speed::default();
             self.pages(&pages)?;
             self.link.put(Kind::Round, (0, bytes), &[]);
@@ -192,7 +217,8 @@ impl Sender {
             if speed.time_for(left) <= self.downtime {
                 return Ok(pages);
             }
-            self.pace.adapt(left, bytes);
+            self.pace
+                .adapt(left, self.link.moved().saturating_sub(before));
             progress.slowed.store(self.pace.percent, Relaxed);
         }
     }
@@ -241,7 +267,7 @@ impl Sender {
             if self.link.is_full() {
                 self.flush()?;
             }
-            self.spare_bandwidth()?;
+            self.spare_bandwidth(filled)?;
             self.pace.keep(&self.tools);
             if filled > len / 2 {
                 self.speed.bytes = self.speed.bytes.saturating_add(len);
@@ -292,24 +318,26 @@ impl Sender {
 
     fn flush(&mut self) -> Result<()> {
         let (link, pace, tools) = (&mut self.link, &mut self.pace, &self.tools);
-        link.flush(PERIOD, || pace.keep(tools))
+        link.flush(pace.tick(), || pace.keep(tools))
     }
 
-    /// Waits until no more than the bandwidth was used.
-    fn spare_bandwidth(&mut self) -> Result<()> {
+    /// Waits until no more than the bandwidth was used. What was not used before is not made up for: the speed that is
+    /// measured is what can be relied on.
+    fn spare_bandwidth(&mut self, bytes: u64) -> Result<()> {
         if self.bandwidth == 0 {
             return Ok(());
         }
+        let time = Duration::from_secs_f64(bytes as f64 / self.bandwidth as f64);
+        let now = Instant::now();
+        self.due = self.due.max(now).checked_add(time).unwrap_or(now);
         loop {
-            let bytes = self.link.moved().saturating_add(self.link.waiting());
-            let due = Duration::from_secs_f64(bytes as f64 / self.bandwidth as f64);
-            let wait = due.saturating_sub(self.begin.elapsed());
-            if wait.is_zero() {
+            let wait = self.due.saturating_duration_since(Instant::now());
+            if wait < SLACK {
                 return Ok(());
             }
             self.pace.keep(&self.tools);
             self.flush()?;
-            self.link.pause(wait.min(PERIOD))?;
+            self.link.pause(wait.min(self.pace.tick()))?;
         }
     }
 }

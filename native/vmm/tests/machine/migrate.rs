@@ -1,24 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Machines that go on in another one at the other end of a socket, and hardly stand still.
 
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
 use serde_json::{json, Value};
 use vmbus_vmm::config::{ReceiveFrom, SendTo};
-use vmbus_vmm::{EndReason, Event};
+use vmbus_vmm::migrate::stream::{preamble, Header, Kind as Record, HEADER, PREAMBLE};
+use vmbus_vmm::{EndReason, Error, Event, Kind, Request};
 
-use crate::{build, requires_kvm, run, Running};
+use crate::{build, requires_kvm, run, Running, PATIENCE};
 
 const SEND: u64 = 1000;
 const RECEIVE: u64 = 1001;
 
 impl Running {
-    fn begin_send(&self, socket: impl Into<OwnedFd>, downtime: u64) {
+    fn begin_send(&self, socket: impl Into<OwnedFd>) {
+        self.begin_send_at(socket, 300, 0);
+    }
+
+    fn begin_send_at(&self, socket: impl Into<OwnedFd>, downtime: u64, bandwidth: u64) {
         let to = SendTo {
             fd: socket.into().into_raw_fd(),
             downtime,
-            bandwidth: 0,
+            bandwidth,
         };
         self.machine.send(SEND, &to).unwrap();
     }
@@ -42,7 +51,7 @@ fn waiting(cmdline: &str, mut change: Value) -> Running {
 fn moved(source: &Running, destination: &Running) -> Value {
     let (here, there) = UnixStream::pair().unwrap();
     destination.begin_receive(there, false);
-    source.begin_send(here, 100);
+    source.begin_send(here);
     let (sent, events) = source.answer(SEND);
     assert_eq!(events, [Event::Paused]);
     assert_eq!(source.end(), (EndReason::Migrated, String::new()));
@@ -50,6 +59,17 @@ fn moved(source: &Running, destination: &Running) -> Value {
     assert_eq!(events, [Event::Running]);
     assert!(received.unwrap()["received"].as_u64().unwrap() > 0);
     sent.unwrap()
+}
+
+/// The numbers of passes that a guest that dirties its memory has told, which go on without a gap.
+fn passes(text: &str) -> u64 {
+    let lines = text.lines().filter_map(|line| line.strip_prefix("pass "));
+    let numbers: Vec<u64> = lines.map(|number| number.parse().unwrap()).collect();
+    assert!(
+        numbers.iter().copied().eq(1..=numbers.len() as u64),
+        "{numbers:?} of {text}"
+    );
+    numbers.len() as u64
 }
 
 #[test]
@@ -62,13 +82,503 @@ fn a_guest_goes_on_elsewhere_with_all_of_its_memory() {
     let statistics = moved(&source, &destination);
     let mut text = source.drain();
     text += &destination.until("all was well");
-    let passes: Vec<_> = text
-        .lines()
-        .filter(|line| line.starts_with("pass"))
-        .collect();
-    let wanted: Vec<_> = (1..=60).map(|pass| format!("pass {pass}")).collect();
-    assert_eq!(passes, wanted);
+    assert_eq!(passes(&text), 60);
     assert!(statistics["rounds"].as_u64().unwrap() >= 1, "{statistics}");
-    eprintln!("{statistics}");
+    assert!(
+        statistics["sent"].as_u64().unwrap() > 16 << 20,
+        "{statistics}"
+    );
     assert_eq!(destination.end().0, EndReason::GuestPoweroff);
+}
+
+#[test]
+fn all_vcpus_go_and_over_tcp_as_well() {
+    requires_kvm!();
+    let smp = json!({ "vcpus": 4 });
+    let mut source = run("smp cpus=4 busy", smp.clone());
+    source.until("busy");
+    let destination = waiting("smp cpus=4 busy", smp);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let here = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (there, _) = listener.accept().unwrap();
+    destination.begin_receive(there, false);
+    source.begin_send(here);
+    source.answer(SEND).0.unwrap();
+    destination.answer(RECEIVE).0.unwrap();
+    assert_eq!(source.end().0, EndReason::Migrated);
+    let mut destination = destination;
+    let begin = std::time::Instant::now();
+    loop {
+        let stats: Value =
+            serde_json::from_str(&destination.ask(Request::Stats).0.unwrap()).unwrap();
+        let vcpus = stats["vcpus"].as_array().unwrap().clone();
+        if vcpus
+            .iter()
+            .all(|vcpu| vcpu["exits"].as_u64().unwrap() > 10)
+        {
+            break;
+        }
+        assert!(begin.elapsed() < PATIENCE, "a vCPU does not go on");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn one_that_was_paused_or_is_to_be_stands_where_it_comes_to() {
+    requires_kvm!();
+    for (before, asked) in [(true, false), (false, true)] {
+        let mut source = run("dirty mib=4", json!({}));
+        source.until("pass 2\n");
+        if before {
+            source.must(Request::Pause);
+        }
+        let mut destination = waiting("dirty mib=4", json!({}));
+        let (here, there) = UnixStream::pair().unwrap();
+        destination.begin_receive(there, asked);
+        source.begin_send(here);
+        source.answer(SEND).0.unwrap();
+        let (received, events) = destination.answer(RECEIVE);
+        received.unwrap();
+        assert_eq!(events, [Event::Paused]);
+        let so_far = passes_so_far(&mut source);
+        assert_eq!(destination.drain(), "");
+        destination.must(Request::Resume);
+        destination.until(&format!("pass {}\n", so_far + 3));
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    ToDestination,
+    ToSource,
+}
+
+/// What somebody in between does with a record.
+enum Fate {
+    Pass,
+    /// It does not arrive, and the connection is broken.
+    Cut,
+}
+
+/// Decides about a record: its way, its number on that way, its header and its body.
+type Judge = dyn FnMut(Way, usize, &mut [u8; HEADER], &mut Vec<u8>) -> Fate + Send;
+
+/// Somebody between source and destination, who sees every record.
+struct Between {
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Between {
+    /// With the ends for source and destination.
+    fn new(judge: Box<Judge>) -> (Between, UnixStream, UnixStream) {
+        let (here, left) = UnixStream::pair().unwrap();
+        let (right, there) = UnixStream::pair().unwrap();
+        let judge = Arc::new(Mutex::new(judge));
+        let (left_again, right_again) = (left.try_clone().unwrap(), right.try_clone().unwrap());
+        let other = Arc::clone(&judge);
+        let threads = vec![
+            std::thread::spawn(move || {
+                let mut bytes = [0; PREAMBLE];
+                if (&left).read_exact(&mut bytes).is_ok() {
+                    let _ = (&right).write_all(&bytes);
+                }
+                carry(Way::ToDestination, &left, &right, &judge);
+            }),
+            std::thread::spawn(move || {
+                carry(Way::ToSource, &right_again, &left_again, &other);
+            }),
+        ];
+        (Between { threads }, here, there)
+    }
+}
+
+impl Drop for Between {
+    fn drop(&mut self) {
+        for thread in self.threads.drain(..) {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn carry(way: Way, from: &UnixStream, to: &UnixStream, judge: &Mutex<Box<Judge>>) {
+    let (mut from, mut to) = (from, to);
+    for number in 0.. {
+        let mut header = [0; HEADER];
+        if from.read_exact(&mut header).is_err() {
+            break;
+        }
+        let len = u32::from_le_bytes(header[8..12].try_into().unwrap());
+        let mut body = vec![0; len as usize];
+        if from.read_exact(&mut body).is_err() {
+            break;
+        }
+        let fate = judge.lock().unwrap()(way, number, &mut header, &mut body);
+        if matches!(fate, Fate::Cut) {
+            let _ = from.shutdown(Shutdown::Both);
+            let _ = to.shutdown(Shutdown::Both);
+            return;
+        }
+        if to.write_all(&header).is_err() || to.write_all(&body).is_err() {
+            break;
+        }
+    }
+    // What comes the other way still arrives.
+    let _ = from.shutdown(Shutdown::Read);
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+fn kind(header: &[u8; HEADER]) -> Record {
+    Header::parse(header).unwrap().kind
+}
+
+/// What became of both when somebody in between judged so.
+fn between(
+    source: &Running,
+    destination: &Running,
+    judge: impl FnMut(Way, usize, &mut [u8; HEADER], &mut Vec<u8>) -> Fate + Send + 'static,
+) -> (Result<Value, Error>, Result<Value, Error>) {
+    let (between, here, there) = Between::new(Box::new(judge));
+    destination.begin_receive(there, false);
+    source.begin_send(here);
+    let sent = source.answer(SEND).0;
+    let received = destination.answer(RECEIVE).0;
+    drop(between);
+    (sent, received)
+}
+
+const MODE: &str = "dirty mib=4";
+
+fn dirty() -> Running {
+    let mut source = run(MODE, json!({}));
+    source.until("pass 2\n");
+    source
+}
+
+/// The guest goes on here, and nothing of its memory is lost.
+fn goes_on(source: &mut Running) {
+    let so_far = passes_so_far(source);
+    let text = source.until(&format!("pass {}\n", so_far + 3));
+    assert!(!text.contains("page"), "{text}");
+}
+
+/// One that is being printed may lack its end.
+fn passes_so_far(guest: &mut Running) -> u64 {
+    let text = guest.drain();
+    passes(text.rsplit_once('\n').map_or("", |(whole, _)| whole))
+}
+
+#[test]
+fn a_connection_that_breaks_at_any_record_leaves_the_machine_in_one_place() {
+    requires_kvm!();
+    use Record::{Accepted, Facts, Go, Last, Pages, Ready, Round, Zeros};
+    let mut source = dirty();
+    for last in [Facts, Accepted, Pages, Zeros, Round, Last, Ready] {
+        let destination = waiting(MODE, json!({}));
+        let (sent, received) = between(&source, &destination, move |_, _, header, _| {
+            match kind(header) == last {
+                true => Fate::Cut,
+                false => Fate::Pass,
+            }
+        });
+        assert_eq!(sent.unwrap_err().kind, Kind::Disconnected, "{last:?}");
+        assert_eq!(received.unwrap_err().kind, Kind::Disconnected, "{last:?}");
+        assert_eq!(destination.end().0, EndReason::Error, "{last:?}");
+        goes_on(&mut source);
+    }
+    // `go` is on its way: the source cannot know, and stands until somebody says so.
+    let destination = waiting(MODE, json!({}));
+    let (sent, received) = between(&source, &destination, |_, _, header, _| {
+        match kind(header) == Go {
+            true => Fate::Cut,
+            false => Fate::Pass,
+        }
+    });
+    let error = sent.unwrap_err();
+    assert_eq!(error.kind, Kind::Disconnected);
+    assert!(error.message.contains("stands here"), "{error}");
+    assert_eq!(received.unwrap_err().kind, Kind::Disconnected);
+    assert_eq!(destination.end().0, EndReason::Error);
+    while source.machine.next_event().is_some() {}
+    let again = source.ask_to_send();
+    assert_eq!(again.unwrap_err().kind, Kind::InvalidState);
+    source.must(Request::Resume);
+    goes_on(&mut source);
+}
+
+impl Running {
+    /// To nobody.
+    fn ask_to_send(&self) -> Result<Value, Error> {
+        let (here, _there) = UnixStream::pair().unwrap();
+        self.begin_send(here);
+        self.answer(SEND).0
+    }
+}
+
+#[test]
+fn when_its_last_word_is_lost_the_destination_runs_and_the_source_stands() {
+    requires_kvm!();
+    let mut source = dirty();
+    let mut destination = waiting(MODE, json!({}));
+    let (sent, received) = between(&source, &destination, |_, _, header, _| {
+        match kind(header) == Record::Running {
+            true => Fate::Cut,
+            false => Fate::Pass,
+        }
+    });
+    assert_eq!(sent.unwrap_err().kind, Kind::Disconnected);
+    received.unwrap();
+    let so_far = passes_so_far(&mut source);
+    destination.until(&format!("pass {}\n", so_far + 2));
+    assert_eq!(passes_so_far(&mut source), so_far);
+    assert_eq!(
+        source.must(Request::Stop).pop(),
+        Some(Event::Ended {
+            reason: EndReason::Stopped,
+            detail: String::new(),
+        })
+    );
+}
+
+/// A generator of numbers (xorshift64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+#[test]
+fn a_bit_that_flips_anywhere_is_noticed_by_whoever_hears_it() {
+    requires_kvm!();
+    use Record::{Accepted, Facts, Last, Pages, Ready, Round, Zeros};
+    let mut source = dirty();
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for spoilt in [Facts, Pages, Zeros, Round, Last, Accepted, Ready] {
+        let destination = waiting(MODE, json!({}));
+        // Not in what says where the next record begins: that the other side would wait for.
+        let place = random.below(1 << 32) as usize;
+        let bit = 1 << random.below(8);
+        let mut done = false;
+        let (sent, received) = between(&source, &destination, move |_, _, header, body| {
+            if kind(header) == spoilt && !done {
+                done = true;
+                let at = place % (HEADER - 4 + body.len());
+                match at.checked_sub(HEADER - 4) {
+                    Some(at) => body[at] ^= bit,
+                    None if at < 8 => header[at] ^= bit,
+                    None => header[at + 4] ^= bit,
+                }
+            }
+            Fate::Pass
+        });
+        let sent = sent.unwrap_err();
+        assert_eq!(sent.kind, Kind::ImageInvalid, "{spoilt:?}: {sent}");
+        received.unwrap_err();
+        assert_eq!(destination.end().0, EndReason::Error, "{spoilt:?}");
+        goes_on(&mut source);
+    }
+}
+
+#[test]
+fn one_that_is_stopped_at_any_moment_runs_in_one_place() {
+    requires_kvm!();
+    let mut source = dirty();
+    let mut before = 0;
+    let mut away = 0;
+    for seed in 1..=20u64 {
+        let mut destination = waiting(MODE, json!({}));
+        let mut random = Random(seed.wrapping_mul(0xd134_2543_de82_ef95));
+        let when = random.below(30) as usize;
+        let (tell, told) = std::sync::mpsc::channel();
+        let (between, here, there) = Between::new(Box::new(move |way, number, _, _| {
+            if way == Way::ToDestination && number == when {
+                let _ = tell.send(());
+            }
+            Fate::Pass
+        }));
+        destination.begin_receive(there, false);
+        source.begin_send(here);
+        told.recv_timeout(PATIENCE).unwrap();
+        source.machine.request(2000, Request::CancelSave);
+        let sent = source.answer(SEND).0;
+        let received = destination.answer(RECEIVE).0;
+        drop(between);
+        match sent {
+            // It was too late.
+            Ok(_) => {
+                received.unwrap();
+                before += passes_so_far(&mut source);
+                assert_eq!(source.end().0, EndReason::Migrated);
+                let text = destination.until("pass ");
+                assert!(!text.contains("page"), "{text}");
+                away += 1;
+                // Its guest tells numbers that do not begin with 1.
+                let mut fresh = dirty();
+                std::mem::swap(&mut source, &mut fresh);
+                drop(fresh);
+            }
+            Err(error) => {
+                assert_eq!(error.kind, Kind::Cancelled, "seed {seed}: {error}");
+                received.unwrap_err();
+                assert_eq!(destination.end().0, EndReason::Error);
+                goes_on(&mut source);
+            }
+        }
+    }
+    assert!(away < 20, "none was stopped, {before} passes");
+}
+
+#[test]
+fn a_hostile_destination_keeps_nothing() {
+    requires_kvm!();
+    let mut source = dirty();
+    let refused = |body: &[u8]| {
+        let header = Header::of(Record::Refused, 0, (0, 0), body).bytes();
+        [&header, body].concat()
+    };
+    let answers: Vec<(Vec<u8>, Kind)> = vec![
+        (Vec::new(), Kind::Disconnected),
+        (vec![0xff; 4096], Kind::ImageInvalid),
+        (
+            b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n".to_vec(),
+            Kind::ImageInvalid,
+        ),
+        (
+            Header::of(Record::Running, 0, (0, 0), &[]).bytes().to_vec(),
+            Kind::ImageInvalid,
+        ),
+        (
+            Header::of(Record::Accepted, 1, (0, 0), &[])
+                .bytes()
+                .to_vec(),
+            Kind::ImageInvalid,
+        ),
+        (refused(b"{"), Kind::ImageInvalid),
+        (
+            refused(br#"{"kind":"Nonsense","argument":"","message":"\u001b[2Jno"}"#),
+            Kind::Internal,
+        ),
+    ];
+    for (answer, wanted) in answers {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        source.begin_send(here);
+        let mut begin = [0; PREAMBLE];
+        there.read_exact(&mut begin).unwrap();
+        assert_eq!(begin, preamble());
+        there.write_all(&answer).unwrap();
+        there.shutdown(Shutdown::Write).unwrap();
+        let error = source.answer(SEND).0.unwrap_err();
+        assert_eq!(error.kind, wanted, "{error}");
+        assert!(!error.message.contains('\u{1b}'), "{error}");
+        goes_on(&mut source);
+    }
+}
+
+#[test]
+fn what_is_no_machine_ends_the_one_that_waits_for_it() {
+    requires_kvm!();
+    let facts = |body: &[u8]| {
+        let header = Header::of(Record::Facts, 0, (0, 0), body).bytes();
+        [&preamble()[..], &header, body].concat()
+    };
+    let mut newer = preamble();
+    newer[8] = 9;
+    for (bytes, wanted) in [
+        (Vec::new(), Kind::Disconnected),
+        (vec![0; 100], Kind::ImageInvalid),
+        (newer.to_vec(), Kind::NotSupported),
+        (preamble()[..9].to_vec(), Kind::Disconnected),
+        (facts(b"{}"), Kind::ImageInvalid),
+        (facts(b"[")[..40].to_vec(), Kind::Disconnected),
+    ] {
+        let destination = waiting(MODE, json!({}));
+        let (mut here, there) = UnixStream::pair().unwrap();
+        destination.begin_receive(there, false);
+        here.write_all(&bytes).unwrap();
+        here.shutdown(Shutdown::Write).unwrap();
+        let (received, _) = destination.answer(RECEIVE);
+        assert_eq!(received.unwrap_err().kind, wanted, "{bytes:?}");
+        assert_eq!(destination.end().0, EndReason::Error);
+    }
+}
+
+#[test]
+fn what_is_no_connected_stream_socket_is_refused() {
+    requires_kvm!();
+    let mut source = dirty();
+    let (datagrams, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    for socket in [OwnedFd::from(datagrams), listener.into(), file.into()] {
+        source.begin_send(socket);
+        let error = source.answer(SEND).0.unwrap_err();
+        assert_eq!(
+            (error.kind, error.argument.as_str()),
+            (Kind::InvalidArgument, "socket")
+        );
+    }
+    goes_on(&mut source);
+}
+
+#[test]
+fn a_guest_that_dirties_more_than_goes_through_is_slowed_until_it_fits() {
+    requires_kvm!();
+    let mode = "dirty mib=1 beat=50";
+    let mut source = run(mode, json!({}));
+    source.until("pass 50\n");
+    let mut destination = waiting(mode, json!({}));
+    let (here, there) = UnixStream::pair().unwrap();
+    destination.begin_receive(there, false);
+    let bandwidth = 8 << 20;
+    source.begin_send_at(here, 100, bandwidth);
+    let sent = source.answer(SEND).0.unwrap();
+    destination.answer(RECEIVE).0.unwrap();
+    assert!(sent["rounds"].as_u64().unwrap() > 1, "{sent}");
+    assert!(sent["slowed"].as_u64().unwrap() > 0, "{sent}");
+    let throughput = sent["throughput"].as_u64().unwrap();
+    assert!(throughput < bandwidth + bandwidth / 8, "{sent}");
+    let text = source.drain() + &destination.until("0\n");
+    assert!(!text.contains("page"), "{text}");
+}
+
+#[test]
+fn a_guest_may_end_or_be_ended_reset_or_paused_while_its_memory_goes() {
+    requires_kvm!();
+    // Nobody reads: the rounds last until something happens.
+    let stuck = |guest: &Running| {
+        let (here, mut there) = UnixStream::pair().unwrap();
+        guest.begin_send(here);
+        let accepted = Header::of(Record::Accepted, 0, (0, 0), &[]).bytes();
+        there.write_all(&accepted).unwrap();
+        there
+    };
+    let mut guest = run("wait-power-button", json!({}));
+    guest.until("waiting");
+    let _there = stuck(&guest);
+    guest.must(Request::PowerButton);
+    assert_eq!(guest.answer(SEND).0.unwrap_err().kind, Kind::Cancelled);
+
+    let mut guest = dirty();
+    let there = stuck(&guest);
+    guest.must(Request::Pause);
+    guest.must(Request::Resume);
+    assert_eq!(guest.must(Request::Reset), [Event::Reset]);
+    assert_eq!(
+        guest
+            .ask(Request::MemoryTarget(1 << 20))
+            .0
+            .unwrap_err()
+            .kind,
+        Kind::InvalidState
+    );
+    drop(there);
+    assert_eq!(guest.answer(SEND).0.unwrap_err().kind, Kind::Disconnected);
+    guest.until("pass 2\n");
+    let _there = stuck(&guest);
+    guest.must(Request::Stop);
+    assert_eq!(guest.answer(SEND).0.unwrap_err().kind, Kind::Cancelled);
 }
