@@ -3,7 +3,7 @@
 
 Markers: ``requires("capability", …)`` (tests/lab/capabilities.py), ``nested`` (runs in the nested host
 wherever the run was started), ``ahead`` (tests/lab/ahead.py), ``long`` (not in make test-fast), ``soak``,
-``fuzz``. An item runs here if all that it requires is here; else in the nested host, after all others, if
+``fuzz``. An item runs here if all that it requires is here; else in the nested host, beside all others, if
 that has it; else it is skipped. The terminal summary lists by name what was absent and what became of the
 tests that required it.
 """
@@ -109,8 +109,11 @@ def _skip_if_absent(item: pytest.Item, names: list[str]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    commands = running_ahead.commands(session.items)
-    if commands and not session.config.option.collectonly:
+    if session.config.option.collectonly:
+        return
+    if remote := session.config.stash.get(REMOTE, None):
+        remote.begin()
+    if commands := running_ahead.commands(session.items):
         session.config.stash[AHEAD] = running_ahead.Ahead()
         session.config.stash[AHEAD].begin(commands)
 

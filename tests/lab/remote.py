@@ -4,8 +4,9 @@
 One nested host and one pytest session in it serve all of them. That session (``--reports FILE``) writes
 each test report as a line of JSON to the share as it is made; here the item of that name waits for its
 three reports (set-up, call, tear-down) and hands them to pytest, so that the final report, the counts and
-junit files are those of one run. When the nested host says nothing for ``SILENCE`` seconds, the items that
-are left fail with what is known.
+junit files are those of one run. It begins when the items are known and runs beside those that run here,
+which come first: the nested host has one processor, and most of them need one. When the nested host says
+nothing for ``SILENCE`` seconds, the items that are left fail with what is known.
 
 The emulator that the nested host is goes wrong now and then (tests/lab/emulator.py), and a test with many
 processors may wait too long when the machine is busy. So an item that failed, or that was running when QEMU
@@ -36,7 +37,7 @@ OPTIONS: Final = ("--soak", "--fuzz")
 
 
 class RemoteSession:
-    """The pytest session in the nested host; started by the first item that asks for its reports."""
+    """The pytest session in the nested host. ``begin`` once, ``reports`` for each item, ``close``."""
 
     def __init__(self, config: pytest.Config, items: Sequence[pytest.Item]) -> None:
         self._config = config
@@ -48,6 +49,15 @@ class RemoteSession:
         self._broken = ""
         self.spent: list[tuple[str, str]] = []
         """The items for which a nested host was given up, and why."""
+
+    def begin(self) -> None:
+        """Start it. A host that dies meanwhile is noticed, and another started, when the first item asks."""
+        try:
+            self._start()
+        except NestedHostDied:
+            self.close()
+        except (NestedHostFailed, kernels.KernelUnavailable) as error:
+            self._broken = str(error)
 
     def has(self, item: pytest.Item) -> bool:
         """Whether ``item`` runs there."""

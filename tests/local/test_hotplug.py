@@ -104,6 +104,7 @@ def test_a_disk_is_attached_written_and_detached(system: System, machine: str) -
     console.close()
 
 
+@pytest.mark.long
 def test_ten_nics_come_and_go(system: System, machine: str) -> None:
     console = started(system)
     for _ in range(10):

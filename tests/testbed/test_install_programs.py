@@ -15,7 +15,11 @@ from tests.local.worker_guest import image
 from tests.testbed import installation
 from tests.testbed.systemd_host import SystemdHost
 
-pytestmark = [pytest.mark.requires("root", "kvm", "systemd-in-namespaces"), pytest.mark.timeout(1500)]
+pytestmark = [
+    pytest.mark.requires("root", "kvm", "systemd-in-namespaces"),
+    pytest.mark.long,
+    pytest.mark.timeout(1500),
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ NAMES = ["first", "second", "third"]
 
 class Host:
     """It runs the items that it is given up to the one that ``lives`` names for it, during which it ends; one
-    with a ``!`` fails, and it goes on."""
+    with a ``!`` fails, and it goes on; ``boot``: it does not come up."""
 
     lives: list[str]
     begun: list[list[str]]
@@ -29,6 +29,8 @@ class Host:
 
     def start(self) -> None:
         self.out.mkdir()
+        if self._until == "boot":
+            raise NestedHostDied("an assertion of its own")
 
     def stop(self) -> None:
         pass
@@ -117,3 +119,19 @@ def test_what_fails_in_the_last_host_has_failed(session: remote.RemoteSession) -
     Host.lives = ["first", "second", "third!"]
     assert outcomes(session)[2] == ["passed", "failed", "passed"]
     assert len(Host.begun) == remote.LIVES
+
+
+def test_it_begins_before_the_first_item_asks(session: remote.RemoteSession) -> None:
+    Host.lives = [""]
+    session.begin()
+    assert Host.begun == [NAMES]
+    assert outcomes(session) == [["passed"] * 3] * 3
+    assert Host.begun == [NAMES]
+
+
+def test_a_host_that_does_not_come_up_at_the_beginning_is_replaced(session: remote.RemoteSession) -> None:
+    Host.lives = ["boot", ""]
+    session.begin()
+    assert outcomes(session) == [["passed"] * 3] * 3
+    assert Host.begun == [NAMES]
+    assert not session.spent

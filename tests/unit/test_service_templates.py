@@ -146,6 +146,44 @@ def test_snapshots_and_templates_have_one_quota(tmp_path: Path) -> None:
     told(scenario, tmp_path, quota=5 * MIB)
 
 
+def test_what_is_being_imported_counts(tmp_path: Path) -> None:
+    async def scenario(shelf: Shelf) -> None:
+        fd = file_of(4 * MIB, (0, b"x" * 3 * MIB))
+        first = shelf.begin(ALICE, "one", fd)
+        for name, kind in (("two", "QuotaExceeded"), ("one", "AlreadyExists")):
+            with pytest.raises(VmbusError) as caught:
+                shelf.begin(ALICE, name, fd)
+            assert caught.value.kind == kind
+        other = shelf.begin(BOB, "one", fd)
+        await first.wait()
+        await other.cancel()
+        await shelf.add(BOB, "one", fd)
+        os.close(fd)
+
+    told(scenario, tmp_path, quota=5 * MIB)
+
+
+def test_a_file_that_grows_while_it_is_imported_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(shelf: Shelf) -> None:
+        fd = file_of(8 * MIB, (0, b"x" * MIB))
+        begin = templates._copy
+
+        def copy(source: int, target: int, start: int, end: int) -> None:
+            os.pwrite(fd, b"y" * 6 * MIB, MIB)
+            begin(source, target, start, end)
+
+        monkeypatch.setattr(templates, "_copy", copy)
+        with pytest.raises(VmbusError) as caught:
+            await shelf.add(ALICE, "one", fd)
+        assert caught.value.kind == "QuotaExceeded"
+        assert shelf.stored() == [] and shelf.all.of(ALICE) == []
+        os.close(fd)
+
+    told(scenario, tmp_path, quota=5 * MIB)
+
+
 def test_the_kernel_is_asked_for_verity_and_what_it_says_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

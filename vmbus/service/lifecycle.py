@@ -43,8 +43,8 @@ log = logging.getLogger("vmbus.lifecycle")
 END_DEADLINE: Final = 15.0
 """Seconds from a kill to the proof of the end; the broker calls a worker stuck after 5."""
 CONSOLE_INTERVAL: Final = 0.95
-WATCHDOG_ACTIONS: Final = frozenset({"none", "reset", "pause", "poweroff"})
 """Seconds between two signals of console activity: one, less what a timer may be early."""
+WATCHDOG_ACTIONS: Final = frozenset({"none", "reset", "pause", "poweroff"})
 RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 """Seconds before each attempt to connect to a living worker again; the last is repeated."""
 

