@@ -24,7 +24,7 @@ _vmbusctl() {
     done
     case "$verb" in
         "")
-            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore snapshot template clone console port vsock attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
+            COMPREPLY=($(compgen -W "define abi run list show start stop shutdown kill reset pause resume save restore migrate snapshot template clone console port vsock attach-nic detach-nic attach-disk detach-disk set-link resize-disk change-media wait undefine memory set-memory prefault hugepages ksm host -h --help --json --bus-address --bus-name --no-ask --no-autostart" -- "$current"))
             return
             ;;
         define)
@@ -79,6 +79,10 @@ _vmbusctl() {
             ;;
         restore)
             options="-h --help --paused --changed-disks --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            machines=yes
+            ;;
+        migrate)
+            options="-h --help --to --to-name --downtime --bandwidth --paused --undefine-source --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         snapshot)
@@ -316,6 +320,19 @@ _vmbusctl() {
             return
             ;;
         "restore --bus-address" | "restore --bus-name")
+            return
+            ;;
+        "migrate --file")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "migrate --secret")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
+        "migrate --to" | "migrate --to-name" | "migrate --downtime" | "migrate --bandwidth" | "migrate --bus-address" | "migrate --bus-name")
             return
             ;;
         "snapshot --file")

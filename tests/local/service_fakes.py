@@ -43,6 +43,13 @@ class FakeWorker:
         self.slow = False
         self.heeds = True
         """Whether the guest gives back what it is asked for."""
+        self.moving = 0
+        """The number of a Send or Receive, which waits until a test says what becomes of it."""
+        self.socket: socket.socket | None = None
+        """The connection that came with it."""
+        self.asked_last: wire.Request | None = None
+        self.too_late = False
+        """Whether a machine that moves cannot be kept from it any more."""
         self.console: socket.socket | None = None
         self.reason = ""
         self.events: list[wire.Event] = []
@@ -99,6 +106,25 @@ class FakeWorker:
         self.state, self.reason = "ended", reason
         self.event("ended", state="ended", reason=reason, detail=detail)
 
+    def moved(self, state: wire.State = "running", **stats: Any) -> None:
+        """A machine that moves is where it should be: gone, or here and ``state``."""
+        with self._lock:
+            number, self.moving = self.moving, 0
+            sent = isinstance(self.asked_last, wire.Send)
+            if not sent:
+                self.enter(state)
+            self.say(wire.Result(id=number, stats=stats))
+            if sent:
+                self.end("migrated")
+
+    def not_moved(self, kind: str, message: str = "no", argument: str = "") -> None:
+        """It is not."""
+        with self._lock:
+            number, self.moving = self.moving, 0
+            self.say(wire.Result(id=number, error=kind, message=message, argument=argument))
+            if isinstance(self.asked_last, wire.Receive):
+                self.end("error", message)
+
     def finish_touching(self) -> None:
         """A Prefault that waits is done."""
         with self._lock:
@@ -118,9 +144,10 @@ class FakeWorker:
         for fd in self.files.values():
             os.close(fd)
         self.files = {}
-        if self.console is not None:
-            self.console.close()
-            self.console = None
+        for sock in (self.console, self.socket):
+            if sock is not None:
+                sock.close()
+        self.console = self.socket = None
 
     def _serve(self, sock: socket.socket) -> None:
         while True:
@@ -166,6 +193,11 @@ class FakeWorker:
         if isinstance(request, wire.Console):
             self.console = socket.socket(fileno=fds[0])
             self.console.send(self.history)
+        if isinstance(request, wire.Send | wire.Receive):
+            self.moving, self.socket, self.asked_last = request.id, socket.socket(fileno=fds[0]), request
+            return
+        if isinstance(request, wire.CancelSave) and self.moving and not self.too_late:
+            self.not_moved("Cancelled", "stopped")
         if isinstance(request, wire.Prefault) and self.slow:
             self.touching = request.id
             return
@@ -176,6 +208,8 @@ class FakeWorker:
         if isinstance(request, wire.Stats):
             stats = {"vcpus": {"exits": 7}, "odd": None, "devices": {"balloon": self.balloon}}
             stats["memory"] = {"prefaulted": self.memory // 2}
+            if self.moving:
+                stats["migration"] = {"total": self.memory, "sent": 1000, "remaining": 500, "odd": [1]}
         self.say(wire.Result(id=request.id, stats=stats))
         self._act(request)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ async def test_ones_own_machine_works_without_any_right(bed: Bed) -> None:
 async def test_another_s_machine_is_refused_in_every_method(bed: Bed) -> None:
     nic = variants(dbus_form.build(Nic("nic0", "52:54:00:00:00:01", kind="user")))
     disk = variants(dbus_form.build(Disk("data", [Layer("raw", "/data")])))
-    named = {"nic": nic, "disk": disk}
+    ours, theirs = socket.socketpair()
+    named = {"nic": nic, "disk": disk, "socket": theirs.fileno()}
     with open("/etc/hostname", "rb") as file:
         passed = os.dup(file.fileno())
     plain = {"s": "nic0", "t": 0, "u": 0, "b": True, "h": passed, "a{sv}": {}, "a{sh}": {}}
@@ -74,6 +76,8 @@ async def test_another_s_machine_is_refused_in_every_method(bed: Bed) -> None:
                 arguments = [named.get(arg.name, plain[arg.signature]) for arg in method.ins]
                 await refused(bob(machine, f"Machine.{name}", *arguments), "NotAuthorized")
         assert await alice.state(machine) == "stopped"
+    ours.close()
+    theirs.close()
 
 
 @scenario

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vmbus.service import templates
-from vmbus.service.files import Files
+from vmbus.service.files import Files, PassedFile
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.templates import Templates
 from vmbus.wire.errors import VmbusError
@@ -43,6 +43,7 @@ class Shelf:
 
     def begin(self, owner: int, name: str, fd: int) -> Job:
         [file] = self.files.admit([os.dup(fd)], "alice")
+        assert isinstance(file, PassedFile)
         return self.all.make(owner, name, file, "/org/vmbus1")
 
     async def add(self, owner: int, name: str, fd: int) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from vmbus.api.options import booleans
+from vmbus.api.options import booleans, numbers
 from vmbus.bus import Variant, variants
 from vmbus.service.changes import Changes
 from vmbus.service.definitions import Definitions
 from vmbus.service.dispatcher import Reply
-from vmbus.service.files import PassedFile
+from vmbus.service.files import PassedFile, PassedSocket
 from vmbus.service.handover import close_all
 from vmbus.service.hotplug import Hotplug
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
 from vmbus.service.memory import Memory
+from vmbus.service.migration import DOWNTIME, DOWNTIME_MOST, Migration
 from vmbus.service.parked import Parked
 from vmbus.service.saving import Saving, resumption
 from vmbus.service.snapshots import Snapshots
@@ -97,6 +98,7 @@ class MachineApi:
         parked: Parked,
         memory: Memory,
         saving: Saving,
+        migration: Migration,
         snapshots: Snapshots,
         vsock: Vsock,
         templates: Templates,
@@ -108,6 +110,7 @@ class MachineApi:
         self._parked = parked
         self._memory = memory
         self._saving = saving
+        self._migration = migration
         self._snapshots = snapshots
         self._vsock = vsock
         self._templates = templates
@@ -263,6 +266,30 @@ class MachineApi:
             close_all(everything)
             raise
         await self._lifecycle.start(item.machine, everything, paused=wanted["paused"], saved=saved)
+
+    def migrate(
+        self, caller: Caller, item: MachineObject, socket: PassedSocket, options: dict[str, Any]
+    ) -> str:
+        """Migrate."""
+        wanted = numbers(options, downtime=(DOWNTIME, 1, DOWNTIME_MOST), bandwidth=(0, 0, (1 << 63) - 1))
+        socket.claimed = True
+        return job_path(self._migration.send(item.machine, caller.name, socket, **wanted).number)
+
+    def receive(
+        self,
+        caller: Caller,
+        item: MachineObject,
+        socket: PassedSocket,
+        options: dict[str, Any],
+        files: dict[str, PassedFile],
+    ) -> str:
+        """Receive."""
+        wanted = booleans(options, paused=False)
+        item.machine.require("Receive", "stopped", "crashed")
+        everything = self._with_parked(caller, item, files)
+        socket.claimed = True
+        job = self._migration.receive(item.machine, caller.name, socket, everything, **wanted)
+        return job_path(job.number)
 
     def create_snapshot(self, caller: Caller, item: MachineObject, name: str, options: dict[str, Any]) -> str:
         """CreateSnapshot."""

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import re
+from typing import Any, Final
 
 from vmbus import __version__
 from vmbus.api.machine import job_path, machine_path
@@ -21,6 +22,8 @@ from vmbus.service.templates import Templates
 from vmbus.wire.dbus_form import parse
 from vmbus.wire.definition import brought
 from vmbus.wire.errors import VmbusError
+
+UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class ManagerObject:
@@ -70,6 +73,16 @@ class ManagerApi:
     async def define_machine(self, caller: Caller, item: ManagerObject, form: dict[str, Any]) -> str:
         """DefineMachine."""
         machine = await self._definitions.create(caller.uid, parse(form), persistent=True)
+        return machine_path(machine.uuid)
+
+    async def define_machine_as(
+        self, caller: Caller, item: ManagerObject, form: dict[str, Any], uuid: str
+    ) -> str:
+        """DefineMachineAs."""
+        if not UUID.fullmatch(uuid):
+            text = f"{uuid!r} is no UUID in lower case with dashes"
+            raise VmbusError("InvalidArgument", text, argument="uuid")
+        machine = await self._definitions.create(caller.uid, parse(form), persistent=True, uuid=uuid)
         return machine_path(machine.uuid)
 
     async def create_transient(

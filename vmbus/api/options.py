@@ -3,9 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vmbus.wire.errors import VmbusError
+
+
+def numbers(options: Mapping[str, object], **known: tuple[int, int, int]) -> dict[str, int]:
+    """The values of options that are numbers: ``known`` has of each its default, least and most. Raises
+    InvalidArgument."""
+    found = {key: default for key, (default, _, _) in known.items()}
+    for key, value in options.items():
+        if key not in known:
+            raise _unknown(key, known)
+        _, least, most = known[key]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise VmbusError(
+                "InvalidArgument", f"{value!r} is no number from {least} to {most}", argument=key
+            )
+        found[key] = value
+    return found
 
 
 def booleans(options: Mapping[str, object], **defaults: bool) -> dict[str, bool]:
@@ -13,9 +29,13 @@ def booleans(options: Mapping[str, object], **defaults: bool) -> dict[str, bool]
     found = dict(defaults)
     for key, value in options.items():
         if key not in defaults:
-            known = ", ".join(sorted(defaults)) or "none"
-            raise VmbusError("InvalidArgument", f"there is no such option; known are {known}", argument=key)
+            raise _unknown(key, defaults)
         if not isinstance(value, bool):
             raise VmbusError("InvalidArgument", f"{value!r} is not a boolean", argument=key)
         found[key] = value
     return found
+
+
+def _unknown(key: str, known: Iterable[str]) -> VmbusError:
+    words = ", ".join(sorted(known)) or "none"
+    return VmbusError("InvalidArgument", f"there is no such option; known are {words}", argument=key)

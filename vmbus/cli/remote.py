@@ -110,6 +110,11 @@ class Remote:
         """Manager.DefineMachine; the new machine's path."""
         return str(await self._call(ROOT, "Manager.DefineMachine", self._connection.form(definition)))
 
+    async def define_as(self, uuid: str, definition: Definition) -> str:
+        """Manager.DefineMachineAs; the new machine's path."""
+        form = self._connection.form(definition)
+        return str(await self._call(ROOT, "Manager.DefineMachineAs", form, uuid))
+
     async def create_transient(
         self, definition: Definition, files: Mapping[str, int], *, paused: bool
     ) -> str:
@@ -159,6 +164,15 @@ class Remote:
         """Machine.Restore; returns when the guest goes on."""
         options = self._connection.flags(**{"paused": paused, "changed-disks": changed_disks})
         await self._call(path, "Machine.Restore", file, options, dict(files))
+
+    async def migrate(self, path: str, end: int, options: Mapping[str, int]) -> str:
+        """Machine.Migrate; the path of its job. ``end``, a socket, stays the caller's."""
+        return str(await self._call(path, "Machine.Migrate", end, self._connection.values(options)))
+
+    async def receive(self, path: str, end: int, files: Mapping[str, int], *, paused: bool) -> str:
+        """Machine.Receive; the path of its job. ``end``, the other socket, stays the caller's."""
+        options = self._connection.flags(paused=paused)
+        return str(await self._call(path, "Machine.Receive", end, options, dict(files)))
 
     async def create_snapshot(self, path: str, name: str) -> str:
         """Machine.CreateSnapshot; the path of its job."""
@@ -314,6 +328,16 @@ class Remote:
         """HugePages.Grow or Shrink; the path of its job."""
         method = "HugePages.Grow" if change > 0 else "HugePages.Shrink"
         return str(await self._call(path, method, abs(change)))
+
+    async def hear(self, job: str, told: Callable[[Mapping[str, Any]], None]) -> None:
+        """Have ``told`` hear of a job's result, as far as it is, from now on."""
+
+        def changed(_interface: str, member: str, body: list[Any]) -> None:
+            if member == "PropertiesChanged" and "Result" in body[1]:
+                told(body[1]["Result"])
+
+        await self._connection.watch(job, changed)
+        await self._call(ROOT, "Manager.Subscribe")
 
     async def finish(self, job: str) -> Outcome:
         """Return when a job is done, with what it has to say; raises VmbusError as it failed, Cancelled, or

@@ -77,7 +77,7 @@ class Channel(Generic[A, E]):
         self._next = 1
         self._pending: dict[int, asyncio.Future[tuple[A, list[int]]]] = {}
         self._forgotten: set[int] = set()
-        self._queue: deque[tuple[msgspec.Struct, list[int]]] = deque()
+        self._queue: deque[tuple[msgspec.Struct, list[int], Callable[[], None]]] = deque()
         self._loop = asyncio.get_running_loop()
         self.open = True
         self._resting = False
@@ -90,17 +90,23 @@ class Channel(Generic[A, E]):
         return self._next
 
     async def request(
-        self, message: msgspec.Struct, number: int, *, fds: list[int] | None = None, timeout: float = 30
+        self,
+        message: msgspec.Struct,
+        number: int,
+        *,
+        fds: list[int] | None = None,
+        timeout: float = 30,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> tuple[A, list[int]]:
         """Send ``message``, whose id is ``number``, and wait for its answer; fds that come are the caller's.
 
-        Copies of ``fds`` are kept until they are sent. Raises the error that the answer names;
-        Disconnected, Timeout.
+        Copies of ``fds`` are kept until they are sent; ``on_sent`` is called when they are, or never will be.
+        Raises the error that the answer names; Disconnected, Timeout.
         """
         future: asyncio.Future[tuple[A, list[int]]] = self._loop.create_future()
         self._pending[number] = future
         try:
-            self.send(message, fds)
+            self.send(message, fds, on_sent)
             answer, received = await asyncio.wait_for(future, timeout)
         except TimeoutError:
             self._forgotten.add(number)
@@ -116,14 +122,19 @@ class Channel(Generic[A, E]):
             raise VmbusError(kind, answer.message[:2000], argument=answer.argument[:200])
         return answer, received
 
-    def send(self, message: msgspec.Struct, fds: list[int] | None = None) -> None:
+    def send(
+        self,
+        message: msgspec.Struct,
+        fds: list[int] | None = None,
+        on_sent: Callable[[], None] = lambda: None,
+    ) -> None:
         """Send without waiting for an answer. Raises Disconnected."""
         if not self.open:
             raise VmbusError("Disconnected", f"{self._peer} is not connected")
         if len(self._queue) >= QUEUE:
             self._end(f"{self._peer} does not read")
             raise VmbusError("Disconnected", f"{self._peer} does not read")
-        self._queue.append((message, [descriptors.keep(os.dup(fd)) for fd in fds or ()]))
+        self._queue.append((message, [descriptors.keep(os.dup(fd)) for fd in fds or ()], on_sent))
         if len(self._queue) == 1:
             self._writable()
 
@@ -146,7 +157,7 @@ class Channel(Generic[A, E]):
 
     def _writable(self) -> None:
         while self._queue:
-            message, fds = self._queue[0]
+            message, fds, on_sent = self._queue[0]
             try:
                 packet.send(self._sock, message, fds)
             except BlockingIOError:
@@ -158,12 +169,14 @@ class Channel(Generic[A, E]):
             except packet.Violation as error:
                 self._queue.popleft()
                 _close(fds)
+                on_sent()
                 number = getattr(message, "id", 0)
                 if (future := self._pending.get(number)) and not future.done():
                     future.set_exception(VmbusError("InvalidArgument", f"too large to be sent: {error}"))
                 continue
             self._queue.popleft()
             _close(fds)
+            on_sent()
         self._loop.remove_writer(self._sock.fileno())
 
     def _readable(self) -> None:
@@ -209,8 +222,9 @@ class Channel(Generic[A, E]):
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         descriptors.close(self._sock.detach())
-        for _, fds in self._queue:
+        for _, fds, on_sent in self._queue:
             _close(fds)
+            on_sent()
         self._queue.clear()
         for future in self._pending.values():
             if not future.done():

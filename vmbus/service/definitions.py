@@ -35,9 +35,13 @@ class Definitions:
         self._broker = broker
         self._owned = owned
         self._firmware = firmware
+        self._coming: set[str] = set()
 
-    async def create(self, owner: int, definition: Definition, *, persistent: bool) -> Machine:
-        """A new machine that belongs to ``owner``, stored if persistent, in state stopped.
+    async def create(
+        self, owner: int, definition: Definition, *, persistent: bool, uuid: str | None = None
+    ) -> Machine:
+        """A new machine that belongs to ``owner``, stored if persistent, in state stopped; with a ``uuid``
+        that it has elsewhere, or one of its own.
 
         Raises AlreadyExists, Unavailable (no such firmware), and the broker's QuotaExceeded, AccessDenied,
         NotFound, Unavailable.
@@ -66,7 +70,18 @@ class Definitions:
                 raise
             named = [name for path, name in paths.items() if repr(path) in error.message]
             raise VmbusError(error.kind, error.message, argument=named[0] if named else "path") from None
-        uuid = str(uuids.uuid4())
+        if uuid is None:
+            uuid = str(uuids.uuid4())
+        elif self._registry.get(uuid) or uuid in self._coming:
+            text = "there is a machine with this UUID; if it is yours, have that receive it, or undefine it"
+            raise VmbusError("AlreadyExists", text, argument="uuid")
+        self._coming.add(uuid)
+        try:
+            return await self._make(uuid, owner, definition, persistent=persistent)
+        finally:
+            self._coming.discard(uuid)
+
+    async def _make(self, uuid: str, owner: int, definition: Definition, *, persistent: bool) -> Machine:
         try:
             await self._owned.make(uuid, owner)
             async with self._firmware.taken(uuid, definition) as hashes:

@@ -25,7 +25,7 @@ from typing import Any, Final
 from vmbus.bus import Bus, BusLost, Call, Prepared, plain
 from vmbus.service.credentials import Credentials
 from vmbus.service.exports import READ_ANY, Exported, Exports
-from vmbus.service.files import Files, PassedFile
+from vmbus.service.files import Files, Passed, PassedFile, PassedSocket
 from vmbus.service.polkit import Polkit
 from vmbus.service.standard import ANYBODY, Caller, Standard, StandardError
 from vmbus.wire.contract import ContractError, Interface, Method, Rule, error_name
@@ -85,7 +85,7 @@ class Dispatcher:
 
     def on_call(self, call: Call) -> None:
         """Take a call. Never raises."""
-        files: list[PassedFile] = []
+        files: list[Passed] = []
         try:
             if call.fds:
                 files = self._files.admit(call.fds, self._who(call.sender))
@@ -127,7 +127,7 @@ class Dispatcher:
         self._answer(call, route.method, result)
         return True
 
-    async def _handle(self, call: Call, files: list[PassedFile]) -> None:
+    async def _handle(self, call: Call, files: list[Passed]) -> None:
         try:
             uid = await self._credentials.uid(call.sender)
             self._files.charge(files, f"uid {uid}")
@@ -263,11 +263,12 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def _arguments(call: Call, method: Method, files: list[PassedFile]) -> list[Any]:
+def _arguments(call: Call, method: Method, files: list[Passed]) -> list[Any]:
     args: list[Any] = []
     for described, value in zip(method.ins, plain(call.body), strict=True):
         if described.signature == "h":
-            args.append(_file(value, files, described.name))
+            kind = PassedSocket if described.socket else PassedFile
+            args.append(_file(value, files, described.name, kind))
         elif described.signature == "a{sh}":
             args.append(
                 {key: _file(index, files, f"{described.name}[{key}]") for key, index in value.items()}
@@ -277,13 +278,16 @@ def _arguments(call: Call, method: Method, files: list[PassedFile]) -> list[Any]
     return args
 
 
-def _file(index: int, files: list[PassedFile], where: str) -> PassedFile:
+def _file(index: int, files: list[Passed], where: str, kind: type[Passed] = PassedFile) -> Passed:
     if index >= len(files):
         raise VmbusError("InvalidArgument", "no file came with the message for it", argument=where)
+    if not isinstance(files[index], kind):
+        found, wanted = ("file", "socket") if kind is PassedSocket else ("socket", "file")
+        raise VmbusError("InvalidArgument", f"it is a {found}; a {wanted} is needed", argument=where)
     return files[index]
 
 
-def _settle(files: list[PassedFile]) -> None:
+def _settle(files: list[Passed]) -> None:
     for file in files:
         if not file.claimed:
             file.close()

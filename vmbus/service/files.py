@@ -18,6 +18,10 @@ thread keeps the old table. Hence:
   it, and the thread closes everything of ours and at last the poison. It may hang for ever; it holds
   nothing else.
 
+* **Sockets**, where a method takes one, are never harmless: the last close() of one closes the files that
+  wait in it as messages, and waits for the lock that whoever is stuck in a call on it holds. So each leaves
+  as poison does, and is kept no longer than it takes to hand it on. What it is, is asked without that lock.
+
 The layout is kept by ``descriptors``. At most ``STUCK`` such threads a user; what that user sends beyond is
 left open, uncounted threads being worse than a table that fills.
 """
@@ -29,6 +33,8 @@ import ctypes
 import fcntl
 import logging
 import os
+import select
+import socket
 import stat
 from collections import Counter
 from typing import Final
@@ -49,6 +55,8 @@ _AT_EMPTY_PATH: Final = 0x1000
 _AT_STATX_DONT_SYNC: Final = 0x4000
 _STATX_MNT_ID: Final = 0x1000
 _F_GET_SEALS: Final = 1034
+_SO_PROTOCOL: Final = 38
+_SO_DOMAIN: Final = 39
 
 
 class _Statx(ctypes.Structure):
@@ -100,6 +108,12 @@ def harmless(fd: int) -> str:
     return ""
 
 
+def _mode(fd: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(_statx(fd).mode)
+    return 0
+
+
 def _file_system(found: _Statx) -> str | None:
     """The type of the file system, by the mount that the file was opened through, else by its device."""
     device = f"{found.dev_major}:{found.dev_minor}"
@@ -115,15 +129,60 @@ def _file_system(found: _Statx) -> str | None:
     return by_device
 
 
-class PassedFile:
-    """An admitted file. Who wants to keep it beyond its call sets ``claimed``, and calls ``close`` when
-    done."""
+def unfit(fd: int) -> str:
+    """ "" if this is a socket for a stream of bytes to a peer that is there; else what is wrong with it.
+
+    Nothing here waits for the socket's lock, as getsockname() and getpeername() do.
+    """
+    if _option(fd, socket.SO_TYPE) != socket.SOCK_STREAM:
+        return "it is no stream socket"
+    family, protocol = _option(fd, _SO_DOMAIN), _option(fd, _SO_PROTOCOL)
+    tcp = family in (socket.AF_INET, socket.AF_INET6) and protocol == socket.IPPROTO_TCP
+    if family != socket.AF_UNIX and not tcp:
+        return "it is neither a UNIX nor a TCP socket"
+    if _option(fd, socket.SO_ACCEPTCONN):
+        return "it listens; pass a connection"
+    poll = select.poll()
+    poll.register(fd, 0)
+    if any(events & select.POLLHUP for _, events in poll.poll(0)):
+        return "it is not connected"
+    return ""
+
+
+def _option(fd: int, name: int) -> int:
+    """A number that the kernel keeps of a socket; -1 if this is none."""
+    value, size = ctypes.c_int(-1), ctypes.c_uint32(4)
+    failed = _libc.getsockopt(fd, socket.SOL_SOCKET, name, ctypes.byref(value), ctypes.byref(size))
+    return -1 if failed else value.value
+
+
+class Passed:
+    """An admitted file or socket. Who wants to keep it beyond its call sets ``claimed``, and calls ``close``
+    when done."""
 
     def __init__(self, files: Files, fd: int, who: str) -> None:
         self._files = files
         self.who = who
         self.fd = fd
         self.claimed = False
+
+    def close(self) -> None:
+        """Let it go. Closing twice is closing once."""
+        raise NotImplementedError
+
+
+class PassedSocket(Passed):
+    """A connected stream socket."""
+
+    def close(self) -> None:
+        """Have it closed by a thread that may hang in that."""
+        if self.fd >= 0:
+            self._files.bury(self.fd, self.who)
+            self.fd = -1
+
+
+class PassedFile(Passed):
+    """A file whose close() is harmless."""
 
     def identity(self) -> Identity:
         """What it is, as fstat says."""
@@ -178,24 +237,27 @@ class Files:
         self._held: Counter[str] = Counter()
         self._stuck: Counter[str] = Counter()
 
-    def admit(self, fds: list[int], who: str) -> list[PassedFile]:
+    def admit(self, fds: list[int], who: str) -> list[Passed]:
         """Take the files of one message. Raises InvalidArgument or QuotaExceeded, and then none is left."""
         if not fds:
             return []
-        complaints = [harmless(fd) for fd in fds]
+        sockets = {fd for fd in fds if stat.S_ISSOCK(_mode(fd))}
+        complaints = [unfit(fd) if fd in sockets else harmless(fd) for fd in fds]
         if any(complaints):
             self._dispose(fds, who)
             index = next(i for i, bad in enumerate(complaints) if bad)
             text = f"file {index + 1} of {len(fds)} is refused: {complaints[index]}"
             raise VmbusError("InvalidArgument", text, argument="files")
         if self._held[who] + len(fds) > HELD:
-            for fd in fds:
+            for fd in set(fds) - sockets:
                 os.close(fd)
+            self._dispose(sorted(sockets), who)
             raise _too_many()
         self._held[who] += len(fds)
-        return [PassedFile(self, descriptors.keep(fd), who) for fd in fds]
+        kinds = [PassedSocket if fd in sockets else PassedFile for fd in fds]
+        return [kind(self, descriptors.keep(fd), who) for kind, fd in zip(kinds, fds, strict=True)]
 
-    def charge(self, files: list[PassedFile], who: str) -> None:
+    def charge(self, files: list[Passed], who: str) -> None:
         """Count files for a user who was not known when they came. Raises QuotaExceeded."""
         for file in files:
             if file.who != who:
@@ -216,12 +278,24 @@ class Files:
         self._less(who)
         descriptors.close(fd)
 
+    def bury(self, fd: int, who: str) -> None:
+        """Called by PassedSocket.close: it goes as one that has just come."""
+        self._less(who)
+        if not descriptors.limit():
+            os.close(fd)
+            return
+        copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, descriptors.limit())
+        descriptors.close(fd)
+        self._dispose([copy], who)
+
     def _less(self, who: str) -> None:
         self._held[who] -= 1
         if self._held[who] <= 0:
             del self._held[who]
 
     def _dispose(self, fds: list[int], who: str) -> None:
+        if not fds:
+            return
         if self._stuck[who] >= STUCK:
             log.error("%s sent %d files that cannot be closed; %d more are left open", who, STUCK, len(fds))
             return

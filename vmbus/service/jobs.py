@@ -8,6 +8,7 @@ INTERVAL, of the latest, and with the end of what was last.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Literal
@@ -31,18 +32,22 @@ State = Literal["running", "done", "failed", "cancelled"]
 
 
 class Job:
-    """``machine`` is the UUID of the machine that it works on, or the object path of something else.
+    """``machine`` is the UUID of the machine that it works on, or the object path of something else;
+    ``caller`` the connection that it ends with, if it does with one.
 
     ``progress``: bytes done and in all; ``result``: what it counts while it runs, and has found when it is
     done, by names that its kind fixes; ``note``: what a job that is done has to say.
     """
 
-    def __init__(self, jobs: Jobs, number: int, kind: str, owner: int, machine: str) -> None:
+    def __init__(
+        self, jobs: Jobs, number: int, kind: str, owner: int, machine: str, caller: str = ""
+    ) -> None:
         self._jobs = jobs
         self.number = number
         self.kind = kind
         self.owner = owner
         self.machine = machine
+        self.caller = caller
         self.state: State = "running"
         self.error: VmbusError | None = None
         self.progress = (0, 0)
@@ -113,19 +118,28 @@ class Jobs:
         self._jobs: dict[int, Job] = {}
         self._news: dict[int, asyncio.TimerHandle] = {}
         self._last: dict[int, float] = {}
+        self._cancelling: set[asyncio.Task[None]] = set()
         self.on_added: Callable[[Job], None] = lambda job: None
         self.on_told: Callable[[Job], None] = lambda job: None
         self.on_finished: Callable[[Job], None] = lambda job: None
         self.on_removed: Callable[[Job], None] = lambda job: None
 
-    def start(self, kind: str, owner: int, machine: str, work: Work) -> Job:
-        """A new job that is already running."""
+    def start(self, kind: str, owner: int, machine: str, work: Work, *, caller: str = "") -> Job:
+        """A new job that is already running, and is cancelled when the connection ``caller`` leaves."""
         self._next += 1
-        job = Job(self, self._next, kind, owner, machine)
+        job = Job(self, self._next, kind, owner, machine, caller)
         self._jobs[job.number] = job
         self.on_added(job)
         job.begin(work)
         return job
+
+    def sender_left(self, sender: str) -> None:
+        """A connection is gone: nobody waits for what ends with it."""
+        for job in self._jobs.values():
+            if job.caller == sender and job.state == "running":
+                task = asyncio.ensure_future(_cancel(job))
+                self._cancelling.add(task)
+                task.add_done_callback(self._cancelling.discard)
 
     def told(self, job: Job) -> None:
         """Called by the job when it has news."""
@@ -155,3 +169,8 @@ class Jobs:
     def _remove(self, job: Job) -> None:
         if self._jobs.pop(job.number, None) is not None:
             self.on_removed(job)
+
+
+async def _cancel(job: Job) -> None:
+    with contextlib.suppress(VmbusError):  # it has ended by itself
+        await job.cancel()

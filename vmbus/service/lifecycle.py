@@ -25,11 +25,11 @@ import msgspec
 from vmbus.service import descriptors
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
-from vmbus.service.files import OwnFile, PassedFile
+from vmbus.service.files import OwnFile, PassedFile, PassedSocket
 from vmbus.service.handover import Handover, check_passed, close_all
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import CLEAN_ENDS, STORED_FORMAT, Machine, Run
-from vmbus.service.memory import touch, watched
+from vmbus.service.memory import gone_over, touch, watched
 from vmbus.service.owned import Owned
 from vmbus.service.registry import Registry
 from vmbus.service.worker_client import WorkerClient
@@ -48,20 +48,28 @@ WATCHDOG_ACTIONS: Final = frozenset({"none", "reset", "pause", "poweroff"})
 RECONNECT: Final = (0.1, 0.5, 2.0, 5.0)
 """Seconds before each attempt to connect to a living worker again; the last is repeated."""
 
+Step = tuple[str, Callable[[], Awaitable[None]]]
+
 
 @dataclasses.dataclass
 class Resumption:
-    """A start that goes on from a saved machine: its file, closed with the start, and whether the files of
-    its disks may be others, or were written since. ``revert_to``: the disks go back to the internal
-    snapshots of that name, and what they held is kept in those named ``aside``. ``on_restored``: called
-    before the guest goes on."""
+    """A start that goes on from a saved machine: its file, closed with the start, or the socket through which
+    it comes. ``changed_disks``: the files of its disks may be others, or were written since. ``revert_to``:
+    the disks go back to the internal snapshots of that name, and what they held is kept in those named
+    ``aside``. ``on_restored``: called before the guest goes on.
+    """
 
-    file: PassedFile | OwnFile
+    file: PassedFile | OwnFile | PassedSocket
     changed_disks: bool = False
     revert_to: str = ""
     aside: str = ""
     clone: bool = False
     on_restored: Callable[[], None] = lambda: None
+
+    @property
+    def moving(self) -> bool:
+        """Whether it runs elsewhere still."""
+        return isinstance(self.file, PassedSocket)
 
 
 class Lifecycle:
@@ -84,6 +92,8 @@ class Lifecycle:
         self._handover = handover
         self._networks = handover.networks
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_moving: Callable[[Job | None], Callable[[Mapping[str, Any]], None]] = lambda job: _ignored
+        """What is told of the statistics of a machine that comes from elsewhere."""
         self.on_found: Callable[[Machine], Awaitable[None]] = _nothing_more
         """Called when a machine that was running before is reached again."""
         self.tidy: Callable[[Machine], Awaitable[None]] = _nothing_more
@@ -110,6 +120,18 @@ class Lifecycle:
 
         Takes over ``files`` (by slot), ``saved``. Raises what the failing step raised; nothing is left then.
         """
+        await self.begin(machine, files, paused=paused, saved=saved).wait()
+
+    def begin(
+        self,
+        machine: Machine,
+        files: dict[str, PassedFile],
+        *,
+        paused: bool,
+        saved: Resumption | None = None,
+        caller: str = "",
+    ) -> Job:
+        """The same, as the job that it is; with a ``caller`` it is cancelled when that leaves the bus."""
         try:
             machine.require("Restore" if saved else "Start", "stopped", "crashed")
             check_machine_type(machine.definition)
@@ -119,11 +141,14 @@ class Lifecycle:
             raise
         machine.killed = False
         machine.set_state("starting")
-        job = self._jobs.start(
-            "start", machine.owner, machine.uuid, self._start(machine, files, saved, paused=paused)
+        job = machine.job = self._jobs.start(
+            "receive" if saved and saved.moving else "start",
+            machine.owner,
+            machine.uuid,
+            self._start(machine, files, saved, paused=paused),
+            caller=caller,
         )
-        machine.job = job
-        await job.wait()
+        return job
 
     async def _start(
         self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None, *, paused: bool
@@ -137,9 +162,7 @@ class Lifecycle:
                     if error.kind == "Disconnected":
                         raise _died(machine, name) from None
                     raise
-            self._registry.write_run(
-                machine, msgspec.structs.replace(_run(machine), started=True, first_run=paused and not saved)
-            )
+            self._registry.write_run(machine, _begun(_run(machine), first_run=paused and not saved))
         except BaseException as error:
             await self._undo_start(machine, error)
             raise
@@ -153,8 +176,17 @@ class Lifecycle:
 
     def _steps(
         self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None, *, paused: bool
-    ) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
+    ) -> list[Step]:
         prefault = machine.definition.prefault and saved is None
+        restored = saved is not None
+        by_file: list[Step] = []
+        go_on: list[Step] = [("run", lambda: self._let_go(machine, paused=paused, restored=restored))]
+        if saved is not None and saved.moving:
+            go_on = [("receive", lambda: self._receive(machine, saved, paused=paused))]
+        elif saved is not None:
+            by_file = [("file", lambda: self._hand_over_saved(machine, saved))]
+            restore: Step = ("restore", lambda: self._restore(machine, saved))
+            go_on = [restore, ("tidy", lambda: self.tidy(machine)), *go_on]
         return [
             ("record", lambda: self._record(machine)),
             ("spawn", lambda: self._spawn(machine)),
@@ -162,17 +194,12 @@ class Lifecycle:
             ("firmware", lambda: self._handover.firmware(machine)),
             ("ports", lambda: self._handover.ports(machine)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
-            *([("file", lambda: self._hand_over_saved(machine, saved))] if saved else []),
+            *by_file,
             ("build", lambda: self._build(machine, saved)),
             ("tidy", lambda: self.tidy(machine)),
             *([("prefault", lambda: touch(machine, machine.job))] if prefault else []),
             ("links", lambda: self._networks.join(machine, machine.definition.nics)),
-            *(
-                [("restore", lambda: self._restore(machine, saved)), ("tidy", lambda: self.tidy(machine))]
-                if saved
-                else []
-            ),
-            ("run", lambda: self._let_go(machine, paused=paused, restored=saved is not None)),
+            *go_on,
         ]
 
     async def _record(self, machine: Machine) -> None:
@@ -231,8 +258,17 @@ class Lifecycle:
     async def _restore(self, machine: Machine, saved: Resumption) -> None:
         worker = machine.connection()
         work = worker.restore(changed_disks=saved.changed_disks, revert_to=saved.revert_to, aside=saved.aside)
-        await watched(machine, machine.job, work, worker.cancel_save, worker)
+        await gone_over(machine, machine.job, work, worker.cancel_save, worker)
         saved.on_restored()
+
+    async def _receive(self, machine: Machine, saved: Resumption, *, paused: bool) -> None:
+        """From here on it comes without us, too."""
+        self._registry.write_run(machine, msgspec.structs.replace(_run(machine), receiving=True))
+        worker = machine.connection()
+        work = worker.receive(saved.file.fd, paused=paused, on_sent=saved.file.close)
+        await watched(work, worker.cancel_save, worker, self.on_moving(machine.job))
+        machine.set_memory(machine.definition.memory, machine.definition.memory)
+        machine.set_state(machine.guest)
 
     async def _build(self, machine: Machine, saved: Resumption | None) -> None:
         self._registry.write_run(
@@ -259,6 +295,10 @@ class Lifecycle:
         machine.set_state("running")
 
     async def _undo_start(self, machine: Machine, error: BaseException) -> None:
+        if machine.run is not None and machine.run.receiving:  # whoever finds it then ends it
+            with contextlib.suppress(VmbusError):
+                run = msgspec.structs.replace(machine.run, receiving=False)
+                self._registry.write_run(machine, run)
         if machine.worker is not None or not machine.gone.is_set():
             machine.set_state("stopping", "start-failed", str(error))
             with contextlib.suppress(asyncio.CancelledError):
@@ -318,7 +358,7 @@ class Lifecycle:
             machine.job = None
 
     async def _end(self, machine: Machine, deadline: float, before: Job | None) -> None:
-        if before is not None and before.kind in ("save", "snapshot"):
+        if before is not None and before.kind in ("save", "snapshot", "migrate"):
             with contextlib.suppress(VmbusError):
                 await before.cancel()
         if deadline:
@@ -453,6 +493,8 @@ class Lifecycle:
         if event.state not in ("running", "paused"):
             return
         machine.guest = "running" if event.state == "running" else "paused"
+        if _arrives_alone(machine):
+            self._arrived(machine)
         if machine.state in ("running", "paused"):
             # The worker is not trusted with words.
             watchdog = event.reason == "watchdog" and event.detail in WATCHDOG_ACTIONS
@@ -517,7 +559,10 @@ class Lifecycle:
     def _finish_by_record(self, machine: Machine) -> None:
         run = machine.run
         if run is not None and not run.started:
-            self._finish(machine, "start-failed", "vmbusd or the broker was restarted during the start")
+            text = "vmbusd or the broker was restarted during the start"
+            if run.receiving and run.end_detail:
+                text = f"it did not arrive: {run.end_detail}"
+            self._finish(machine, "start-failed", text)
         elif run is not None and run.end_reason:
             self._finish(machine, run.end_reason, run.end_detail)
         elif machine.killed:
@@ -598,11 +643,28 @@ class Lifecycle:
             return
         if not worker.told_state:
             machine.guest = "running" if said.state == "running" else "paused"
+        if _arrives_alone(machine) and said.state in ("ready", "configured"):
+            machine.set_state("starting", "receive")
+            return
         if said.state in ("running", "paused"):
-            self._spin(self.on_found(machine))
-            self._spin(self._networks.rejoin(machine))
+            if _arrives_alone(machine):
+                self._arrived(machine)
+            else:
+                self._spin(self.on_found(machine))
+                self._spin(self._networks.rejoin(machine))
         if said.state != "ended" and (machine.state != "stopping" or machine.reason == "recovery"):
             machine.set_state(machine.guest)
+
+    def _arrived(self, machine: Machine) -> None:
+        """One that came from elsewhere without us is there."""
+        try:
+            self._registry.write_run(machine, _begun(_run(machine), first_run=False))
+        except VmbusError as error:
+            log.error("%s: that it has arrived is not stored: %s", machine.uuid, error)
+        machine.set_state(machine.guest)
+        self._store_quietly(machine)
+        self._spin(self.on_found(machine))
+        self._spin(self._networks.rejoin(machine))
 
     # -- small things
 
@@ -629,8 +691,16 @@ def _close(files: Mapping[str, PassedFile], saved: Resumption | None) -> None:
         saved.file.close()
 
 
+def _ignored(stats: Mapping[str, Any]) -> None:
+    """For whoever wants to see nothing."""
+
+
 async def _nothing_more(machine: Machine) -> None:
     """For whoever wants to hear nothing."""
+
+
+def _begun(run: Run, *, first_run: bool) -> Run:
+    return msgspec.structs.replace(run, started=True, receiving=False, first_run=first_run)
 
 
 def _run(machine: Machine) -> Run:
@@ -641,12 +711,18 @@ def _run(machine: Machine) -> Run:
 
 def _being_started(machine: Machine) -> bool:
     """Whether a start is under way, which then sees to the end of the worker too."""
-    return machine.job is not None and machine.job.kind == "start"
+    return machine.job is not None and machine.job.kind in ("start", "receive")
+
+
+def _arrives_alone(machine: Machine) -> bool:
+    """Whether it comes from elsewhere, and the vmbusd that began with that is gone."""
+    run = machine.run
+    return run is not None and run.receiving and not run.started and not _being_started(machine)
 
 
 def _unwanted(machine: Machine) -> bool:
     """Whether its worker is what is left of a start that failed, or of a kill that did not get through."""
-    return machine.run is None or not machine.run.started or machine.killed
+    return machine.run is None or not (machine.run.started or machine.run.receiving) or machine.killed
 
 
 def _has_ended(machine: Machine) -> bool:

@@ -35,7 +35,7 @@ State = Literal["stopped", "starting", "running", "paused", "stopping", "crashed
 Guest = Literal["running", "paused"]
 
 ALIVE: Final = frozenset({"starting", "running", "paused", "stopping"})
-CLEAN_ENDS: Final = frozenset({"guest-poweroff", "guest-reset", "stopped", "killed", "saved"})
+CLEAN_ENDS: Final = frozenset({"guest-poweroff", "guest-reset", "stopped", "killed", "saved", "migrated"})
 """Reasons after which a machine is stopped; after all others it has crashed."""
 
 
@@ -77,7 +77,8 @@ class Run(msgspec.Struct, frozen=True):
 
     ``started``: the start was finished. ``first_run``: the guest has not run yet (a start with paused).
     ``seq``: the last event stored. ``detaching``: the devices that the guest was asked to let go of.
-    ``merging``: whether its memory is offered to KSM (yes, no, other-domain).
+    ``merging``: whether its memory is offered to KSM (yes, no, other-domain). ``receiving``: it comes from
+    elsewhere, and does so by itself whatever becomes of this service.
     """
 
     uuid: str
@@ -95,6 +96,7 @@ class Run(msgspec.Struct, frozen=True):
     end_detail: str = ""
     firmware: dict[str, str] = {}
     format: int = 0
+    receiving: bool = False
 
     @property
     def meant(self) -> Definition:

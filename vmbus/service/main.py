@@ -42,6 +42,7 @@ from vmbus.service.jobs import Jobs
 from vmbus.service.ksm import Ksm
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.memory import Memory
+from vmbus.service.migration import Migration
 from vmbus.service.owned import Owned
 from vmbus.service.parked import Parked
 from vmbus.service.polkit import Polkit
@@ -244,11 +245,21 @@ def _on_the_bus(
     from vmbus.api.publish import Publisher  # noqa: PLC0415
 
     manager = ManagerApi(registry, definitions, lifecycle, subscribers, templates)
-    saving = Saving(jobs)
+    saving, migration = Saving(jobs), Migration(jobs, lifecycle)
     handlers = {
         "org.vmbus1.Manager": manager,
         "org.vmbus1.Machine": MachineApi(
-            lifecycle, hotplug, changes, definitions, parked, memory, saving, snapshots, Vsock(), templates
+            lifecycle,
+            hotplug,
+            changes,
+            definitions,
+            parked,
+            memory,
+            saving,
+            migration,
+            snapshots,
+            Vsock(),
+            templates,
         ),
         "org.vmbus1.Job": JobApi(),
         "org.vmbus1.Host": HostApi(broker, polkit),
@@ -261,7 +272,7 @@ def _on_the_bus(
     exports.add(KsmObject(ksm, tuner))
     for pool in hugepages.pools:
         exports.add(PoolObject(pool))
-    credentials.on_left += [parked.sender_left, manager.sender_left, saving.sender_left]
+    credentials.on_left += [parked.sender_left, manager.sender_left, jobs.sender_left]
     return Dispatcher(bus, interfaces, handlers, exports, credentials, polkit, Files())
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Final, TypeVar
 
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.machine import Machine
@@ -32,8 +32,10 @@ FOLLOW: Final = 120.0
 LOOK: Final = (0.1, 0.2, 0.5, 1.0)
 """Seconds between two looks; the last is repeated."""
 PROGRESS: Final = 0.2
-"""Seconds between two looks at how far a prefault is."""
+"""Seconds between two looks at how far a prefault is, or what else takes long."""
 _GUEST_FIGURES: Final = 32
+
+T = TypeVar("T")
 
 
 class Memory:
@@ -167,38 +169,53 @@ class Memory:
 async def touch(machine: Machine, job: Job | None) -> None:
     """Have the worker touch all of the machine's memory; ``job`` shows how far it is. Cancelled, it stops."""
     worker = machine.connection()
-    await watched(machine, job, worker.prefault(), worker.cancel_prefault, worker)
+    await gone_over(machine, job, worker.prefault(), worker.cancel_prefault, worker)
 
 
-async def watched(
+async def gone_over(
     machine: Machine,
     job: Job | None,
     work: Coroutine[Any, Any, None],
     cancel: Callable[[], Awaitable[None]],
     worker: WorkerClient,
 ) -> None:
-    """Await ``work``, for which the worker goes over all the machine's memory; ``job`` shows how far it is.
+    """``watched``, for work that goes over all the machine's memory; ``job`` shows how far it is."""
+    size = machine.definition.memory
+
+    def look(stats: Mapping[str, Any]) -> None:
+        memory = stats.get("memory")
+        if job is not None and isinstance(memory, dict):
+            job.tell((_count(memory.get("prefaulted"), size), size))
+
+    await watched(work, cancel, worker, look)
+    if job is not None:
+        job.tell((size, size))
+
+
+async def watched(
+    work: Coroutine[Any, Any, T],
+    cancel: Callable[[], Awaitable[None]],
+    worker: WorkerClient,
+    look: Callable[[Mapping[str, Any]], None],
+) -> T:
+    """The result of ``work``, for which the worker takes long; ``look`` sees its statistics meanwhile.
 
     Cancelled, it is stopped by ``cancel``, and this waits until it has; or is done, if that came too late."""
-    size = machine.definition.memory
     asking = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({asking}, timeout=PROGRESS))[0]:
-            memory = (await worker.stats()).get("memory")
-            if job is not None and isinstance(memory, dict):
-                job.tell((_count(memory.get("prefaulted"), size), size))
-        await asking
+            with contextlib.suppress(VmbusError):  # if it has ended meanwhile, its answer is on the way
+                look(await worker.stats())
+        return await asking
     except asyncio.CancelledError:
         with contextlib.suppress(VmbusError):
             await cancel()
         try:
-            await asking
+            return await asking
         except VmbusError:
             raise asyncio.CancelledError from None
     finally:
         asking.cancel()
-    if job is not None:
-        job.tell((size, size))
 
 
 def check_target(machine: Machine, target: int) -> None:

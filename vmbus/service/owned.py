@@ -36,6 +36,10 @@ class Owned:
     async def make(self, uuid: str, uid: int) -> None:
         """Have the broker record that a new machine belongs to ``uid``. Raises the broker's errors, Internal;
         the caller goes on to ``drop`` it."""
+        if uuid in self._left:  # it was here before, and is gone
+            await self.clear()
+            if uuid in self._left:
+                raise VmbusError("Unavailable", "the broker still has its record of the machine; try again")
         try:
             durable.touch(self._place / uuid)
         except OSError as error:

@@ -22,7 +22,7 @@ from vmbus.service.files import PassedFile
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.lifecycle import END_DEADLINE, Resumption
 from vmbus.service.machine import Machine
-from vmbus.service.memory import watched
+from vmbus.service.memory import gone_over
 from vmbus.wire.definition import check_machine_type
 from vmbus.wire.errors import VmbusError
 
@@ -35,8 +35,6 @@ class Saving:
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._by_sender: dict[str, set[Job]] = {}
-        self._cancelling: set[asyncio.Task[None]] = set()
 
     def save(self, machine: Machine, sender: str, file: PassedFile, *, keep: bool) -> Job:
         """Write a machine to the empty ``file``, which is taken over; ``keep``: it then goes on, else it ends
@@ -55,42 +53,31 @@ class Saving:
             "save",
             machine.owner,
             machine.uuid,
-            lambda job: self._save(machine, job, sender, file, keep=keep),
+            lambda job: self._save(machine, job, file, keep=keep),
+            caller=sender,
         )
-        self._by_sender.setdefault(sender, set()).add(job)
         return job
 
-    def sender_left(self, sender: str) -> None:
-        """A connection is gone: nobody waits for its files any more."""
-        for job in self._by_sender.pop(sender, set()):
-            task = asyncio.ensure_future(_cancel(job))
-            self._cancelling.add(task)
-            task.add_done_callback(self._cancelling.discard)
-
-    async def _save(self, machine: Machine, job: Job, sender: str, file: PassedFile, *, keep: bool) -> None:
+    async def _save(self, machine: Machine, job: Job, file: PassedFile, *, keep: bool) -> None:
         worker = machine.connection()
         try:
-            await watched(machine, job, worker.save(file.fd, end=not keep), worker.cancel_save, worker)
+            await gone_over(machine, job, worker.save(file.fd, end=not keep), worker.cancel_save, worker)
             job.tell(bytes=os.fstat(file.fd).st_blocks * 512)
             if not keep:
-                ending = asyncio.ensure_future(asyncio.wait_for(machine.gone.wait(), END_DEADLINE))
-                with contextlib.suppress(TimeoutError):
-                    try:
-                        await asyncio.shield(ending)
-                    except asyncio.CancelledError:  # too late: the file is whole, and there is no machine
-                        await ending
+                await until_gone(machine)
         finally:
             file.close()
             machine.job = None
-            if job in (mine := self._by_sender.get(sender, set())):
-                mine.discard(job)
-                if not mine:
-                    del self._by_sender[sender]
 
 
-async def _cancel(job: Job) -> None:
-    with contextlib.suppress(VmbusError):  # it has ended by itself
-        await job.cancel()
+async def until_gone(machine: Machine) -> None:
+    """Wait for the end of one that is to end by itself now, and cannot be kept from it any more."""
+    ending = asyncio.ensure_future(asyncio.wait_for(machine.gone.wait(), END_DEADLINE))
+    with contextlib.suppress(TimeoutError):
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:  # too late
+            await ending
 
 
 def resumption(file: PassedFile, *, changed_disks: bool) -> Resumption:

@@ -36,7 +36,7 @@ from vmbus.service.handover import close_all
 from vmbus.service.jobs import Job, Jobs
 from vmbus.service.lifecycle import Lifecycle, Resumption
 from vmbus.service.machine import Machine, now
-from vmbus.service.memory import watched
+from vmbus.service.memory import gone_over
 from vmbus.service.registry import Registry
 from vmbus.service.snapshot_store import Index, Snapshot, Store, internal, new_identifier
 from vmbus.wire.definition import check_machine_type
@@ -150,7 +150,7 @@ class Snapshots:
 
     async def _take(self, machine: Machine, fd: int, name: str) -> None:
         worker = machine.connection()
-        await watched(machine, machine.job, worker.snapshot(fd, name), worker.cancel_save, worker)
+        await gone_over(machine, machine.job, worker.snapshot(fd, name), worker.cancel_save, worker)
 
     # -- revert
 

@@ -81,10 +81,17 @@ class WorkerClient:
         return self._channel.open
 
     async def _ask(
-        self, make: Callable[[int], msgspec.Struct], *, fds: list[int] | None = None, timeout: float = 10
+        self,
+        make: Callable[[int], msgspec.Struct],
+        *,
+        fds: list[int] | None = None,
+        timeout: float = 10,
+        on_sent: Callable[[], None] = lambda: None,
     ) -> wire.Result:
         number = self._channel.number()
-        result, _ = await self._channel.request(make(number), number, fds=fds, timeout=timeout)
+        result, _ = await self._channel.request(
+            make(number), number, fds=fds, timeout=timeout, on_sent=on_sent
+        )
         return result
 
     async def hello(self) -> wire.Result:
@@ -251,8 +258,30 @@ class WorkerClient:
         self._unrestricted()
         await self._ask(lambda n: wire.Tidy(id=n, undo=undo, drop=drop), timeout=TIDY_DEADLINE)
 
+    async def send(
+        self, fd: int, *, downtime: int, bandwidth: int, on_sent: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Send the machine through a socket; returns, with what was counted, when it runs at the other end.
+        ``fd`` stays the caller's, and is not needed here after ``on_sent``."""
+        self._unrestricted()
+        ask = self._ask(
+            lambda n: wire.Send(id=n, downtime=downtime, bandwidth=bandwidth),
+            fds=[fd],
+            timeout=SAVE_DEADLINE,
+            on_sent=on_sent,
+        )
+        return (await ask).stats
+
+    async def receive(self, fd: int, *, paused: bool, on_sent: Callable[[], None]) -> dict[str, Any]:
+        """Go on as the machine that comes through a socket; returns when it does. ``fd`` as of ``send``."""
+        self._unrestricted()
+        ask = self._ask(
+            lambda n: wire.Receive(id=n, paused=paused), fds=[fd], timeout=SAVE_DEADLINE, on_sent=on_sent
+        )
+        return (await ask).stats
+
     async def cancel_save(self) -> None:
-        """Stop a save or a restore."""
+        """Stop a save or a restore, or what moves the machine, if the other side does not have it yet."""
         await self._ask(lambda n: wire.CancelSave(id=n))
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Final
 DOC: Final = "org.gtk.GDBus.DocString"
 ACCESS: Final = "org.vmbus1.Access."
 EMITS: Final = "org.freedesktop.DBus.Property.EmitsChangedSignal"
+SOCKET: Final = "org.vmbus1.Socket"
 OWNED: Final = frozenset({"org.vmbus1.Machine", "org.vmbus1.Job"})
 """Interfaces of objects that have an owner: their methods need an Other rule."""
 _ACTION: Final = re.compile(r"org\.vmbus1(\.[a-z][a-z0-9-]*){2,}")
@@ -36,11 +37,12 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """An argument of a method or a signal."""
+    """An argument of a method or a signal. ``socket``: an ``h`` is a connected stream socket, not a file."""
 
     name: str
     signature: str
     doc: str
+    socket: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,12 @@ def _doc(element: ET.Element, where: str) -> str:
 
 def _args(element: ET.Element, where: str, direction: str | None) -> tuple[Argument, ...]:
     return tuple(
-        Argument(a.attrib["name"], a.attrib["type"], _doc(a, f"{where}: {a.attrib['name']}"))
+        Argument(
+            a.attrib["name"],
+            a.attrib["type"],
+            _doc(a, f"{where}: {a.attrib['name']}"),
+            _annotations(a).get(SOCKET) == "connected",
+        )
         for a in element.findall("arg")
         if direction is None or a.attrib["direction"] == direction
     )

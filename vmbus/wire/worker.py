@@ -98,8 +98,8 @@ class Send(_Request, tag="send", frozen=True, kw_only=True):
     worker was told Receive. It runs meanwhile, and stands for about ``downtime`` ms at last; at most
     ``bandwidth`` bytes a second, 0 for as many as go. Result when it runs there, with the statistics in
     ``stats``; it ends then, with reason ``migrated``. Anything else leaves it what it was; but for one
-    case: Disconnected, and it is paused, when nobody can know whether it runs there. Stats shows how far it
-    is (``migration``); it can be paused, resumed, reset and stopped until it stands.
+    case: Disconnected about ``unsure``, and it is paused, when nobody can know whether it runs there. Stats
+    shows how far it is (``migration``); it can be paused, resumed, reset and stopped until it stands.
     """
 
     downtime: Annotated[int, Meta(ge=1, le=3_600_000)] = 300

@@ -29,6 +29,28 @@ def _restore(to: argparse.ArgumentParser) -> None:
     secrets(to)
 
 
+def _migrate(to: argparse.ArgumentParser) -> None:
+    machine(to)
+    to.add_argument(
+        "--to", metavar="ADDRESS", required=True, help="the D-Bus address of the bus of the other vmbusd"
+    )
+    to.add_argument("--to-name", metavar="NAME", help="its name there (default: as --bus-name)")
+    to.add_argument(
+        "--downtime",
+        metavar="MS",
+        type=int,
+        default=100,
+        help="how long the guest may stand still, in milliseconds (default 100)",
+    )
+    to.add_argument(
+        "--bandwidth", metavar="SIZE", help="bytes a second, such as 100M (default: all there is)"
+    )
+    to.add_argument("--paused", action="store_true", help="stop there, where it was sent")
+    to.add_argument("--undefine-source", action="store_true", help="forget it here when it runs there")
+    files(to, ", or that is another path there")
+    secrets(to)
+
+
 def _snapshot(to: argparse.ArgumentParser) -> None:
     to.add_argument("action", choices=("create", "revert", "delete", "list", "tree"), help="what to do")
     machine(to)
@@ -70,6 +92,25 @@ COMMANDS: Final[Sequence[Command]] = (
         "All of the file is checked before the guest goes on.",
         (("vmbusctl restore web web.saved", "go on"),),
         _restore,
+    ),
+    Command(
+        "migrate",
+        "have a running machine go on in another vmbusd",
+        "The machine is defined there, with its UUID and addresses, unless it is; its disks are the same\n"
+        "files there, or copies of files that nobody writes to. The guest runs until little is left to be\n"
+        "sent, and is slowed if it writes faster than that. ^C, or whatever fails, leaves it running here.",
+        (
+            ("vmbusctl migrate web --to unix:path=/run/other/bus", "on shared disks"),
+            (
+                "vmbusctl migrate web --to unix:path=/run/other/bus --downtime 20 --undefine-source",
+                "for good",
+            ),
+            (
+                "vmbusctl migrate web --to unix:path=/run/other/bus --file disk/cd/0=/srv/copy.iso",
+                "with a copy of a disk that is only read",
+            ),
+        ),
+        _migrate,
     ),
     Command(
         "snapshot",

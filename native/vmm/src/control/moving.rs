@@ -39,6 +39,9 @@ use crate::thread::ThreadHook;
 /// The longest downtime that may be asked for.
 const DOWNTIME_MAX: u64 = 3_600_000;
 
+/// What an error is about when nobody knows where the machine runs.
+const UNSURE: &str = "unsure";
+
 /// What it takes to move the machine.
 pub(crate) struct Moving {
     mover: Mover,
@@ -283,7 +286,12 @@ impl Control {
                 let message = format!(
                     "the machine may run at the destination or not, and stands here: look there, then stop it here or resume it ({error})"
                 );
-                let result = Err(Error { message, ..error });
+                let argument = UNSURE.to_owned();
+                let result = Err(Error {
+                    message,
+                    argument,
+                    ..error
+                });
                 self.tell(Event::Done { id, result });
             }
             Sent::Stays(error) | Sent::Unsure(error) => {

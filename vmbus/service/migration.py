@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines that go on in another vmbusd while they run: one sends, another receives.
+
+A client makes a connection between the two, passes each its end (Machine.Receive there, Migrate here) and
+watches two jobs. Each end goes straight to a worker, and the two cores have the rest between them
+(native/vmm/src/migrate/mod.rs): what this service does is to start one and to end the other.
+
+| what happens | source | destination |
+|---|---|---|
+| it is done | stopped, ``migrated`` | running, or paused as the source was |
+| it is refused or cancelled, or breaks before it was handed on | as it was | stopped, nothing left |
+| it breaks after that, and nobody can know | paused, ``migration-unsure`` | as it has got |
+| a vmbusd dies in the middle | goes on by itself; the next vmbusd sees what came of it | the same |
+
+Both jobs end with the connection to the bus that asked for them, since that holds whatever carries the
+bytes. A destination that a new vmbusd finds in the middle is ``starting`` until its worker says that it runs,
+or that it does not (``Lifecycle``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from vmbus.service.files import PassedFile, PassedSocket
+from vmbus.service.handover import close_all
+from vmbus.service.jobs import Figure, Job, Jobs
+from vmbus.service.lifecycle import Lifecycle, Resumption
+from vmbus.service.machine import Machine
+from vmbus.service.memory import watched
+from vmbus.service.saving import until_gone
+from vmbus.wire.definition import Definition, check_machine_type
+from vmbus.wire.errors import VmbusError
+
+DOWNTIME: Final = 100
+"""Milliseconds that a guest may stand still, if its owner says nothing."""
+DOWNTIME_MOST: Final = 60_000
+WHERE: Final = "unsure"
+"""What a worker says an error is about when it does not know where the machine runs."""
+UNSURE: Final = "migration-unsure"
+"""The reason of a machine that was handed on to somebody who did not answer any more."""
+_COUNTED: Final = ("total", "sent", "remaining", "round", "throughput", "slowed")
+_FOUND: Final = {"downtime_ms": "downtime", "sent": "sent", "rounds": "rounds", "throughput": "throughput"}
+
+
+class Migration:
+    """For all machines."""
+
+    def __init__(self, jobs: Jobs, lifecycle: Lifecycle) -> None:
+        self._jobs = jobs
+        self._lifecycle = lifecycle
+        lifecycle.on_moving = progress
+
+    def send(
+        self, machine: Machine, sender: str, socket: PassedSocket, *, downtime: int, bandwidth: int
+    ) -> Job:
+        """Send a machine through ``socket``, which is taken over. ``downtime``: milliseconds that its guest
+        may stand still; ``bandwidth``: bytes a second, 0 for as many as go."""
+        try:
+            machine.require("Migrate", "running", "paused")
+            check_movable(machine.definition)
+            machine.connection()
+            if machine.job is not None or machine.changing:
+                raise VmbusError("InvalidState", "something else is done with the machine; wait for its job")
+        except VmbusError:
+            socket.close()
+            raise
+        job = machine.job = self._jobs.start(
+            "migrate",
+            machine.owner,
+            machine.uuid,
+            lambda job: self._send(machine, job, socket, downtime=downtime, bandwidth=bandwidth),
+            caller=sender,
+        )
+        return job
+
+    async def _send(
+        self, machine: Machine, job: Job, socket: PassedSocket, *, downtime: int, bandwidth: int
+    ) -> None:
+        worker = machine.connection()
+        work = worker.send(socket.fd, downtime=downtime, bandwidth=bandwidth, on_sent=socket.close)
+        try:
+            found = await watched(work, worker.cancel_save, worker, progress(job))
+            job.tell((job.progress[1], job.progress[1]), **_known(found, _FOUND))
+            await until_gone(machine)
+        except VmbusError as error:
+            if error.argument == WHERE and machine.state == "paused":
+                machine.set_state("paused", UNSURE, error.message)
+            raise
+        finally:
+            socket.close()
+            machine.job = None
+
+    def receive(
+        self,
+        machine: Machine,
+        sender: str,
+        socket: PassedSocket,
+        files: Mapping[str, PassedFile],
+        *,
+        paused: bool,
+    ) -> Job:
+        """Start a machine with what comes through ``socket``. Takes over that and ``files``."""
+        try:
+            machine.require("Receive", "stopped", "crashed")
+            check_movable(machine.definition)
+        except VmbusError:
+            socket.close()
+            close_all(files)
+            raise
+        return self._lifecycle.begin(
+            machine, dict(files), paused=paused, saved=Resumption(socket), caller=sender
+        )
+
+
+def check_movable(definition: Definition) -> None:
+    """Raise NotSupported for a machine that is not the same on every host."""
+    check_machine_type(definition)
+    if definition.cpu_model == "host":
+        text = "its processor is this host's, whatever that is; define it with a named model to migrate it"
+        raise VmbusError("NotSupported", text, argument="cpu-model")
+
+
+def progress(job: Job | None) -> Callable[[Mapping[str, Any]], None]:
+    """What tells ``job`` how far a machine is that moves, by its worker's statistics."""
+
+    def look(stats: Mapping[str, Any]) -> None:
+        said = stats.get("migration")
+        if job is not None and isinstance(said, dict):
+            counted = _known(said, {name: name for name in _COUNTED})
+            sent, remaining = counted.get("sent", 0), counted.get("remaining", 0)
+            job.tell((int(sent), int(sent) + int(remaining)), **counted)
+
+    return look
+
+
+def _known(said: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Figure]:
+    """What a worker has counted, as far as it is known and a number."""
+    return {
+        name: value
+        for key, name in names.items()
+        if isinstance(value := said.get(key), int | float) and 0 <= value < 1 << 63
+    }
