@@ -83,6 +83,11 @@ impl Moving {
         self.job.is_some()
     }
 
+    /// Whether the last part of a migration has begun.
+    fn is_to_stand(&self) -> bool {
+        matches!(self.job, Some(Job::Send { ran: Some(_), .. }))
+    }
+
     /// What may be asked of a machine while its memory goes: what does not change what it is made of.
     pub(super) fn allows(&self, request: Request) -> bool {
         let rounds = matches!(self.job, Some(Job::Send { ran: None, .. }));
@@ -210,10 +215,12 @@ impl Control {
                     self.moving.mover.order(Order::Last(Err(error)));
                 }
             }
-            Step::Collect => {
+            // Not for one that was stopped meanwhile.
+            Step::Collect if self.moving.is_to_stand() => {
                 let last = self.collect();
                 self.moving.mover.order(Order::Last(last));
             }
+            Step::Collect => {}
             Step::Sent(sent) => self.sent(sent),
             Step::Arrived(last, roms) => {
                 let loaded = self.arrived(&last, &roms);

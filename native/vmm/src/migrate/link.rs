@@ -47,6 +47,8 @@ pub struct Link {
     deaf: bool,
     /// The machine is dropped.
     exit: bool,
+    /// How long the far side may be silent.
+    patience: Duration,
 }
 
 impl Link {
@@ -70,6 +72,7 @@ impl Link {
             moved: 0,
             deaf: false,
             exit: false,
+            patience: SILENCE,
         })
     }
 
@@ -81,6 +84,12 @@ impl Link {
     /// Bytes of records that wait.
     pub fn waiting(&self) -> u64 {
         self.out.len() as u64
+    }
+
+    #[cfg(test)]
+    pub(super) fn with_patience(mut self, patience: Duration) -> Link {
+        self.patience = patience;
+        self
     }
 
     /// From now on orders to stop come too late.
@@ -140,8 +149,8 @@ impl Link {
                 Err(_) => match would_wait() {
                     None => {
                         self.wait(libc::POLLOUT, tick)?;
-                        if since.elapsed() > SILENCE {
-                            return Err(gone(format!("it took nothing for {SILENCE:?}")));
+                        if since.elapsed() > self.patience {
+                            return Err(gone(format!("it took nothing for {:?}", self.patience)));
                         }
                     }
                     Some(error) => {
@@ -184,7 +193,7 @@ impl Link {
     /// As [`stream::check_preamble`]; as [`Link::take`].
     pub(super) fn take_preamble(&mut self) -> Result<()> {
         let mut bytes = [0; PREAMBLE];
-        self.read(&mut bytes, Instant::now() + SILENCE)?;
+        self.read(&mut bytes, Instant::now() + self.patience)?;
         stream::check_preamble(&bytes)
     }
 
@@ -193,7 +202,7 @@ impl Link {
     /// # Errors
     /// `ImageInvalid`; `Disconnected`; what an order to stop says.
     pub(super) fn take(&mut self) -> Result<(Header, Vec<u8>)> {
-        self.take_before(Instant::now() + SILENCE)
+        self.take_before(Instant::now() + self.patience)
     }
 
     fn take_before(&mut self, deadline: Instant) -> Result<(Header, Vec<u8>)> {
@@ -230,8 +239,14 @@ impl Link {
 
     /// Receives something; nothing is left in the buffer.
     fn fill(&mut self, deadline: Instant) -> Result<()> {
-        self.received.resize(BUFFER, 0);
         self.taken = 0;
+        self.received.resize(BUFFER, 0);
+        let len = self.receive(deadline);
+        self.received.truncate(len.as_ref().map_or(0, |len| *len));
+        len.map(drop)
+    }
+
+    fn receive(&mut self, deadline: Instant) -> Result<usize> {
         loop {
             self.hear()?;
             // SAFETY: the buffer is ours.
@@ -244,26 +259,20 @@ impl Link {
                 )
             };
             match usize::try_from(result) {
-                Ok(0) => {
-                    self.received.clear();
-                    return Err(gone("it was closed"));
-                }
+                Ok(0) => return Err(gone("it was closed")),
                 Ok(len) => {
-                    self.received.truncate(len);
                     self.moved = self.moved.saturating_add(len as u64);
-                    return Ok(());
+                    return Ok(len);
                 }
                 Err(_) => {
                     if let Some(error) = would_wait() {
-                        self.received.clear();
                         return Err(gone(error));
                     }
                 }
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                self.received.clear();
-                return Err(gone(format!("it said nothing for {SILENCE:?}")));
+                return Err(gone(format!("it said nothing for {:?}", self.patience)));
             }
             self.wait(libc::POLLIN, left)?;
         }

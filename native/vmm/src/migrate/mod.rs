@@ -54,6 +54,8 @@ mod mover;
 pub mod receive;
 pub mod rounds;
 pub mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};

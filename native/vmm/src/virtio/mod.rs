@@ -135,7 +135,7 @@ pub trait Backend: Send + Sync {
 }
 
 #[cfg(test)]
-mod fuzz;
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod marked;
 #[cfg(test)]

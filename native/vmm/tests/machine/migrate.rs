@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Machines that go on in another one at the other end of a socket, and hardly stand still.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{IntoRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -13,7 +16,8 @@ use vmbus_vmm::config::{ReceiveFrom, SendTo};
 use vmbus_vmm::migrate::stream::{preamble, Header, Kind as Record, HEADER, PREAMBLE};
 use vmbus_vmm::{EndReason, Error, Event, Kind, Request};
 
-use crate::{build, requires_kvm, run, Running, PATIENCE};
+use crate::firmware::{bootable, requires_seabios, Directory, SEABIOS};
+use crate::{build, fd, requires_kvm, run, Running, PATIENCE};
 
 const SEND: u64 = 1000;
 const RECEIVE: u64 = 1001;
@@ -581,4 +585,125 @@ fn a_guest_may_end_or_be_ended_reset_or_paused_while_its_memory_goes() {
     let _there = stuck(&guest);
     guest.must(Request::Stop);
     assert_eq!(guest.answer(SEND).0.unwrap_err().kind, Kind::Cancelled);
+}
+
+/// Another open of a file, whose locks are its own.
+fn opened(path: &Path) -> Value {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    json!({ "id": "root", "layers": [{ "fd": file.into_raw_fd(), "format": "raw" }] })
+}
+
+const WRITES: &str = "disk-loop sector=0 count=64 beat=50";
+
+/// The newest number that such a guest has written, none of which is left out.
+fn newest(path: &Path) -> u64 {
+    let bytes = std::fs::read(path).unwrap();
+    let sectors = bytes.chunks(512).take(64);
+    let numbers = sectors.map(|sector| u64::from_le_bytes(sector[..8].try_into().unwrap()));
+    let all: Vec<u64> = numbers.collect();
+    let (low, high) = (all.iter().min().unwrap(), all.iter().max().unwrap());
+    assert!(high - low < 64, "none was left out: {all:?}");
+    *high
+}
+
+#[test]
+fn a_disk_goes_on_with_its_machine_which_never_both_have() {
+    requires_kvm!();
+    let directory = Directory::new("disk-migrated");
+    let path = directory.0.join("disk");
+    std::fs::write(&path, vec![0; 1 << 20]).unwrap();
+    let mut source = run(WRITES, json!({ "disks": [opened(&path)] }));
+    source.until("loop: beat");
+    // It is built while the source holds the disk's locks.
+    let mut destination = waiting(WRITES, json!({ "disks": [opened(&path)] }));
+    moved(&source, &destination);
+    let before = newest(&path);
+    drop(source);
+    destination.until("loop: beat");
+    destination.must(Request::Pause);
+    assert!(newest(&path) > before);
+}
+
+#[test]
+fn a_destination_that_cannot_have_its_disk_gives_the_machine_back() {
+    requires_kvm!();
+    let directory = Directory::new("disk-held");
+    let (path, copy) = (directory.0.join("disk"), directory.0.join("copy"));
+    for path in [&path, &copy] {
+        std::fs::write(path, vec![0; 1 << 20]).unwrap();
+    }
+    let mut source = run(WRITES, json!({ "disks": [opened(&path)] }));
+    source.until("loop: beat");
+    let mut holder = run(WRITES, json!({ "disks": [opened(&copy)] }));
+    holder.until("loop: beat");
+    let destination = waiting(WRITES, json!({ "disks": [opened(&copy)] }));
+    let (here, there) = UnixStream::pair().unwrap();
+    destination.begin_receive(there, false);
+    source.begin_send(here);
+    let (sent, events) = source.answer(SEND);
+    let error = sent.unwrap_err();
+    assert_eq!(
+        (error.kind, error.argument.as_str()),
+        (Kind::InUse, "disk/root")
+    );
+    assert_eq!(events, [Event::Paused, Event::Running]);
+    assert_eq!(destination.answer(RECEIVE).0.unwrap_err().kind, Kind::InUse);
+    assert_eq!(destination.end().0, EndReason::Error);
+    let before = newest(&path);
+    let begin = std::time::Instant::now();
+    while newest(&path) < before + 100 {
+        // A console that nobody reads holds the guest up.
+        source.drain();
+        assert!(begin.elapsed() < PATIENCE, "no writes after {before}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn a_machine_in_its_firmware_goes_with_what_that_shadows() {
+    requires_seabios!();
+    let directory = Directory::new("seabios-migrated");
+    let disk = bootable(&directory.0, "booted", false);
+    let path = directory.0.join("booted");
+    let machine = |disk: Value| {
+        let firmware = json!({ "code_fd": fd(SEABIOS), "boot": ["disk/booted"] });
+        json!({ "kernel": null, "disks": [disk], "firmware": firmware })
+    };
+    // Its RAM below 1 MiB changes what it shows while the rounds run: SeaBIOS copies itself there, and closes it.
+    let mut source = run("", machine(disk));
+    let image = File::options().read(true).write(true).open(&path).unwrap();
+    let again =
+        json!({ "id": "booted", "layers": [{ "fd": image.into_raw_fd(), "format": "raw" }] });
+    let mut destination = waiting("", machine(again));
+    moved(&source, &destination);
+    assert!(!source.drain().contains("booted"), "it was too quick");
+    destination.until("booted");
+    assert_eq!(destination.end().0, EndReason::GuestPoweroff);
+}
+
+#[test]
+fn memory_in_a_file_goes_without_its_holes() {
+    requires_kvm!();
+    let memory = || {
+        // SAFETY: the name is a C string; the fd that comes back is ours.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"memory".as_ptr(), 0)) };
+        file.set_len(64 << 20).unwrap();
+        file
+    };
+    let (ours, theirs) = (memory(), memory());
+    let config = |file: &File| {
+        let fd = file.try_clone().unwrap().into_raw_fd();
+        json!({ "memory_kind": "shareable", "memory_fd": fd })
+    };
+    let mut source = run(MODE, config(&ours));
+    source.until("pass 2\n");
+    let mut destination = waiting(MODE, config(&theirs));
+    let sent = moved(&source, &destination);
+    destination.until("pass ");
+    assert!(sent["sent"].as_u64().unwrap() < 60 << 20, "{sent}");
+    // Huge pages may be there where a few bytes were written.
+    for file in [&ours, &theirs] {
+        let used = file.metadata().unwrap().blocks() * 512;
+        assert!(used < 32 << 20, "{used} bytes are there");
+    }
 }

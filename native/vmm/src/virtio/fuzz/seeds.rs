@@ -6,7 +6,7 @@ use std::sync::mpsc::{channel, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Seeds 1 to `fixed`, then others while there is time.
-pub(super) fn seeds(fixed: u64) -> impl Iterator<Item = u64> {
+pub(crate) fn seeds(fixed: u64) -> impl Iterator<Item = u64> {
     let deadline = Instant::now() + extra_time();
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let first = since_1970.as_nanos() as u64 | 1 << 63;
@@ -14,7 +14,7 @@ pub(super) fn seeds(fixed: u64) -> impl Iterator<Item = u64> {
 }
 
 /// Runs a test that may come to hang.
-pub(super) fn within_a_minute(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn within_a_minute(test: impl FnOnce() + Send + 'static) {
     let (sender, receiver) = channel::<()>();
     let thread = std::thread::spawn(move || {
         let _sender = sender;
