@@ -51,6 +51,8 @@ fn last() -> Vec<u8> {
 /// A record: what, where in RAM, and its body.
 type Record = (Kind, (u64, u64), Vec<u8>);
 
+type Change<'a> = &'a dyn Fn(&mut Vec<Record>);
+
 /// Those of a machine that comes as it should.
 fn lawful() -> Vec<Record> {
     vec![
@@ -124,12 +126,12 @@ fn pages_come_where_they_belong_across_the_hole() {
 
 #[test]
 fn what_does_not_belong_where_it_comes_is_refused() {
-    let refused = |change: &dyn Fn(&mut Vec<Record>)| {
+    let refused = |change: Change| {
         let mut records = lawful();
         change(&mut records);
         take(&memory(), &bytes(&records)).map(|_| ()).unwrap_err()
     };
-    let damaged: [&dyn Fn(&mut Vec<Record>); 11] = [
+    let damaged: [Change; 11] = [
         &|r| drop(r.remove(0)),
         &|r| r.insert(1, r[0].clone()),
         // Firmware twice, not at all, or what the machine does not have.
@@ -141,7 +143,7 @@ fn what_does_not_belong_where_it_comes_is_refused() {
         // Beyond RAM, and around its end.
         &|r| r[2].1 = (2 * MIB, PAGE),
         &|r| r[2].1 = (MIB, MIB + PAGE),
-        &|r| r[2].1 = (u64::MAX & !(PAGE - 1), 2 * PAGE),
+        &|r| r[2].1 = (!(PAGE - 1), 2 * PAGE),
         &|r| r[8].2.truncate(5),
     ];
     for (number, change) in damaged.iter().enumerate() {
