@@ -88,3 +88,36 @@ def test_one_that_is_stopped_on_its_way_goes_on_where_it_is() -> None:
         assert destination.service.event("state", state="paused")
         assert destination.service.do(Resume).error is None
         destination.said(b"pass")
+
+
+def test_workers_whose_services_are_gone_finish_it_by_themselves() -> None:
+    mode = "dirty mib=4"
+    with Guest(mode, memory=MEMORY) as source, Guest(mode, memory=MEMORY, restore=-1) as destination:
+        source.start()
+        source.said(b"pass 2\n")
+        here, there = socket.socketpair()
+        source.service.send(Send(id=SEND), here.detach())
+        # It is under way, and then nobody is there who would hear of it.
+        assert "migration" in source.service.do(Stats).stats
+        source.service.sock.close()
+        destination.service.send(Receive(id=RECEIVE), there.detach())
+        destination.service.sock.close()
+        later = destination.worker.control(epoch=2)
+        assert later.event("state", state="running", seconds=60)
+        destination.said(b"pass")
+        assert source.worker.control(epoch=2).event("ended", seconds=60).reason == "migrated"
+
+
+def test_one_that_has_not_begun_is_not_sent_and_one_that_runs_receives_none() -> None:
+    with Guest("flood") as guest:
+        assert guest.service.do(Send, *socket_end()).error == "InvalidState"
+        guest.start()
+        assert guest.service.do(Receive, *socket_end()).error == "InvalidState"
+        guest.said(b"line 5\n")
+
+
+def socket_end() -> list[int]:
+    """One end of a socketpair whose other end is closed."""
+    here, there = socket.socketpair()
+    there.close()
+    return [here.detach()]

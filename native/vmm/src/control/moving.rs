@@ -150,6 +150,7 @@ impl Control {
             self.forget_memory();
             return Err(error);
         }
+        self.moving.progress.begin(self.keeping.memory());
         self.moving.job = Some(Job::Send { id, ran: None });
         self.moving.mover.order(Order::Send(Box::new(Sending {
             socket,
@@ -194,6 +195,7 @@ impl Control {
         let own = self.facts()?;
         let roms = self.keeping.roms.iter();
         let roms = roms.filter_map(|(section, rom)| Some((record(*section)?.0, rom.size() as u64)));
+        self.moving.progress.begin(self.keeping.memory());
         self.moving.job = Some(Job::Receive {
             id,
             paused: from.paused,

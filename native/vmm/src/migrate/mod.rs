@@ -204,7 +204,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    fn begin(&self, total: u64) {
+    pub(crate) fn begin(&self, total: u64) {
         self.total.store(total, Ordering::Relaxed);
         self.remaining.store(total, Ordering::Relaxed);
         for counter in [&self.sent, &self.round, &self.throughput, &self.slowed] {

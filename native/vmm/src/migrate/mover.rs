@@ -4,8 +4,6 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-
 use super::link::Link;
 use super::receive::Receiver;
 use super::rounds::Sender;
@@ -30,11 +28,6 @@ pub(crate) struct Tools {
 impl Tools {
     pub(crate) fn tell(&self, step: Step) {
         self.mailbox.inbox.push(Mail::Move(step));
-    }
-
-    /// Bytes of RAM.
-    pub(crate) fn total(&self) -> u64 {
-        self.memory.iter().map(GuestMemoryRegion::len).sum()
     }
 }
 

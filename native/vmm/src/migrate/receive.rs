@@ -207,8 +207,6 @@ impl Receiver {
 
     fn try_receive(&mut self, own: &Facts, roms: &[(Kind, u64)]) -> Result<String> {
         let memory = std::sync::Arc::clone(&self.tools.memory);
-        let total = self.tools.total();
-        self.tools.progress.begin(total);
         self.link.take_preamble()?;
         let mut intake = Intake::new(&memory, own, roms);
         loop {

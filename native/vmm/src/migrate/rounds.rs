@@ -152,7 +152,6 @@ impl Sender {
         facts: &[u8],
         roms: &[(Kind, Vec<u8>)],
     ) -> std::result::Result<String, Failure> {
-        self.tools.progress.begin(self.tools.total());
         self.link.begin();
         self.link.put(Kind::Facts, (0, 0), facts);
         self.flush()?;
