@@ -18,6 +18,7 @@ NAMES = (
     "port_exit",
     "prefault",
     "save",
+    "migration",
     "images",
     "encrypted",
     "nbd",

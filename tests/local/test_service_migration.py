@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 import uuid as uuids
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -327,6 +328,43 @@ async def test_what_is_no_machine_that_moves_or_no_connection_is_refused_by_name
                 assert caught.value.kind == "InvalidArgument"
         await come(lambda: bed.fds() == before)
         assert await alice.state(machine) == "stopped"
+
+
+@scenario
+async def test_a_socket_whose_last_close_hangs_makes_nobody_wait(bed: Bed) -> None:
+    """A TCP socket with unsent data lingers; vmbusd is the last to have it."""
+    async with bed.caller() as alice:
+        machine = await alice.define(cpu_model=MODEL)
+        bed.broker.make_worker = lambda worker: worker.silent.add("configure")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            theirs = socket.create_connection(listener.getsockname())
+            ours, _ = listener.accept()
+        with ours:
+            with theirs:
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+                theirs.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        theirs.send(bytes(1 << 16))
+                job = await alice(machine, "Machine.Receive", theirs.fileno(), {}, {})
+            worker = await come(lambda: bed.broker.workers.get(uuid_of(machine)))
+            await come(lambda: "configure" in worker.asked)
+            await alice(machine, "Machine.Kill")
+            assert (await ended(alice, job))["State"] == "cancelled"
+            await come(lambda: _threads(bed) > 1)  # else nothing hangs, and this is no test
+            assert machine in await alice(ROOT, "Manager.ListMachines", timeout=5)
+            await asyncio.to_thread(_read_all, ours, lambda: _threads(bed) == 1)
+
+
+def _threads(bed: Bed) -> int:
+    return len(os.listdir(f"/proc/{bed.service_pid}/task"))
+
+
+def _read_all(sock: socket.socket, until: Callable[[], bool]) -> None:
+    sock.settimeout(0.05)
+    while not until():
+        with contextlib.suppress(TimeoutError):
+            sock.recv(1 << 20)
 
 
 @scenario
