@@ -12,11 +12,11 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::error::{Error, Result};
 use crate::io::{Answer, Change, Command, IoThread, Mailbox, Port, Serve, Trouble};
+use crate::memory::GuestMemoryMmap;
 use crate::poll::{self, unwatch, watch};
 use crate::state::State;
 use crate::thread::{Role, ThreadHook};

@@ -8,13 +8,13 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::attend::{self, Attend, Desk, Driver, Taken, OWN};
 use crate::error::Result;
 use crate::io::{IoThread, Port, Trouble};
+use crate::memory::GuestMemoryMmap;
 use crate::poll::watch;
 use crate::state::{self, State};
 use crate::thread::{Role, ThreadHook};

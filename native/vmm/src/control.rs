@@ -12,9 +12,19 @@
 //! last. A cause that was raised before a
 //! reset is stale and forgotten. Besides, this thread moves the console's bytes.
 
+mod keep;
+mod moving;
+mod restore;
+mod save;
+mod stats;
+mod vcpus;
+
+pub(crate) use keep::Keeping;
+pub(crate) use moving::Moving;
+pub(crate) use vcpus::VcpuThreads;
+
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use serde_json::json;
@@ -22,7 +32,6 @@ use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use crate::config::{OnReset, OnWatchdog};
 use crate::cpu::gate::{Cause, Gate};
-use crate::cpu::run::{Counters, Vcpu};
 use crate::crew::Crew;
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
@@ -33,13 +42,7 @@ use crate::pci::watchdog::Watchdog;
 use crate::platform::Platform;
 use crate::poll::{self, watch};
 use crate::prefault::Touch;
-mod keep;
-mod moving;
-
-pub(crate) use keep::Keeping;
-pub(crate) use moving::Moving;
-
-use crate::thread::{self, panic_message, Role, ThreadHook};
+use crate::thread::panic_message;
 use crate::virtio::balloon::Balloon;
 
 const INBOX: u64 = 0;
@@ -63,39 +66,6 @@ impl State {
             State::Paused => "paused",
             State::Ended => "at its end",
         }
-    }
-}
-
-/// The vCPUs' threads; dropping this sends all of them home.
-pub(crate) struct VcpuThreads {
-    gate: Arc<Gate>,
-    threads: Vec<JoinHandle<Result<Vcpu>>>,
-    counters: Vec<Arc<Counters>>,
-}
-
-impl VcpuThreads {
-    pub(crate) fn start(gate: Arc<Gate>, vcpus: Vec<Vcpu>, hook: &ThreadHook) -> Result<Self> {
-        let mut all = VcpuThreads {
-            gate,
-            threads: Vec::new(),
-            counters: Vec::new(),
-        };
-        for vcpu in vcpus {
-            all.counters.push(Arc::clone(&vcpu.counters));
-            let name = format!("vcpu-{}", vcpu.index);
-            let thread = thread::spawn(&name, Role::Vcpu, hook, move || vcpu.run())?;
-            all.threads.push(thread);
-        }
-        Ok(all)
-    }
-}
-
-impl Drop for VcpuThreads {
-    fn drop(&mut self) {
-        self.gate.end();
-        // No vCPU is dropped before the last thread is home: until then, each may be kicked.
-        let vcpus: Vec<_> = self.threads.drain(..).map(JoinHandle::join).collect();
-        drop(vcpus);
     }
 }
 
@@ -477,46 +447,5 @@ impl Control {
             _ => Event::Ended { reason, detail },
         };
         self.tell(event);
-    }
-
-    fn stats(&self) -> String {
-        use std::sync::atomic::Ordering::Relaxed;
-        let vcpus: Vec<_> = self
-            .vcpus
-            .counters
-            .iter()
-            .map(|counters| {
-                json!({
-                    "exits": counters.exits.load(Relaxed),
-                    "pio": counters.pio.load(Relaxed),
-                    "mmio": counters.mmio.load(Relaxed),
-                })
-            })
-            .collect();
-        let devices: serde_json::Map<_, _> = self
-            .devices
-            .iter()
-            .map(|device| (device.id(), device.stats()))
-            .filter(|(_, stats)| !stats.is_null())
-            .collect();
-        let (written, read) = self.platform.serial.stats();
-        let mut stats = json!({
-            "state": match self.state {
-                State::Built => "configured",
-                State::Running => "running",
-                State::Paused => "paused",
-                State::Ended => "ended",
-            },
-            "uptime_ms": u64::try_from(self.begin.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "resets": self.resets,
-            "vcpus": vcpus,
-            "console": { "written": written, "read": read },
-            "memory": { "prefaulted": self.crew.done(), "total": self.keeping.memory() },
-            "devices": devices,
-        });
-        if let (Some(migration), Some(stats)) = (self.moving.stats(), stats.as_object_mut()) {
-            stats.insert("migration".to_owned(), migration);
-        }
-        stats.to_string()
     }
 }

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::error::{Error, Kind, Result};
+use crate::memory::GuestMemoryMmap;
 use crate::thread::{spawn, Role, ThreadHook};
 
 /// Bytes that a thread takes at a time; a multiple of every page but those of 1 GiB.

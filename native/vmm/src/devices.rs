@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use crate::memory::GuestMemoryMmap;
 use serde_json::json;
 use vm_memory::mmap::MmapRegion;
 use vmbus_qcow2::{Image, Ring};
@@ -20,6 +19,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::hotplug::{Arrival, Hotplug};
 use crate::io::{Behind, Count, IoDevice, IoUnit, Port, Trouble};
+use crate::memory::GuestMemoryMmap;
 use crate::net::{self, Link};
 use crate::pci::host::HostBridge;
 use crate::pci::lpc::LpcBridge;

@@ -19,7 +19,6 @@ use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
-use crate::memory::GuestMemoryMmap;
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::mmap::MmapRegion;
 use vmbus_qcow2::Ring;
@@ -59,6 +58,7 @@ use crate::legacy::reset_control::ResetControl;
 use crate::legacy::serial::Serial;
 use crate::mailbox::{Event, Keep, Mail, Mailbox, Request, Slot};
 use crate::memory;
+use crate::memory::GuestMemoryMmap;
 use crate::migrate::Tools;
 use crate::nics;
 use crate::pci::host::HostBridge;

@@ -13,7 +13,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vmm_sys_util::epoll::{Epoll, EventSet};
@@ -22,6 +21,7 @@ use crate::attend::{self, Attend, Desk, Taken, OWN};
 use crate::config::Port;
 use crate::error::{Error, Result};
 use crate::io::{Count, IoThread, Port as IoPort, Trouble};
+use crate::memory::GuestMemoryMmap;
 use crate::poll::watch;
 use crate::state::{self, State};
 use crate::thread::{Role, ThreadHook};

@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use kvm_ioctls::VmFd;
 
 use crate::bus::Bus;
 use crate::irq::Routing;
+use crate::memory::GuestMemoryMmap;
 use crate::slots::Slots;
 
 /// A VM and its address spaces.

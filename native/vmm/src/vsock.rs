@@ -26,7 +26,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vmm_sys_util::epoll::{Epoll, EventSet};
@@ -36,6 +35,7 @@ use connection::{Connection, Fate, Ports};
 use crate::attend::{self, Attend, Desk, Taken, OWN};
 use crate::error::{Error, Kind, Result};
 use crate::io::{Answer, Change, Count, IoThread, Port, Trouble};
+use crate::memory::GuestMemoryMmap;
 use crate::poll::watch;
 use crate::state::{self, State};
 use crate::thread::{Role, ThreadHook};

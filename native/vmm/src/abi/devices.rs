@@ -5,7 +5,6 @@
 use std::sync::mpsc::{channel, Receiver};
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use serde_json::{json, Map, Value};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::GuestAddress;
@@ -17,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::firmware::rom;
 use crate::irq::MsiMessage;
 use crate::layout;
+use crate::memory::GuestMemoryMmap;
 use crate::nics;
 use crate::pci::config::{COMMAND, COMMAND_MEMORY, MULTIFUNCTION, SPACE};
 use crate::pci::host::HostBridge;

@@ -6,13 +6,13 @@
 
 use std::sync::{Arc, MutexGuard};
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use vmbus_qcow2::{Engine, Image, Op, Slot};
 
 use super::{image_error, Counters};
 use crate::error::{Error, Kind, Result};
 use crate::io::Medium;
+use crate::memory::GuestMemoryMmap;
 use crate::scsi::cdrom::Remembered;
 use crate::scsi::{disk, sense::Sense, Outcome, Unit, Work};
 use crate::virtio::chain::{Chain, Segments};

@@ -5,7 +5,6 @@
 //! Documentation/arch/x86/zero-page.rst. The setup code is not run: what it would find out stands in the
 //! zero page.
 
-use crate::memory::GuestMemoryMmap;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -13,6 +12,7 @@ use super::{write, Boot, CMDLINE, GDT, PAGE, PAGE_TABLES, ZERO_PAGE};
 use crate::cpu::entry::{self, Entry};
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::memory::GuestMemoryMmap;
 use crate::memory::{self, MapKind};
 
 /// Where the setup header begins in the file and in the zero page.

@@ -8,13 +8,13 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, ReadVolatile, VolatileMemoryError, VolatileSlice,
 };
 
 use crate::error::{Error, Kind, Result};
+use crate::memory::GuestMemoryMmap;
 
 /// A kernel or an initrd.
 pub struct BootFile {

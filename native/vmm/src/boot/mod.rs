@@ -22,12 +22,12 @@ mod tests;
 
 pub use file::BootFile;
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::cpu::entry::Entry;
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::memory::GuestMemoryMmap;
 
 const GDT: u64 = 0x500;
 const START_INFO: u64 = 0x6000;

@@ -4,7 +4,6 @@
 //! Source: ELF-64 Object File Format; xen/include/public/elfnote.h and arch-x86/hvm/start_info.h.
 //! The file is hostile: every number is checked against the file, the RAM and the others before it is used.
 
-use crate::memory::GuestMemoryMmap;
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info, XEN_HVM_MEMMAP_TYPE_RAM,
     XEN_HVM_MEMMAP_TYPE_RESERVED, XEN_HVM_START_MAGIC_VALUE,
@@ -15,6 +14,7 @@ use super::{write, Boot, Loaded, CMDLINE, START_INFO};
 use crate::cpu::entry::Entry;
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::memory::GuestMemoryMmap;
 use crate::memory::{self, MapKind};
 
 const HEADER: usize = 64;

@@ -5,12 +5,12 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::FromRawFd;
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::config::MemoryKind;
 use crate::error::Kind;
+use crate::memory::GuestMemoryMmap;
 
 const MEMORY: u64 = 32 << 20;
 

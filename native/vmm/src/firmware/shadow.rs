@@ -14,11 +14,11 @@
 
 use std::sync::{Arc, Mutex};
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::mmap::MmapRegion;
 
 use crate::error::Result;
 use crate::layout::{EXTENDED_START, SHADOW_START};
+use crate::memory::GuestMemoryMmap;
 use crate::slots::{self, Slots, Source, View};
 
 /// PAM0 to PAM6.

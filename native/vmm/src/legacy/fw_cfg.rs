@@ -17,13 +17,13 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::bus::BusDevice;
 use crate::error::Result;
 use crate::firmware::files::{self, Content, Files};
+use crate::memory::GuestMemoryMmap;
 use crate::state::{self, Stateful};
 
 const SELECTOR: u64 = 0;

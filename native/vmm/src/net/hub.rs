@@ -16,11 +16,10 @@ use std::fs::File;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use crate::memory::GuestMemoryMmap;
-
 use super::frames;
 use super::interface::{scatter, ETHERNET, LONGEST};
 use super::tap::non_blocking;
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::Chain;
 use crate::virtio::net::{HEADER, MAC};
 use crate::virtio::queue::Fault;

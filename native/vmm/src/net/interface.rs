@@ -8,10 +8,10 @@ use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use smallvec::SmallVec;
 
 use super::{Counters, Link};
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::Chain;
 use crate::virtio::interrupt::Interrupt;
 use crate::virtio::net::{

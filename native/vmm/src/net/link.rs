@@ -4,13 +4,13 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use crate::memory::GuestMemoryMmap;
 use smallvec::SmallVec;
 
 use super::hub::{Hub, MEMBERS_MAX};
 use super::interface::PIECES_MAX;
 use super::stream::Stream;
 use super::Tap;
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::Chain;
 use crate::virtio::queue::Fault;
 

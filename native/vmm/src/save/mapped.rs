@@ -16,12 +16,12 @@
 
 use std::os::fd::AsRawFd;
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::file::{Saved, Section};
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::memory::GuestMemoryMmap;
 
 /// Maps the memory of a saved machine over RAM that has just been made, of kind mergeable; `merge` as it was made.
 ///

@@ -18,13 +18,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::checksum::Crc32c;
 use super::file::{cannot_write, damaged, Header, Saved, Section, PAGE};
 use crate::crew::{Chunk, Work};
 use crate::error::{Error, Result};
+use crate::memory::GuestMemoryMmap;
 
 /// Bytes of RAM that have an entry in the index.
 pub const BLOCK: u64 = 1 << 20;

@@ -21,7 +21,6 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Value};
 use vmm_sys_util::eventfd::EventFd;
@@ -31,6 +30,7 @@ use super::queue::Fault;
 use super::{LiveConfig, Model, F_RING};
 use crate::error::{Error, Kind, Result};
 use crate::io::Count;
+use crate::memory::GuestMemoryMmap;
 use crate::memory::{self, PAGE};
 use crate::state::{self, State, Stateful};
 

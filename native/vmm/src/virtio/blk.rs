@@ -8,13 +8,13 @@
 //!
 //! Left out: the legacy interface, geometry, lifetime, secure erase, zones, and a cache that the guest switches.
 
-use crate::memory::GuestMemoryMmap;
 use smallvec::SmallVec;
 use vmbus_qcow2::Op;
 
 use super::chain::Chain;
 use super::queue::{self, Fault};
 use super::{Model, F_RING};
+use crate::memory::GuestMemoryMmap;
 
 /// Bytes of a sector, the unit of all addresses.
 pub const SECTOR: u64 = 512;

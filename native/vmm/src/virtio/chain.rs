@@ -5,11 +5,11 @@
 //! bytes are taken off the ends of the lists, whatever the cuts. Everything here is an address the guest chose:
 //! it is looked up in guest memory each time, and what is not RAM is a [`Fault`].
 
-use crate::memory::GuestMemoryMmap;
 use smallvec::SmallVec;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::queue::Fault;
+use crate::memory::GuestMemoryMmap;
 
 /// Guest memory, never empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

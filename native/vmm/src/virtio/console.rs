@@ -16,12 +16,12 @@
 
 use std::collections::VecDeque;
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 
 use super::chain::Chain;
 use super::queue::{self, Fault};
 use super::{Model, F_RING};
+use crate::memory::GuestMemoryMmap;
 use crate::state::Bytes;
 
 /// The most ports.

@@ -19,12 +19,12 @@
 //! Left out: UFO and USO, the extended receive modes, VLAN filtering, gratuitous announcement, hashes and
 //! steering, offloads that change while it runs, and speed and duplex.
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 
 use super::chain::Chain;
 use super::queue::{self, Fault};
 use super::{Model, F_RING};
+use crate::memory::GuestMemoryMmap;
 use crate::state::{self, State};
 
 /// The device type.

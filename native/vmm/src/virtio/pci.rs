@@ -25,7 +25,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use vm_memory::mmap::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
@@ -35,6 +34,7 @@ use super::interrupt::Interrupt;
 use super::queue::{Queue, RingFeatures};
 use super::{Activation, ActiveQueue, Backend, Model, Served, F_EVENT_IDX, F_INDIRECT_DESC};
 use crate::error::{Error, Result};
+use crate::memory::GuestMemoryMmap;
 use crate::pci::config::{
     express_capability, touches, Bar64, ConfigSpace, Identity, CAPABILITY_VENDOR, KIND_ENDPOINT,
     KIND_INTEGRATED, MULTIFUNCTION,

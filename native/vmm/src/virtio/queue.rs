@@ -9,12 +9,12 @@
 use std::sync::atomic::{fence, Ordering};
 use std::sync::Arc;
 
-use crate::memory::GuestMemoryMmap;
 use serde::{Deserialize, Serialize};
 use vm_memory::bitmap::Bitmap as _;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 use super::chain::{Chain, Segment};
+use crate::memory::GuestMemoryMmap;
 use crate::migrate::marks;
 
 /// The largest queue that any device here offers, and so the longest legal chain.

@@ -12,7 +12,6 @@ use std::sync::mpsc::{channel, Receiver};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::memory::GuestMemoryMmap;
 use vm_memory::{Bytes, GuestAddress};
 use vmbus_qcow2::{Format, Image, LayerFiles, OpenOptions, Ring};
 
@@ -25,6 +24,7 @@ use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts, ScsiSpe
 use crate::error::Result;
 use crate::io::{Answer, Change};
 use crate::layout::ECAM_START;
+use crate::memory::GuestMemoryMmap;
 use crate::net::{Link, Tap};
 use crate::pci::testing::{host_bridge, FakeWiring};
 use crate::pci::watchdog::Watchdog;

@@ -4,11 +4,10 @@
 //! A request gets at most 4 KiB, whatever its size, which the specification allows: a guest cannot keep an I/O
 //! thread busy with one. The host's generator never runs dry, so there is no rate to limit.
 
-use crate::memory::GuestMemoryMmap;
-
 use super::chain::Chain;
 use super::queue::Fault;
 use super::{Model, F_RING};
+use crate::memory::GuestMemoryMmap;
 
 /// Bytes of one answer.
 const ANSWER_MAX: usize = 4096;

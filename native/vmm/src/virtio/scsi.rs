@@ -8,11 +8,10 @@
 //! Left out: protection information, transfers both ways in one command. No target comes or goes, but hot plugging
 //! is offered: Linux gives room for events only where it is.
 
-use crate::memory::GuestMemoryMmap;
-
 use super::chain::{Chain, Segments};
 use super::queue::{self, Fault};
 use super::{Model, F_RING};
+use crate::memory::GuestMemoryMmap;
 use crate::scsi::cdb::{self, Cdb};
 use crate::scsi::sense::{self, Sense};
 use crate::scsi::TRANSFER_MAX;

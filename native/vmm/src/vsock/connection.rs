@@ -21,9 +21,8 @@ use std::collections::VecDeque;
 use std::io::{Error as IoError, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use crate::memory::GuestMemoryMmap;
-
 use crate::io::Answer;
+use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::{Chain, Segments};
 use crate::virtio::queue::Fault;
 use crate::virtio::vsock::{Operation, Packet, CLOSED, HEADER, HOST, NO_RECEIVE, NO_SEND, STREAM};
