@@ -14,7 +14,7 @@ use super::stream::{self, Kind, PAGES_MAX};
 use super::{per_second, Order, Refusal, Sent, Step};
 use crate::error::{Error, Result};
 use crate::memory::PAGE;
-use crate::save::pages::{is_zero, Holes};
+use crate::save::pages::{is_zero, show, Holes};
 
 /// Of which the vCPUs stand a part while they are slowed.
 pub const PERIOD: Duration = Duration::from_millis(20);
@@ -29,6 +29,8 @@ const SLICE_MIN: Duration = Duration::from_millis(1);
 const HELD_MAX: Duration = Duration::from_millis(250);
 /// Fewer bytes say nothing about the speed.
 const SAMPLE: u64 = 1 << 20;
+/// So many bytes are there already, or are faulted in as quickly page by page.
+const FEW: u64 = 16 * PAGE;
 /// Waiting for less is not worth it.
 const SLACK: Duration = Duration::from_millis(2);
 
@@ -349,6 +351,9 @@ fn read(tools: &Tools, offset: u64, place: &mut [u8]) -> Result<()> {
         if within < region.len() {
             let address = region.start_addr();
             let address = GuestAddress(address.0.saturating_add(within));
+            if place.len() as u64 > FEW {
+                show(region.as_ptr().wrapping_add(within as usize), place.len());
+            }
             let read = tools.memory.read_slice(place, address);
             return read.map_err(|e| Error::internal(format!("RAM: {e}")));
         }

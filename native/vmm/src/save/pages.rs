@@ -122,6 +122,12 @@ fn blocks(chunk: Chunk) -> impl Iterator<Item = (u64, *mut u8)> {
     })
 }
 
+/// Has the kernel map what is going to be read all at once; without it (before Linux 5.14) each page is faulted in.
+pub(crate) fn show(address: *const u8, len: usize) {
+    // SAFETY: the advice changes nothing that anybody reads, and for a range that is not mapped it is an error.
+    unsafe { libc::madvise(address as *mut libc::c_void, len, libc::MADV_POPULATE_READ) };
+}
+
 /// Whether there is nothing but zeros.
 pub(crate) fn is_zero(page: &[u8]) -> bool {
     page.chunks_exact(64)
@@ -237,15 +243,7 @@ impl Writer {
         if self.holes.has(offset, BLOCK) {
             return Ok(());
         }
-        // SAFETY: the range is that of the block, in which the advice changes nothing; without it (before Linux 5.14) each page
-        // is faulted in below.
-        unsafe {
-            libc::madvise(
-                address as *mut libc::c_void,
-                BLOCK as usize,
-                libc::MADV_POPULATE_READ,
-            )
-        };
+        show(address, BLOCK as usize);
         // SAFETY: the block is guest memory, which the crew keeps mapped and nobody writes to meanwhile.
         let block = unsafe { std::slice::from_raw_parts(address, BLOCK as usize) };
         let mut entry = Entry::default();
