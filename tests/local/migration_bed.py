@@ -26,6 +26,8 @@ prefixes = ["{place}/files/{{user}}"]
 LOOP = "disk-loop sector=0 count=64 beat=20"
 DIRTY = "dirty mib=1"
 MEMORY = 20 << 20
+RUNNING = 19
+"""The record with which the destination says that it goes on."""
 
 
 def model() -> str:
@@ -119,15 +121,19 @@ def disk_holds(disk: str, written: int, count: int = 64) -> bool:
 
 class Relay:
     """Passes bytes on between two sockets. After ``after`` bytes from source to destination ``then`` is
-    called before any more pass; ``change`` sees each piece with its place. A context manager."""
+    called before any more pass; ``change`` sees each piece with its place. The connection breaks instead of
+    the first record of kind ``lost`` from the destination (native/vmm/src/migrate/stream.rs). A context
+    manager.
+    """
 
     def __init__(
         self,
         after: int = -1,
         then: Callable[[], object] = lambda: None,
         change: Callable[[int, bytes], bytes] = lambda place, piece: piece,
+        lost: int = -1,
     ) -> None:
-        self._after, self._then, self._change = after, then, change
+        self._after, self._then, self._change, self._lost = after, then, change, lost
         self.passed = 0
         self._pairs: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -175,8 +181,13 @@ class Relay:
 
     def _back(self, destination: socket.socket, source: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while piece := destination.recv(65536):
-                source.sendall(piece)
+            while header := destination.recv(32, socket.MSG_WAITALL):
+                kind, _, length = struct.unpack_from("<III", header)
+                if kind == self._lost:
+                    break
+                source.sendall(header)
+                if length:
+                    source.sendall(destination.recv(length, socket.MSG_WAITALL))
         self.cut()
 
 

@@ -21,6 +21,7 @@ from tests.local.migration_bed import (
     DIRTY,
     LOOP,
     MEMORY,
+    RUNNING,
     Pair,
     Relay,
     disk_holds,
@@ -250,6 +251,36 @@ async def test_what_is_damaged_on_its_way_is_refused(both: Pair, seed: int) -> N
                 states = [(await ended(c, j))["State"] for c, j in ((here, sent), (there, received))]
             assert states == ["failed", "failed"]
             assert await runs_on_one_side(here, there, machine) is here
+
+
+@scenario
+async def test_a_connection_that_breaks_as_the_machine_is_handed_on_leaves_one_that_runs(both: Pair) -> None:
+    """The destination runs, and its word of that is lost: the source stands, and cannot go on beside it."""
+    async with both.callers() as (here, there):
+        disks = [{"id": "root", "layers": [{"format": "raw", "path": both.here.disk()}]}]
+        machine = await running(both, here, there, LOOP, disks=disks)
+        with Relay(lost=RUNNING) as relay:
+            received, sent = await move(here, there, machine, relay)
+            assert (await ended(here, sent))["Error"] == "org.vmbus1.Error.Disconnected"
+            await done(there, received)
+        assert await state(here, machine) == ("paused", "migration-unsure")
+        assert (await state(there, machine))[0] == "running"
+        with pytest.raises(VmbusError) as caught:
+            await here(machine, "Machine.Resume")
+        assert caught.value.kind == "InUse"
+        await here(machine, "Machine.Kill")
+        assert "begins" not in await says(there, machine, "loop: beat")
+        # And when the one at the destination is ended, the source goes on.
+        await there(machine, "Machine.Pause")
+        with Relay(lost=RUNNING) as relay:
+            received, sent = await move(there, here, machine, relay)
+            assert (await ended(there, sent))["State"] == "failed"
+            await done(here, received)
+        assert await state(there, machine) == ("paused", "migration-unsure")
+        assert (await state(here, machine))[0] == "paused"
+        await here(machine, "Machine.Kill")
+        await there(machine, "Machine.Resume")
+        assert "begins" not in await says(there, machine, "loop: beat")
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["source", "destination"])
