@@ -29,7 +29,8 @@
 //! | module     | job                                                                    |
 //! |------------|------------------------------------------------------------------------|
 //! | `advance`  | planning a task step by step, parking it                               |
-//! | `transfer` | reads and writes as operations, bounced where needed                   |
+//! | `fetch`    | reads as operations, bounced where needed                              |
+//! | `transfer` | writes as operations, bounced where needed                             |
 //! | `commit`   | commits that this engine drives                                        |
 //! | `outcome`  | what follows when an operation has ended                               |
 //! | `task`     | what is kept about a request and an operation                          |
@@ -42,6 +43,7 @@ mod advance;
 pub(crate) mod backend;
 mod bounce;
 mod commit;
+mod fetch;
 mod outcome;
 mod pool;
 pub(crate) mod task;

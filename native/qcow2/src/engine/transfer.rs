@@ -1,29 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Moving bytes: the extents of a read and the steps of a write as operations, through a bounce
-//! buffer where the file wants another alignment than the request has.
+//! Writing: the steps of a write as operations, through memory of our own where the data is to be encrypted, or the file
+//! wants another alignment than the request has. And starting operations.
 
 use super::backend::IoOp;
 use super::task::{After, Io, Job, Owner};
-use super::work::{Packed, Plain, Sealed};
+use super::work::Plain;
 use super::Engine;
 use crate::buffer::{self, Buffer, IoVecs};
-use crate::crypt::cipher::SECTOR;
-use crate::plan::{Allocation, Extents, FileId, Source, WriteStep};
+use crate::plan::{Allocation, Extents, FileId, WriteStep};
 use crate::request::Op;
 
 /// Encrypted data is read and written in stretches of this size.
-const STRETCH: u64 = 256 << 10;
+pub(super) const STRETCH: u64 = 256 << 10;
 
 impl Engine {
-    pub(super) fn read(&mut self, key: u64, extents: &Extents) {
-        let Some(task) = self.tasks.get_mut(key) else {
-            return;
-        };
-        task.planned = task.len;
-        let pieces = std::mem::take(&mut task.pieces);
-        self.fetch(Owner::Task(key), extents, &pieces);
-    }
-
     pub(super) fn write_data(&mut self, key: u64, step: WriteStep) {
         let Some(task) = self.tasks.get(key) else {
             return;
@@ -228,159 +218,6 @@ impl Engine {
             expected,
             after,
         });
-    }
-
-    /// Read `extents` into `pieces`.
-    pub(super) fn fetch(&mut self, owner: Owner, extents: &Extents, pieces: &[libc::iovec]) {
-        let mut at = 0;
-        for extent in extents {
-            let part = buffer::subrange(pieces, at, extent.len);
-            at += extent.len;
-            match &extent.source {
-                // SAFETY: a read's buffers are writable until completion; a job's are its own.
-                Source::Zero => unsafe { buffer::fill_zero(&part) },
-                Source::File { file, offset } => {
-                    self.fetch_plain(owner, *file, offset.0, extent.len, part)
-                }
-                Source::Sealed {
-                    file,
-                    offset,
-                    place,
-                } => self.fetch_sealed(owner, *file, offset.0, *place, &part),
-                Source::Compressed {
-                    file,
-                    offset,
-                    stored,
-                    codec,
-                    cluster_size,
-                    skip,
-                } => {
-                    let Some(slot) = self.counted_on(owner) else {
-                        return;
-                    };
-                    let unit = self.alignment(slot, *file).unwrap_or(1) as u64;
-                    let start = offset.0 / unit * unit;
-                    let front = (offset.0 - start) as usize;
-                    let len = (front as u64 + stored).next_multiple_of(unit) as usize;
-                    let mut buffer = self.take_bounce(len);
-                    let op = IoOp::Read {
-                        pieces: IoVecs::from_slice(&[buffer.iovec(0, len)]),
-                        offset: start,
-                    };
-                    let packed = Packed {
-                        front,
-                        stored: *stored as usize,
-                        codec: *codec,
-                        cluster_size: *cluster_size as usize,
-                        skip: *skip as usize,
-                        pieces: part,
-                        buffer,
-                    };
-                    let after = After::Expand { owner, packed };
-                    self.start(Io {
-                        slot,
-                        file: *file,
-                        op,
-                        expected: len as u64,
-                        after,
-                    });
-                }
-            }
-        }
-    }
-
-    pub(super) fn fetch_plain(
-        &mut self,
-        owner: Owner,
-        file: FileId,
-        offset: u64,
-        len: u64,
-        part: IoVecs,
-    ) {
-        let Some(slot) = self.counted_on(owner) else {
-            return;
-        };
-        let unit = self.alignment(slot, file).unwrap_or(1);
-        let aligned = offset % unit as u64 == 0 && !buffer::refused(&part, unit);
-        if aligned {
-            let op = IoOp::Read {
-                pieces: part,
-                offset,
-            };
-            return self.start(Io {
-                slot,
-                file,
-                op,
-                expected: len,
-                after: After::Owner(owner),
-            });
-        }
-        let start = offset / unit as u64 * unit as u64;
-        let skip = (offset - start) as usize;
-        let length = (skip as u64 + len).next_multiple_of(unit as u64) as usize;
-        let mut buffer = self.take_bounce(length);
-        let op = IoOp::Read {
-            pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
-            offset: start,
-        };
-        let after = After::Scatter {
-            owner,
-            buffer,
-            skip,
-            pieces: part,
-        };
-        self.start(Io {
-            slot,
-            file,
-            op,
-            expected: length as u64,
-            after,
-        });
-    }
-
-    /// Read encrypted data, a stretch at a time, so that one is decrypted while the next is read.
-    fn fetch_sealed(
-        &mut self,
-        owner: Owner,
-        file: FileId,
-        offset: u64,
-        place: u64,
-        part: &[libc::iovec],
-    ) {
-        let len = buffer::total(part).unwrap_or(0);
-        let mut done = 0;
-        while done < len {
-            let Some(slot) = self.counted_on(owner) else {
-                return;
-            };
-            let unit = self.alignment(slot, file).unwrap_or(1).max(SECTOR) as u64;
-            let start = (offset + done) / unit * unit;
-            let skip = offset + done - start;
-            let take = (len - done).min(STRETCH - skip);
-            let length = (skip + take).next_multiple_of(unit) as usize;
-            let mut buffer = self.take_bounce(length);
-            let op = IoOp::Read {
-                pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
-                offset: start,
-            };
-            let sealed = Sealed {
-                slot,
-                file,
-                place: place.wrapping_add(done).wrapping_sub(skip),
-                buffer,
-                skip: skip as usize,
-                pieces: buffer::subrange(part, done, take),
-            };
-            let after = After::Unseal { owner, sealed };
-            self.start(Io {
-                slot,
-                file,
-                op,
-                expected: length as u64,
-                after,
-            });
-            done += take;
-        }
     }
 
     /// Whether what stands in a file is encrypted.
