@@ -11,10 +11,12 @@ use std::ops::Range;
 use crate::bytes::{be64, put64};
 use crate::cache::Class;
 use crate::error::Error;
+use crate::file::BlockFile;
 use crate::mailbox::Waiter;
 use crate::plan::{Need, Planned};
 use crate::qcow2::entry::{L2Entry, Mapping, COPIED, OFFSET};
-use crate::qcow2::Geometry;
+use crate::qcow2::overlap::Holds;
+use crate::qcow2::{refcount, Geometry};
 use crate::state::State;
 use crate::types::{GuestCluster, HostOffset};
 
@@ -194,6 +196,75 @@ impl State {
         let index = cluster.0 % geometry.l2_entries();
         let entry = self.l2_entry(geometry, table.offset, index, waiter)?;
         Ok(entry.decode(geometry)?)
+    }
+
+    /// The L2 table for `cluster`, ours alone: made, or copied from one shared with a snapshot. Its
+    /// block with the cluster's entry is in the cache afterwards.
+    pub(crate) fn writable_l2(
+        &mut self,
+        geometry: &Geometry,
+        files: &[BlockFile],
+        cluster: GuestCluster,
+        waiter: &Waiter,
+    ) -> Planned<HostOffset> {
+        let index = cluster.0 / geometry.l2_entries();
+        let entry = cluster.0 % geometry.l2_entries();
+        let (l1, _) = self
+            .l1(geometry.layer)
+            .ok_or_else(|| Error::invalid("the image has no L1 table"))?;
+        let old = self.l2_table(geometry, cluster, waiter)?;
+        if let Some(table) = old.filter(|table| table.copied) {
+            self.check_inside(geometry, table.offset)?;
+            self.guard(geometry, table.offset, Holds::L2)?;
+            self.l2_entry(geometry, table.offset, entry, waiter)?;
+            return Ok(table.offset);
+        }
+        let block = geometry.block();
+        let blocks = geometry.cluster() / block;
+        if let Some(table) = old {
+            for n in 0..blocks {
+                self.cache
+                    .fetch(block_of(geometry, table.offset.0 + n * block), waiter)?;
+            }
+        }
+        self.guard(geometry, l1.plus(index * 8), Holds::L1)?;
+        if let Some(table) = old {
+            self.guard_l2(geometry, table)?;
+        }
+        let run = self.allocate(files, 1, waiter)?;
+        let offset = run.offset(geometry);
+        let metadata = &mut self.writer()?.metadata;
+        metadata.add(run.first.0..run.first.0 + 1, Holds::L2);
+        if let Some(table) = old {
+            metadata.remove(table.offset.0 >> geometry.cluster_bits, Holds::L2);
+        }
+        match old {
+            None => self.put_zero_table(geometry, offset),
+            Some(table) => {
+                for n in 0..blocks {
+                    let copy = self
+                        .cache
+                        .peek(geometry.layer, table.offset.plus(n * block))
+                        .map(|block| (**block).clone());
+                    let copy =
+                        copy.ok_or_else(|| Error::invalid("an L2 table's block left the cache"))?;
+                    self.cache.put(
+                        geometry.layer,
+                        offset.plus(n * block),
+                        copy,
+                        Some(Class::Unreferenced),
+                    );
+                }
+                self.writer()?.freed.push(refcount::clusters(
+                    geometry,
+                    table.offset,
+                    geometry.cluster(),
+                ));
+            }
+        }
+        // The block of the L1 table was fetched by l2_table.
+        self.set_table_entry(geometry, l1, index, offset.0 | COPIED, Class::Mapping);
+        Ok(offset)
     }
 }
 

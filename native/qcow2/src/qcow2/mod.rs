@@ -3,7 +3,7 @@
 //!
 //! | module     | job                                                  |
 //! |------------|------------------------------------------------------|
-//! | `header`   | the header and its extensions, parsed and checked    |
+//! | `header`   | the header, parsed and checked; `extensions`: what stands behind its fields |
 //! | `mapping`  | guest cluster to host cluster (L1 and L2 tables)     |
 //! | `entry`    | L2 entries, with and without subclusters             |
 //! | `refcount` | how often each host cluster is used                  |
@@ -16,7 +16,7 @@
 //! | `snapshot` | internal snapshots; `table`: the list of them, `tree`: what lies below one |
 //! | `switch`   | changing counts, flags and tables all at once, for snapshots |
 //! | `check`    | counting every pointer (`walk` finds them, `counts` keeps them); `repair` sets right |
-//! | `write`    | planning writes; `packed`: compressed ones           |
+//! | `write`    | planning writes; `packed`: compressed ones; `ticket`: what is written and not mapped yet |
 //! | `zero`     | planning discards and zeroes                         |
 
 pub(crate) mod alloc;
@@ -26,6 +26,7 @@ pub(crate) mod check;
 pub(crate) mod counts;
 pub(crate) mod create;
 pub(crate) mod entry;
+mod extensions;
 pub(crate) mod header;
 pub(crate) mod mapping;
 pub(crate) mod overlap;
@@ -36,6 +37,7 @@ pub(crate) mod repair;
 pub(crate) mod resize;
 pub mod snapshot;
 pub(crate) mod switch;
+pub(crate) mod ticket;
 pub(crate) mod walk;
 pub(crate) mod write;
 pub(crate) mod zero;

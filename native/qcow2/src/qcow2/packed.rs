@@ -10,7 +10,7 @@ use crate::file::BlockFile;
 use crate::mailbox::Waiter;
 use crate::plan::{Planned, Stop};
 use crate::qcow2::entry::L2Entry;
-use crate::qcow2::write::Ticket;
+use crate::qcow2::ticket::Ticket;
 use crate::qcow2::Geometry;
 use crate::state::{Layer, State};
 use crate::types::{GuestCluster, HostCluster, HostOffset};

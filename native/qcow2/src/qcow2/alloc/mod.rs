@@ -66,7 +66,7 @@ pub(crate) struct Writer {
     pub(crate) packed_tail: Option<HostOffset>,
     pub(crate) freed: Freed,
     pub(crate) reserve: Reserve,
-    pub(crate) tickets: HashMap<u64, crate::qcow2::write::Ticket>,
+    pub(crate) tickets: HashMap<u64, crate::qcow2::ticket::Ticket>,
     pub(crate) next_ticket: u64,
     /// Where the last durable write that was planned ended on the disk.
     pub(crate) last_end: u64,
