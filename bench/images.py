@@ -30,6 +30,7 @@ CHECKOUT = Path(__file__).parents[1]
 OURS = str(CHECKOUT / ".venv/bin/vmbus-img")
 QEMU = "qemu-img"
 ROUNDS = 3
+PAIRS, PAIR_WRITES = 60, 500
 MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 # An odd number of clusters and a page: the whole disk is gone over in no obvious order.
 JUMP = 4099 * 65536 + 4096
@@ -113,6 +114,45 @@ def new_clusters(place: Path) -> None:
             name = f"{count} writes of 4 KiB, step {step}, depth 16, cache={cache}"
             compare(name, works, rounds=rounds)
     (place / "new").unlink()
+
+
+def durable_pairs(place: Path) -> None:
+    """Durable 4 KiB writes, each into a cluster never written, beside a sparse raw file: many short pairs.
+
+    What else the disk is asked to sync meanwhile, by this host or by others, changes from second to second:
+    only runs right behind each other can be compared. Who goes first takes turns.
+    """
+    path = place / "new"
+    options = ("-w", "-c", PAIR_WRITES, "-d", 16, "-s", 4096, "-S", 65536, "-t", "directsync")
+
+    def seconds(program: str, format: str) -> float:
+        path.unlink(missing_ok=True)
+        run(QEMU, "create", "-q", "-f", format, path, str(GIB))
+        run("sync", path)
+        return load(program, path, format, *options)
+
+    pairs = []
+    for number in range(PAIRS):
+        works = {"ours": (OURS, "qcow2"), "raw": (QEMU, "raw")}
+        order = sorted(works, reverse=number % 2 == 1)
+        times = {who: seconds(*works[who]) for who in order}
+        pairs.append((times["ours"], times["raw"]))
+    path.unlink()
+    ratios = sorted(ours / raw for ours, raw in pairs)
+    figures: dict[str, object] = {
+        who: {"least": round(min(times), 4), "median": round(statistics.median(times), 4)}
+        for who, times in zip(("ours", "raw"), zip(*pairs, strict=True), strict=True)
+    }
+    quarters = statistics.quantiles(ratios)
+    figures["ours/raw, of a pair"] = {
+        "least": round(ratios[0], 2),
+        "quarter": round(quarters[0], 2),
+        "median": round(quarters[1], 2),
+        "three quarters": round(quarters[2], 2),
+        "most": round(ratios[-1], 2),
+    }
+    name = f"{PAIRS} pairs of {PAIR_WRITES} writes of 4 KiB, step 65536, depth 16, cache=directsync"
+    report.emit(f"images: {name}", unit="seconds", **figures)
 
 
 def reads(place: Path, image: Path, name: str) -> None:
@@ -226,6 +266,7 @@ def start(place: Path) -> None:
 WORKS = {
     "start": start,
     "clusters": new_clusters,
+    "durable": durable_pairs,
     "chain": chain,
     "snapshot": after_snapshot,
     "convert": convert,
