@@ -5,6 +5,8 @@
 //! As everywhere the count is raised first, then the data is written, and only then the mapping
 //! changes; a crash between leaves a count too high.
 
+use std::ops::Range;
+
 use crate::error::{Error, Kind};
 use crate::file::BlockFile;
 use crate::mailbox::Waiter;
@@ -110,12 +112,12 @@ impl State {
         Ok(self.begin_packed(geometry, first, len))
     }
 
-    /// No more is packed into a cluster that is free: it may be anything next.
-    pub(crate) fn forget_packed(&mut self, geometry: &Geometry, cluster: HostCluster) {
+    /// No more is packed into one of these clusters, which may be free: it may be anything next.
+    pub(crate) fn forget_packed(&mut self, geometry: &Geometry, clusters: Range<u64>) {
         if let Some(writer) = &mut self.writer {
             writer
                 .packed_tail
-                .take_if(|tail| tail.0 >> geometry.cluster_bits == cluster.0);
+                .take_if(|tail| clusters.contains(&(tail.0 >> geometry.cluster_bits)));
         }
     }
 
