@@ -112,12 +112,12 @@ impl Facts {
     /// `NotSupported` for another processor; `InvalidArgument` for another machine; `Changed` for disks.
     pub fn check(&self, own: &Facts, disks: Disks) -> Result<()> {
         let (saved, built) = (&self.hardware, &own.hardware);
-        let differs = |argument: &str,
-                       saved: &dyn std::fmt::Display,
-                       built: &dyn std::fmt::Display| {
-            let message = format!("the machine was saved with {saved}, and this one has {built}");
-            Err(Error::invalid(argument, message))
-        };
+        let differs =
+            |argument: &str, saved: &dyn std::fmt::Display, built: &dyn std::fmt::Display| {
+                let message =
+                    format!("the machine that is to go on has {saved}, and this one has {built}");
+                Err(Error::invalid(argument, message))
+            };
         if saved.machine_type != built.machine_type {
             return differs("machine_type", &saved.machine_type, &built.machine_type);
         }
@@ -139,7 +139,7 @@ impl Facts {
             let first = answers.find(|(saved, built)| saved != built);
             let leaf = first.map_or(0, |((leaf, _, _), _)| *leaf);
             let host = if saved.cpu_model == model::HOST {
-                "; a machine with the model host goes on only where it was saved"
+                "; a machine with the model host goes on only where it was"
             } else {
                 ""
             };
@@ -151,12 +151,12 @@ impl Facts {
             .keys()
             .find(|id| !own.devices.contains_key(*id))
         {
-            let message = format!("the machine was saved with {id}, which this one lacks");
+            let message = format!("the machine that is to go on has {id}, which this one lacks");
             return Err(Error::invalid(id, message));
         }
         for (id, built) in &own.devices {
             let Some(saved) = self.devices.get(id) else {
-                let message = format!("the machine was saved without {id}");
+                let message = format!("the machine that is to go on has no {id}");
                 return Err(Error::invalid(id, message));
             };
             let same = match disks {
