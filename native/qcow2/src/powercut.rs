@@ -33,6 +33,13 @@ fn cut(name: &str, bed: &Bed) {
     cut_often(name, bed, 300);
 }
 
+fn cuts_wanted(usual: u64) -> u64 {
+    std::env::var("VMBUS_CUTS")
+        .ok()
+        .and_then(|cuts| cuts.parse().ok())
+        .unwrap_or(usual)
+}
+
 fn cut_often(name: &str, bed: &Bed, usual: u64) {
     let clock = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
@@ -42,10 +49,7 @@ fn cut_often(name: &str, bed: &Bed, usual: u64) {
         .ok()
         .and_then(|seed| seed.parse().ok())
         .unwrap_or(clock);
-    let cuts = std::env::var("VMBUS_CUTS")
-        .ok()
-        .and_then(|cuts| cuts.parse().ok())
-        .unwrap_or(usual);
+    let cuts = cuts_wanted(usual);
     eprintln!("power cuts, {name}: VMBUS_SEED={seed} VMBUS_CUTS={cuts}");
     let mut random = Random(seed | 1);
     let (start, events) = bed.record(&mut random);
@@ -180,7 +184,8 @@ fn durable_writes_to_o_direct_files_survive_power_cuts() {
             .filter(|event| matches!(event, Event::Durable { .. }))
             .count();
         assert!(durable > 5, "{durable}");
-        assert_eq!(bed.replay(&start, &events, 300, &mut random), 300);
+        let cuts = cuts_wanted(300);
+        assert_eq!(bed.replay(&start, &events, cuts, &mut random), cuts);
     }
 }
 
