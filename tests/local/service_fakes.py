@@ -236,7 +236,8 @@ class FakeWorker:
 
 class FakeBroker:
     """Listens at ``path``. ``refuse`` maps an operation to an error; ``silent`` holds those that it
-    never answers; ``make_worker`` changes a worker before it is handed out."""
+    never answers, ``lingering`` the machines whose workers do not go, whatever ends them; ``make_worker``
+    changes a worker before it is handed out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -246,6 +247,7 @@ class FakeBroker:
         self.silent: set[str] = set()
         self.asked: list[Any] = []
         self.stuck: set[str] = set()
+        self.lingering: set[str] = set()
         self.make_worker: Callable[[FakeWorker], None] = lambda worker: None
         # Opened now: while a test connects as another user, this process may not look at its own memory.
         names = ("smaps_rollup", "smaps", "ksm_stat")
@@ -284,13 +286,13 @@ class FakeBroker:
 
     def reset(self) -> None:
         """Behave again."""
-        self.refuse, self.silent, self.stuck = {}, set(), set()
+        self.refuse, self.silent, self.stuck, self.lingering = {}, set(), set(), set()
         self.make_worker = lambda worker: None
         self.asked = []
 
     def ended(self, uuid: str) -> None:
         """The worker's process is gone."""
-        worker = self.workers.pop(uuid, None)
+        worker = None if uuid in self.lingering else self.workers.pop(uuid, None)
         if worker is not None:
             worker.close()
             self._say(broker.Ended(uuid=uuid))

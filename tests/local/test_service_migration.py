@@ -19,6 +19,7 @@ import pytest
 from tests.local.service_bed import BOB, ROOT, Bed, Caller, form, scenario, uuid_of
 from tests.local.service_fakes import FakeWorker
 from vmbus.bus import Variant
+from vmbus.wire import broker
 from vmbus.wire import worker as wire
 from vmbus.wire.errors import VmbusError
 
@@ -208,6 +209,24 @@ def test_a_machine_that_arrives_is_in_the_state_in_which_it_came(bed: Bed, state
             await alice(machine, "Machine.Kill")
 
     test()
+
+
+@scenario
+async def test_one_that_fails_is_undone_whole_though_it_is_cancelled_meanwhile(bed: Bed) -> None:
+    async with bed.caller() as alice, receiving(alice, bed) as (machine, job, worker):
+        uuid = uuid_of(machine)
+        bed.broker.lingering.add(uuid)
+        worker.not_moved("ImageInvalid", "a record is damaged")
+        await come(lambda: any(isinstance(one, broker.Kill) for one in bed.broker.asked))
+        cancelling = asyncio.ensure_future(alice(job, "Job.Cancel"))
+        for _ in range(3):  # by then the service has seen the cancellation
+            assert await alice.state(machine) == "stopping"
+        assert not cancelling.done()
+        bed.broker.lingering.clear()
+        bed.broker.ended(uuid)
+        await cancelling
+        assert await alice.state(machine) == "stopped"
+        await alice(machine, "Machine.Undefine")
 
 
 @scenario

@@ -301,8 +301,12 @@ class Lifecycle:
                 self._registry.write_run(machine, run)
         if machine.worker is not None or not machine.gone.is_set():
             machine.set_state("stopping", "start-failed", str(error))
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._make_gone(machine)
+            gone = asyncio.ensure_future(self._make_gone(machine))
+            while (
+                not gone.done()
+            ):  # what has failed may be cancelled, too: its end is waited for all the same
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(gone)
         if not machine.gone.is_set():
             return  # stuck, or no broker: Ended or recover() finishes it
         reason, detail = "start-failed", str(error)

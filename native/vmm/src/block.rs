@@ -21,6 +21,7 @@ mod scsi_tests;
 mod server;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use vmbus_qcow2::{Image, Pool, Ring};
 
@@ -84,6 +85,29 @@ fn grow(image: &Image, size: u64) -> Result<()> {
     })
 }
 
+/// How long the locks of an image are waited for. Those of a process that was killed outlive it by up to a second or two: the
+/// kernel takes its rings apart later, by itself, and they hold its files.
+const PATIENCE: Duration = Duration::from_secs(3);
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Takes up an image, whose last user may just have been killed.
+///
+/// # Errors
+/// As [`Image::activate`]; `InUse` when it is still so after three seconds.
+pub fn activate(image: &Image) -> vmbus_qcow2::Result<()> {
+    let begin = Instant::now();
+    loop {
+        match image.activate() {
+            Err(error)
+                if error.kind() == vmbus_qcow2::Kind::InUse && begin.elapsed() < PATIENCE =>
+            {
+                std::thread::sleep(AGAIN);
+            }
+            done => return done,
+        }
+    }
+}
+
 /// An image's error, with its kind kept.
 pub fn image_error(error: vmbus_qcow2::Error) -> Error {
     use vmbus_qcow2::Kind as Image;
@@ -105,5 +129,47 @@ pub fn error_of(argument: &str, error: vmbus_qcow2::Error) -> Error {
     Error {
         argument: argument.to_owned(),
         ..image_error(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions as FileOptions};
+    use std::path::Path;
+
+    use vmbus_qcow2::{Format, LayerFiles, OpenOptions};
+
+    use super::*;
+
+    fn image(path: &Path) -> Image {
+        let file = FileOptions::new().read(true).write(true).open(path);
+        let layer = LayerFiles {
+            format: Format::Raw,
+            file: file.unwrap(),
+            data_file: None,
+            backing_name: None,
+            data_name: None,
+            secret: None,
+        };
+        Image::open_chain(vec![layer], OpenOptions::default()).unwrap()
+    }
+
+    #[test]
+    fn locks_that_go_in_a_moment_are_waited_for() {
+        let path = std::env::temp_dir().join(format!("vmbus-patience-{}", std::process::id()));
+        File::create(&path).unwrap().set_len(4096).unwrap();
+        let (last, next) = (image(&path), image(&path));
+        last.activate().unwrap();
+        let other = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(last);
+        });
+        assert_eq!(
+            next.activate().unwrap_err().kind(),
+            vmbus_qcow2::Kind::InUse
+        );
+        activate(&next).unwrap();
+        other.join().unwrap();
+        std::fs::remove_file(&path).unwrap();
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vmbus_qcow2::{DetectZeroes, Format, Image, LayerFiles, OpenOptions, Secret};
 
-use crate::block::error_of;
+use crate::block::{activate, error_of};
 use crate::config::{Disk, DiskBus};
 use crate::devices::{DiskSpec, ScsiSpec};
 use crate::error::{Error, Result};
@@ -160,7 +160,7 @@ fn open_image(disk: &Disk, files: Vec<LayerFds>, active: bool) -> Result<Arc<Ima
     };
     let image = Image::open_chain(layers, options).map_err(about)?;
     if active {
-        image.activate().map_err(about)?;
+        activate(&image).map_err(about)?;
     }
     Ok(Arc::new(image))
 }

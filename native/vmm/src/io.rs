@@ -433,7 +433,7 @@ impl Device for IoDevice {
 
     fn take_up(&self) -> Result<()> {
         let image = self.behind.image.as_ref();
-        let done = image.map_or(Ok(()), |image| image.activate());
+        let done = image.map_or(Ok(()), |image| block::activate(image));
         done.map_err(|error| block::error_of(&self.id, error))
     }
 
@@ -527,7 +527,10 @@ impl Device for Unit {
     }
 
     fn take_up(&self) -> Result<()> {
-        let done = self.unit.image().map_or(Ok(()), |image| image.activate());
+        let done = self
+            .unit
+            .image()
+            .map_or(Ok(()), |image| block::activate(&image));
         done.map_err(|error| block::error_of(&self.unit.id, error))
     }
 
