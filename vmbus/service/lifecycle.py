@@ -302,9 +302,7 @@ class Lifecycle:
         if machine.worker is not None or not machine.gone.is_set():
             machine.set_state("stopping", "start-failed", str(error))
             gone = asyncio.ensure_future(self._make_gone(machine))
-            while (
-                not gone.done()
-            ):  # what has failed may be cancelled, too: its end is waited for all the same
+            while not gone.done():  # what has failed may be cancelled, too, and is undone all the same
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.shield(gone)
         if not machine.gone.is_set():
