@@ -145,7 +145,9 @@ fn one_that_was_paused_or_is_to_be_stands_where_it_comes_to() {
         received.unwrap();
         assert_eq!(events, [Event::Paused]);
         let so_far = passes_so_far(&mut source);
-        assert_eq!(destination.drain(), "");
+        // The end of a line may have come along that the source's console had not taken; none begins.
+        let rest = destination.drain();
+        assert!(!rest.contains('p'), "{rest:?}");
         destination.must(Request::Resume);
         destination.until(&format!("pass {}\n", so_far + 3));
     }
