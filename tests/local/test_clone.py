@@ -18,7 +18,7 @@ from tests.local.test_service_real import Stage, stage
 from vmbus.wire.errors import VmbusError
 
 __all__ = ["stage"]
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 NIC = {"id": "lan", "kind": "isolated", "network": "lab", "mac": "52:54:00:00:00:07"}
 

@@ -21,7 +21,7 @@ from tests.lab.system import ALICE, BOB, System
 from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, place_guest, refused
 
-pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
+pytestmark = [pytest.mark.requires("root", "kvm", "tap", "bridge"), pytest.mark.long]
 
 BRIDGE = f"vmbp{os.getpid()}"
 MARK = b"vmbus"
@@ -104,7 +104,6 @@ def test_a_disk_is_attached_written_and_detached(system: System, machine: str) -
     console.close()
 
 
-@pytest.mark.long
 def test_ten_nics_come_and_go(system: System, machine: str) -> None:
     console = started(system)
     for _ in range(10):

@@ -38,7 +38,7 @@ from tests.local.service_bed import ROOT, Caller, scenario, uuid_of
 from vmbus.bus import Variant
 from vmbus.wire.errors import VmbusError
 
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 SEED = int(os.environ.get("VMBUS_SEED", "0")) or random.randrange(1 << 32)
 SEEDS = [pytest.param(SEED + n, marks=[pytest.mark.soak] if n >= 3 else []) for n in range(20)]

@@ -12,7 +12,7 @@ from tests.lab.system import ALICE, BOB, SLOW, System
 from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, place_guest
 
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.lab.system import ALICE, BOB, SLOW, System
 from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, place_guest, refused
 
-pytestmark = pytest.mark.requires("root", "kvm", "macvtap")
+pytestmark = [pytest.mark.requires("root", "kvm", "macvtap"), pytest.mark.long]
 
 NEAR, FAR = f"vmbm{os.getpid()}", f"vmbf{os.getpid()}"
 NET = Path("/sys/class/net")

@@ -19,7 +19,7 @@ from tests.lab.system import ALICE, BOB, System
 from tests.local.ctl_bed import ctl, nothing_is_left, refused, system
 
 __all__ = ["nothing_is_left", "system"]
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 NAME = "scsi"
 FIRST = 16 * 2048

@@ -23,7 +23,7 @@ from vmbus.cli.snapshots import tree
 from vmbus.wire.errors import VmbusError
 
 __all__ = ["stage"]
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 LOOP = "disk-loop sector=0 count=64 beat=50"
 BEAT = re.compile(r"loop: beat (\d+)\n")
