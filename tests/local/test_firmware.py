@@ -22,7 +22,7 @@ from vmbus.bus import Variant, variants
 from vmbus.wire.dbus_form import build, parse
 from vmbus.wire.errors import VmbusError
 
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 SEABIOS = "usr/share/seabios/bios-256k.bin"
 NIC_ROM = "usr/lib/ipxe/qemu/efi-virtio.rom"

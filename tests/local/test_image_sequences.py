@@ -20,7 +20,10 @@ import pytest
 from vmbus import image
 from vmbus.wire.errors import VmbusError
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img (package qemu-utils)"),
+    pytest.mark.long,
+]
 MIB = 1 << 20
 SECTOR = 512
 
@@ -201,7 +204,7 @@ class Sequence:
     "options",
     [
         {},
-        pytest.param({"cluster_size": 512}, marks=pytest.mark.long),
+        {"cluster_size": 512},
         {"cluster_size": 4096, "refcount_bits": 8},
         {"version": 2, "cluster_size": 8192},
         {"cluster_size": 2 * MIB, "refcount_bits": 64},

@@ -20,7 +20,7 @@ from tests.lab.system import ALICE, BOB, SLOW, System
 from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, place_guest
 
-pytestmark = pytest.mark.requires("root", "kvm", "tap", "bridge")
+pytestmark = [pytest.mark.requires("root", "kvm", "tap", "bridge"), pytest.mark.long]
 
 BRIDGE = f"vmbn{os.getpid()}"
 NET = Path("/sys/class/net")

@@ -17,7 +17,7 @@ from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, refused
 from tests.local.test_network import definition, printed
 
-pytestmark = pytest.mark.requires("root", "kvm", "bridge")
+pytestmark = [pytest.mark.requires("root", "kvm", "bridge"), pytest.mark.long]
 
 POLICY = f'[user-network]\nusers = ["{ALICE}"]\n'
 

@@ -15,7 +15,7 @@ from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, nothing_is_left, refused, system
 
 __all__ = ["nothing_is_left", "system"]
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 NAME = "ports"
 

@@ -19,7 +19,7 @@ from vmbus.bus import Variant
 from vmbus.wire.errors import VmbusError
 
 __all__ = ["stage"]
-pytestmark = pytest.mark.requires("root", "kvm")
+pytestmark = [pytest.mark.requires("root", "kvm"), pytest.mark.long]
 
 LOOP = "disk-loop sector=0 count=64 beat=50"
 

@@ -18,7 +18,7 @@ from tests.lab import ksm
 from tests.lab.system import ALICE, BOB, System
 from tests.local import worker_guest
 
-pytestmark = pytest.mark.requires("root", "kvm", "ksm")
+pytestmark = [pytest.mark.requires("root", "kvm", "ksm"), pytest.mark.long]
 
 RULE = """polkit.addRule(function(action, subject) {
     if (action.id == "org.vmbus1.ksm.manage" && subject.user == "vmbus-alice") return polkit.Result.YES;
@@ -216,7 +216,6 @@ def test_two_machines_with_equal_content_share_what_the_content_predicts(
     expected_figures(system, 4096, 2)
 
 
-@pytest.mark.long
 def test_eight_machines_with_equal_content_share_what_the_content_predicts(
     system: System, found: dict[str, str]
 ) -> None:
@@ -246,7 +245,6 @@ def test_different_owners_do_not_merge_and_say_so(system: System, found: dict[st
     ctl(system, "ksm", "restore")
 
 
-@pytest.mark.long
 def test_owners_of_one_domain_merge(found: dict[str, str]) -> None:
     config = f'[[ksm.domain]]\nname = "friends"\nusers = ["{ALICE}", "{BOB}"]\n'
     with System(policy=POLICY, config=config) as system:
@@ -287,7 +285,6 @@ def ksmd_seconds() -> float:
     raise AssertionError("there is no ksmd")
 
 
-@pytest.mark.long
 def test_the_tuner_merges_below_its_bound_rests_and_stops_with_the_last_machine(
     found: dict[str, str],
 ) -> None:
@@ -328,7 +325,6 @@ def test_where_the_kernel_has_an_advisor_the_tuner_sets_it_up(found: dict[str, s
         assert ksm.settings() == found
 
 
-@pytest.mark.long
 @pytest.mark.skipif(not (ksm.KSM / "advisor_mode").exists(), reason="the kernel has no advisor")
 def test_with_the_advisor_machines_merge_and_ksmd_stays_below_its_bound(found: dict[str, str]) -> None:
     """However long ksmd has run before: see the note of service/tuner.py."""
