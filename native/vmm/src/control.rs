@@ -201,17 +201,10 @@ impl Control {
                 self.gate.run();
                 self.enter(Running);
             }
-            (Pause, Running) => {
-                if let Err(error) = self.stand_still() {
-                    self.let_go();
-                    return Err(error);
-                }
-                self.enter(Paused);
-            }
+            (Pause, Running) => self.pause()?,
             (Resume, Paused) => {
                 self.take_back()?;
-                self.let_go();
-                self.enter(Running);
+                self.go_on();
             }
             (PowerButton, Running | Paused) => self.platform.pm.press_power_button(),
             (Reset, Running | Paused) => self.reset_or_end()?,
@@ -372,11 +365,37 @@ impl Control {
                 let detail = "the guest let its watchdog's time pass";
                 self.end(EndReason::Watchdog, detail.to_owned());
             }
-            OnWatchdog::Pause => match self.stand_still() {
-                Ok(()) => self.enter(State::Paused),
-                Err(_) => self.let_go(),
-            },
+            OnWatchdog::Pause => {
+                // One that does not stand goes on.
+                let _ = self.pause();
+            }
         }
+    }
+
+    /// It runs, and stands from now on; if a part of it does not, all of it goes on.
+    fn pause(&mut self) -> Result<()> {
+        if let Err(error) = self.stand_still() {
+            self.let_go();
+            return Err(error);
+        }
+        self.enter(State::Paused);
+        Ok(())
+    }
+
+    /// It stands, and runs from now on.
+    fn go_on(&mut self) {
+        self.let_go();
+        self.enter(State::Running);
+    }
+
+    /// Does what takes a moment in which nothing moves; one that ran then goes on.
+    fn while_it_stands(&self, what: impl Fn(&Control) -> Result<()>) -> Result<()> {
+        if self.state != State::Running {
+            return what(self);
+        }
+        let done = self.stand_still().and_then(|()| what(self));
+        self.let_go();
+        done
     }
 
     /// vCPUs first: a device that is paused is asked nothing more.

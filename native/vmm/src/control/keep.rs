@@ -255,18 +255,12 @@ impl Control {
     }
 
     /// Disks that nobody has taken up yet are taken up for it.
-    fn tidy(&mut self, what: &Tidy) -> Result<()> {
+    fn tidy(&self, what: &Tidy) -> Result<()> {
         let devices = &self.devices;
         match self.state {
             State::Ended => {
                 let message = "no snapshot is removed: the machine is at its end";
                 Err(Error::new(Kind::InvalidState, "", message))
-            }
-            State::Running => {
-                let done = self.stand_still();
-                let done = done.and_then(|()| snapshots::tidy(&self.devices, what));
-                self.let_go();
-                done
             }
             State::Built if self.keeping.awaits => {
                 devices.iter().try_for_each(|device| device.take_up())?;
@@ -274,7 +268,9 @@ impl Control {
                 devices.iter().try_for_each(|device| device.let_go())?;
                 done
             }
-            State::Built | State::Paused => snapshots::tidy(devices, what),
+            State::Built | State::Running | State::Paused => {
+                self.while_it_stands(|control| snapshots::tidy(&control.devices, what))
+            }
         }
     }
 }

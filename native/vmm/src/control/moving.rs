@@ -162,15 +162,6 @@ impl Control {
         Ok(())
     }
 
-    fn while_it_stands(&self, what: impl Fn(&Control) -> Result<()>) -> Result<()> {
-        if self.state == State::Paused {
-            return what(self);
-        }
-        let done = self.stand_still().and_then(|()| what(self));
-        self.let_go();
-        done
-    }
-
     fn watch_memory(&self) -> Result<()> {
         marks::switch(&self.keeping.memory, true);
         self.moving.slots.log(true)
@@ -243,11 +234,7 @@ impl Control {
             State::Built | State::Ended => return Err(ended()),
         };
         if now_runs {
-            if let Err(error) = self.stand_still() {
-                self.let_go();
-                return Err(error);
-            }
-            self.enter(State::Paused);
+            self.pause()?;
         }
         if let Some(Job::Send { ran, .. }) = &mut self.moving.job {
             *ran = Some(now_runs);
@@ -326,8 +313,7 @@ impl Control {
             .iter()
             .try_for_each(|device| device.take_up())?;
         if runs {
-            self.let_go();
-            self.enter(State::Running);
+            self.go_on();
         }
         Ok(())
     }
@@ -374,8 +360,7 @@ impl Control {
         if paused {
             self.enter(State::Paused);
         } else {
-            self.let_go();
-            self.enter(State::Running);
+            self.go_on();
         }
         Ok(())
     }

@@ -37,11 +37,7 @@ impl Control {
         };
         target(&file)?;
         if ran {
-            if let Err(error) = self.stand_still() {
-                self.let_go();
-                return Err(error);
-            }
-            self.enter(State::Paused);
+            self.pause()?;
         }
         self.keeping.job = Some(Job::Save {
             id,
@@ -115,8 +111,7 @@ impl Control {
             let taken = self.devices.iter().try_for_each(|device| device.take_up());
             match taken {
                 Ok(()) if ran => {
-                    self.let_go();
-                    self.enter(State::Running);
+                    self.go_on();
                     self.tell(answer);
                 }
                 Ok(()) => self.tell(answer),
