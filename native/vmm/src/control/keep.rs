@@ -13,7 +13,7 @@ use crate::config::{Revert, SaveTo};
 use crate::cpu::gate::Errand;
 use crate::cpu::state::VcpuState;
 use crate::error::{Error, Kind, Result};
-use crate::mailbox::{Event, Keep, Mail};
+use crate::mailbox::{EndReason, Event, Keep, Mail};
 use crate::memory::GuestMemoryMmap;
 use crate::save::facts::{self, Facts, Hardware};
 use crate::save::file::{damaged, Saved, Section};
@@ -215,6 +215,20 @@ impl Control {
                 self.after_restore(id, result);
             }
             None => {}
+        }
+    }
+
+    /// It stands, and is to be what it was before `what`: its disks are taken up, it goes on if it ran, and `answer` is told. Without
+    /// its disks it is at its end.
+    pub(super) fn come_back(&mut self, what: &str, ran: bool, answer: Event) {
+        let taken = self.devices.iter().try_for_each(|device| device.take_up());
+        if taken.is_ok() && ran {
+            self.go_on();
+        }
+        self.tell(answer);
+        if let Err(error) = taken {
+            let detail = format!("a disk cannot be taken up after {what}: {error}");
+            self.end(EndReason::IoError, detail);
         }
     }
 

@@ -291,37 +291,22 @@ impl Control {
                 self.tell(Event::Done { id, result });
             }
             Sent::Stays(error) | Sent::Unsure(error) => {
-                let back = match stood {
-                    true => self.take_up_and(ran == Some(true)),
-                    false => Ok(()),
-                };
-                self.tell(Event::Done {
-                    id,
-                    result: Err(error),
-                });
-                if let Err(error) = back {
-                    let detail = format!("a disk cannot be taken up after a migration: {error}");
-                    self.end(EndReason::IoError, detail);
+                let result = Err(error);
+                let answer = Event::Done { id, result };
+                match stood {
+                    true => self.come_back("a migration", ran == Some(true), answer),
+                    false => self.tell(answer),
                 }
             }
         }
     }
 
-    /// The disks are ours again; and the guest goes on if it is to.
-    fn take_up_and(&mut self, runs: bool) -> Result<()> {
-        self.devices
-            .iter()
-            .try_for_each(|device| device.take_up())?;
-        if runs {
-            self.go_on();
-        }
-        Ok(())
-    }
-
     /// Somebody who knows says that the machine is here.
     pub(super) fn take_back(&mut self) -> Result<()> {
         if self.moving.away {
-            self.take_up_and(false)?;
+            self.devices
+                .iter()
+                .try_for_each(|device| device.take_up())?;
             self.moving.away = false;
         }
         Ok(())

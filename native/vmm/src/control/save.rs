@@ -108,19 +108,7 @@ impl Control {
             self.tell(answer);
             self.end(EndReason::Saved, String::new());
         } else {
-            let taken = self.devices.iter().try_for_each(|device| device.take_up());
-            match taken {
-                Ok(()) if ran => {
-                    self.go_on();
-                    self.tell(answer);
-                }
-                Ok(()) => self.tell(answer),
-                Err(error) => {
-                    self.tell(answer);
-                    let detail = format!("a disk cannot be taken up after a save: {error}");
-                    self.end(EndReason::IoError, detail);
-                }
-            }
+            self.come_back("a save", ran, answer);
         }
     }
 }
