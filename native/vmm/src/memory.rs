@@ -238,6 +238,18 @@ fn lock(mapping: &MmapRegion<Marks>) -> Result<()> {
     }
 }
 
+/// Where byte `offset` of RAM is, counted without the hole below 4 GiB: its region, and the byte of that.
+pub fn locate(memory: &GuestMemoryMmap, offset: u64) -> Option<(&GuestRegionMmap<Marks>, u64)> {
+    let mut within = offset;
+    for region in memory.iter() {
+        match within.checked_sub(region.len()) {
+            Some(behind) => within = behind,
+            None => return Some((region, within)),
+        }
+    }
+    None
+}
+
 /// Bytes of a page of the host, and the least that a guest can give back.
 pub const PAGE: u64 = 4096;
 

@@ -122,16 +122,10 @@ impl<'a> Intake<'a> {
 
     /// The guest address of RAM that is counted without the hole, and how much is there in one piece.
     fn place(&self, offset: u64) -> Result<(u64, u64)> {
-        let mut begin = 0;
-        for region in self.memory.iter() {
-            let within = offset.wrapping_sub(begin);
-            if within < region.len() {
-                let address = region.start_addr().0.saturating_add(within);
-                return Ok((address, region.len().saturating_sub(within)));
-            }
-            begin = begin.saturating_add(region.len());
-        }
-        Err(damaged(format!("RAM has no byte {offset:#x}")))
+        let (region, within) = memory::locate(self.memory, offset)
+            .ok_or_else(|| damaged(format!("RAM has no byte {offset:#x}")))?;
+        let address = region.start_addr().0.saturating_add(within);
+        Ok((address, region.len().saturating_sub(within)))
     }
 
     fn fill(&self, offset: u64, body: &[u8]) -> Result<()> {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
 use super::link::Link;
 use super::marks::{self, Pages};
@@ -13,7 +13,7 @@ use super::mover::Tools;
 use super::stream::{self, Kind, PAGES_MAX};
 use super::{per_second, Order, Refusal, Sent, Step};
 use crate::error::{Error, Result};
-use crate::memory::PAGE;
+use crate::memory::{self, PAGE};
 use crate::save::pages::{is_zero, show, Holes};
 
 /// Of which the vCPUs stand a part while they are slowed.
@@ -345,21 +345,14 @@ impl Sender {
 
 /// Copies RAM, counted without the hole.
 fn read(tools: &Tools, offset: u64, place: &mut [u8]) -> Result<()> {
-    let mut begin = 0;
-    for region in tools.memory.iter() {
-        let within = offset.wrapping_sub(begin);
-        if within < region.len() {
-            let address = region.start_addr();
-            let address = GuestAddress(address.0.saturating_add(within));
-            if place.len() as u64 > FEW {
-                show(region.as_ptr().wrapping_add(within as usize), place.len());
-            }
-            let read = tools.memory.read_slice(place, address);
-            return read.map_err(|e| Error::internal(format!("RAM: {e}")));
-        }
-        begin = begin.saturating_add(region.len());
+    let (region, within) = memory::locate(&tools.memory, offset)
+        .ok_or_else(|| Error::internal("no such place in RAM"))?;
+    if place.len() as u64 > FEW {
+        show(region.as_ptr().wrapping_add(within as usize), place.len());
     }
-    Err(Error::internal("no such place in RAM"))
+    let address = GuestAddress(region.start_addr().0.saturating_add(within));
+    let read = tools.memory.read_slice(place, address);
+    read.map_err(|e| Error::internal(format!("RAM: {e}")))
 }
 
 /// Why the machine has not left.
