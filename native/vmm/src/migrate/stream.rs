@@ -16,6 +16,7 @@
 use crate::error::{Error, Kind as Trouble, Result};
 use crate::memory::PAGE;
 use crate::save::checksum::Crc32c;
+use crate::save::file::{u32_at, u64_at};
 
 /// The version that this crate writes; it reads all up to it.
 pub const FORMAT: u32 = 1;
@@ -104,11 +105,7 @@ pub fn damaged(what: impl std::fmt::Display) -> Error {
 /// What the source says first.
 pub fn preamble() -> [u8; PREAMBLE] {
     let mut bytes = [0; PREAMBLE];
-    let parts = MAGIC
-        .iter()
-        .chain(&FORMAT.to_le_bytes())
-        .copied()
-        .collect::<Vec<_>>();
+    let parts = MAGIC.into_iter().chain(FORMAT.to_le_bytes());
     for (place, byte) in bytes.iter_mut().zip(parts) {
         *place = byte;
     }
@@ -228,16 +225,6 @@ impl Header {
         }
         Ok(())
     }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    let found = bytes.get(at..).and_then(|rest| rest.first_chunk());
-    u32::from_le_bytes(found.copied().unwrap_or_default())
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    let found = bytes.get(at..).and_then(|rest| rest.first_chunk());
-    u64::from_le_bytes(found.copied().unwrap_or_default())
 }
 
 #[cfg(test)]

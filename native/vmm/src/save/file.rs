@@ -266,12 +266,14 @@ fn place(entry: &[u8]) -> Result<Place> {
     })
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+/// The little-endian number at a place; 0 behind the end.
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let field = bytes.get(at..).and_then(<[u8]>::first_chunk::<4>);
     field.map_or(0, |field| u32::from_le_bytes(*field))
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
+/// As [`u32_at`], of eight bytes.
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     let field = bytes.get(at..).and_then(<[u8]>::first_chunk::<8>);
     field.map_or(0, |field| u64::from_le_bytes(*field))
 }
