@@ -216,7 +216,7 @@ impl Control {
             Step::Collect => {}
             Step::Sent(sent) => self.sent(sent),
             Step::Arrived(last, roms) => {
-                let loaded = self.arrived(&last, &roms);
+                let loaded = self.arrived(&last, roms);
                 self.moving.mover.order(Order::Loaded(loaded));
             }
             Step::Go => {
@@ -312,7 +312,7 @@ impl Control {
         Ok(())
     }
 
-    fn arrived(&mut self, last: &Last, roms: &[(Record, Vec<u8>)]) -> Result<()> {
+    fn arrived(&mut self, last: &Last, roms: Vec<(Record, Vec<u8>)>) -> Result<()> {
         let Some(Job::Receive { paused, .. }) = &mut self.moving.job else {
             return Err(ended());
         };
@@ -320,10 +320,10 @@ impl Control {
         if self.state != State::Built {
             return Err(ended());
         }
-        let sections = self.keeping.roms.iter().filter_map(|(section, _)| {
-            let (kind, _) = record(*section)?;
-            let (_, bytes) = roms.iter().find(|(known, _)| *known == kind)?;
-            Some((*section, bytes.clone()))
+        let sections = roms.into_iter().filter_map(|(kind, bytes)| {
+            let mut known = self.keeping.roms.iter().map(|(section, _)| *section);
+            let is = |section: &Section| record(*section).is_some_and(|(its, _)| its == kind);
+            Some((known.find(is)?, bytes))
         });
         let sections: Vec<_> = sections.collect();
         self.load(&last.states, last.at, &sections)
