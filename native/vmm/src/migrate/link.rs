@@ -129,18 +129,7 @@ impl Link {
         let mut since = Instant::now();
         while sent < self.out.len() {
             self.hear()?;
-            let rest = self.out.get(sent..).unwrap_or_default();
-            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-            // SAFETY: the bytes are ours.
-            let result = unsafe {
-                libc::send(
-                    self.socket.as_raw_fd(),
-                    rest.as_ptr().cast(),
-                    rest.len(),
-                    flags,
-                )
-            };
-            match usize::try_from(result) {
+            match usize::try_from(self.send_from(sent)) {
                 Ok(len) => {
                     sent = sent.saturating_add(len);
                     self.moved = self.moved.saturating_add(len as u64);
@@ -167,11 +156,17 @@ impl Link {
 
     /// Sends what waits as far as the socket takes it: nobody waits when a machine ends.
     pub(super) fn send_at_once(&mut self) {
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        let fd = self.socket.as_raw_fd();
-        // SAFETY: the bytes are ours.
-        unsafe { libc::send(fd, self.out.as_ptr().cast(), self.out.len(), flags) };
+        self.send_from(0);
         self.out.clear();
+    }
+
+    /// One send(2) of what waits behind the first `sent` bytes.
+    fn send_from(&self, sent: usize) -> isize {
+        let rest = self.out.get(sent..).unwrap_or_default();
+        let fd = self.socket.as_raw_fd();
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: the bytes are ours.
+        unsafe { libc::send(fd, rest.as_ptr().cast(), rest.len(), flags) }
     }
 
     /// Why the far side has ended the connection, if it said so.
