@@ -252,6 +252,20 @@ fn between(
     (sent, received)
 }
 
+/// The same when the connection breaks before the first such record arrives.
+fn cut_at(
+    last: Record,
+    source: &Running,
+    destination: &Running,
+) -> (Result<Value, Error>, Result<Value, Error>) {
+    between(source, destination, move |_, _, header, _| {
+        match kind(header) == last {
+            true => Fate::Cut,
+            false => Fate::Pass,
+        }
+    })
+}
+
 const MODE: &str = "dirty mib=4";
 
 fn dirty() -> Running {
@@ -280,12 +294,7 @@ fn a_connection_that_breaks_at_any_record_leaves_the_machine_in_one_place() {
     let mut source = dirty();
     for last in [Facts, Accepted, Pages, Zeros, Round, Last, Ready] {
         let destination = waiting(MODE, json!({}));
-        let (sent, received) = between(&source, &destination, move |_, _, header, _| {
-            match kind(header) == last {
-                true => Fate::Cut,
-                false => Fate::Pass,
-            }
-        });
+        let (sent, received) = cut_at(last, &source, &destination);
         assert_eq!(sent.unwrap_err().kind, Kind::Disconnected, "{last:?}");
         assert_eq!(received.unwrap_err().kind, Kind::Disconnected, "{last:?}");
         assert_eq!(destination.end().0, EndReason::Error, "{last:?}");
@@ -293,12 +302,7 @@ fn a_connection_that_breaks_at_any_record_leaves_the_machine_in_one_place() {
     }
     // `go` is on its way: the source cannot know, and stands until somebody says so.
     let destination = waiting(MODE, json!({}));
-    let (sent, received) = between(&source, &destination, |_, _, header, _| {
-        match kind(header) == Go {
-            true => Fate::Cut,
-            false => Fate::Pass,
-        }
-    });
+    let (sent, received) = cut_at(Go, &source, &destination);
     let error = sent.unwrap_err();
     assert_eq!(error.kind, Kind::Disconnected);
     assert!(error.message.contains("stands here"), "{error}");
@@ -325,12 +329,7 @@ fn when_its_last_word_is_lost_the_destination_runs_and_the_source_stands() {
     requires_kvm!();
     let mut source = dirty();
     let mut destination = waiting(MODE, json!({}));
-    let (sent, received) = between(&source, &destination, |_, _, header, _| {
-        match kind(header) == Record::Running {
-            true => Fate::Cut,
-            false => Fate::Pass,
-        }
-    });
+    let (sent, received) = cut_at(Record::Running, &source, &destination);
     assert_eq!(sent.unwrap_err().kind, Kind::Disconnected);
     received.unwrap();
     let so_far = passes_so_far(&mut source);
