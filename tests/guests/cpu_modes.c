@@ -11,7 +11,7 @@ void mode_port_out(void)
     for (u64 i = 0; i < count; i++)
         out8(0x80, i);
     u64 ticks = pm_timer() - begin;
-    print("port-out: %lu in %lu us\n", count, ticks * 1000000 / 3579545);
+    print("port-out: %lu in %lu us\n", count, ticks * 1000000 / PM_TIMER_HZ);
 }
 
 /* Sleeps through count=N interrupts of the PIT at 100 Hz. */

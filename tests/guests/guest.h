@@ -61,7 +61,7 @@ u64 option(const char *name, u64 otherwise); /* of name=NUMBER */
 int has_word(const char *word);
 
 /* platform.c */
-enum { PM1_STATUS = 0x600, PM1_ENABLE = 0x602, PM1_CONTROL = 0x604, PM_TIMER = 0x608 };
+enum { PM1_STATUS = 0x600, PM1_ENABLE = 0x602, PM1_CONTROL = 0x604, PM_TIMER = 0x608, PM_TIMER_HZ = 3579545 };
 enum { POWER_BUTTON = 1 << 8 };
 void power_off(void) __attribute__((noreturn));
 void halt(void) __attribute__((noreturn));

@@ -3,8 +3,6 @@
 
 #include "guest.h"
 
-enum { PM_TIMER_HZ = 3579545 };
-
 /* dirty mib=MIB rate=MIB beat=N count=N: goes over that much memory from 16 MiB on, again and again, `rate` MiB a second
  * (0: as fast as it goes). Each page holds the number of the last pass at both ends, which the next pass compares: one that
  * is not what it was is told, and ends it. Every `beat` passes the number is printed; with `count`, the end comes after so many. */

@@ -4,7 +4,7 @@
 #include "guest.h"
 
 enum { LOCAL_APIC = 0xfee00000, IO_APIC = 0xfec00000 };
-enum { TIMER_HZ = 3579545, SLEEP_ENABLE = 1 << 13 };
+enum { SLEEP_ENABLE = 1 << 13 };
 
 void power_off(void)
 {
@@ -19,7 +19,7 @@ u32 pm_timer(void)
 
 void delay_us(u32 microseconds)
 {
-    u32 begin = pm_timer(), ticks = (u64)microseconds * TIMER_HZ / 1000000;
+    u32 begin = pm_timer(), ticks = (u64)microseconds * PM_TIMER_HZ / 1000000;
     while (pm_timer() - begin < ticks)
         pause();
 }

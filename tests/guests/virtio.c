@@ -139,7 +139,7 @@ int wait_used(u16 count)
     for (u32 spins = 0; rings.used.index != count; spins++) {
         pause();
         if (spins % 64 == 63) {
-            if (virtio_status() & NEEDS_RESET || pm_timer() - begin > 10 * 3579545u)
+            if (virtio_status() & NEEDS_RESET || pm_timer() - begin > 10u * PM_TIMER_HZ)
                 return 0;
         }
     }
