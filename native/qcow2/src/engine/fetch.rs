@@ -7,7 +7,7 @@ use super::task::{After, Io, Owner};
 use super::transfer::STRETCH;
 use super::work::{Packed, Sealed};
 use super::Engine;
-use crate::buffer::{self, IoVecs};
+use crate::buffer::{self, Buffer, IoVecs};
 use crate::crypt::cipher::SECTOR;
 use crate::plan::{Extents, FileId, Source};
 
@@ -52,28 +52,18 @@ impl Engine {
                     let unit = self.alignment(slot, *file).unwrap_or(1) as u64;
                     let start = offset.0 / unit * unit;
                     let front = (offset.0 - start) as usize;
-                    let len = (front as u64 + stored).next_multiple_of(unit) as usize;
-                    let mut buffer = self.take_bounce(len);
-                    let op = IoOp::Read {
-                        pieces: IoVecs::from_slice(&[buffer.iovec(0, len)]),
-                        offset: start,
-                    };
-                    let packed = Packed {
-                        front,
-                        stored: *stored as usize,
-                        codec: *codec,
-                        cluster_size: *cluster_size as usize,
-                        skip: *skip as usize,
-                        pieces: part,
-                        buffer,
-                    };
-                    let after = After::Expand { owner, packed };
-                    self.start(Io {
-                        slot,
-                        file: *file,
-                        op,
-                        expected: len as u64,
-                        after,
+                    let len = (front as u64 + stored).next_multiple_of(unit);
+                    self.fetch_bounced((slot, *file, start), len, |buffer| {
+                        let packed = Packed {
+                            front,
+                            stored: *stored as usize,
+                            codec: *codec,
+                            cluster_size: *cluster_size as usize,
+                            skip: *skip as usize,
+                            pieces: part,
+                            buffer,
+                        };
+                        After::Expand { owner, packed }
                     });
                 }
             }
@@ -108,24 +98,30 @@ impl Engine {
         }
         let start = offset / unit as u64 * unit as u64;
         let skip = (offset - start) as usize;
-        let length = (skip as u64 + len).next_multiple_of(unit as u64) as usize;
-        let mut buffer = self.take_bounce(length);
-        let op = IoOp::Read {
-            pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
-            offset: start,
-        };
-        let after = After::Scatter {
+        let length = (skip as u64 + len).next_multiple_of(unit as u64);
+        self.fetch_bounced((slot, file, start), length, |buffer| After::Scatter {
             owner,
             buffer,
             skip,
             pieces: part,
-        };
+        });
+    }
+
+    /// Read `len` bytes from `offset` of a file into memory of our own, which `after` takes.
+    fn fetch_bounced(
+        &mut self,
+        (slot, file, offset): (u64, FileId, u64),
+        len: u64,
+        after: impl FnOnce(Buffer) -> After,
+    ) {
+        let mut buffer = self.take_bounce(len as usize);
+        let pieces = IoVecs::from_slice(&[buffer.iovec(0, len as usize)]);
         self.start(Io {
             slot,
             file,
-            op,
-            expected: length as u64,
-            after,
+            op: IoOp::Read { pieces, offset },
+            expected: len,
+            after: after(buffer),
         });
     }
 
@@ -148,27 +144,17 @@ impl Engine {
             let start = (offset + done) / unit * unit;
             let skip = offset + done - start;
             let take = (len - done).min(STRETCH - skip);
-            let length = (skip + take).next_multiple_of(unit) as usize;
-            let mut buffer = self.take_bounce(length);
-            let op = IoOp::Read {
-                pieces: IoVecs::from_slice(&[buffer.iovec(0, length)]),
-                offset: start,
-            };
-            let sealed = Sealed {
-                slot,
-                file,
-                place: place.wrapping_add(done).wrapping_sub(skip),
-                buffer,
-                skip: skip as usize,
-                pieces: buffer::subrange(part, done, take),
-            };
-            let after = After::Unseal { owner, sealed };
-            self.start(Io {
-                slot,
-                file,
-                op,
-                expected: length as u64,
-                after,
+            let length = (skip + take).next_multiple_of(unit);
+            self.fetch_bounced((slot, file, start), length, |buffer| {
+                let sealed = Sealed {
+                    slot,
+                    file,
+                    place: place.wrapping_add(done).wrapping_sub(skip),
+                    buffer,
+                    skip: skip as usize,
+                    pieces: buffer::subrange(part, done, take),
+                };
+                After::Unseal { owner, sealed }
             });
             done += take;
         }

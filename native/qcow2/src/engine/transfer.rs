@@ -45,23 +45,13 @@ impl Engine {
                 if self.is_sealed(slot, file) {
                     return self.write_stretches(key, (slot, file, offset.0), &pieces, durable);
                 }
-                if buffer::refused(&pieces, alignment) {
+                let (pieces, after) = if buffer::refused(&pieces, alignment) {
                     let mut buffer = self.bounce(&pieces);
-                    let pieces = IoVecs::from_slice(&[buffer.iovec(0, len as usize)]);
-                    let op = IoOp::Write {
-                        pieces,
-                        offset: offset.0,
-                        durable,
-                    };
-                    let after = After::Bounced { task: key, buffer };
-                    return self.start(Io {
-                        slot,
-                        file,
-                        op,
-                        expected: len,
-                        after,
-                    });
-                }
+                    let bounced = IoVecs::from_slice(&[buffer.iovec(0, len as usize)]);
+                    (bounced, After::Bounced { task: key, buffer })
+                } else {
+                    (pieces, After::Owner(Owner::Task(key)))
+                };
                 let op = IoOp::Write {
                     pieces,
                     offset: offset.0,
@@ -72,7 +62,7 @@ impl Engine {
                     file,
                     op,
                     expected: len,
-                    after: After::Owner(Owner::Task(key)),
+                    after,
                 });
             }
             WriteStep::Allocate(allocation) => {
