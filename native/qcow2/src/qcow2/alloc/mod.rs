@@ -27,6 +27,7 @@ mod reftable;
 mod reserve;
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use crate::buffer::Buffer;
 use crate::cache::Class;
@@ -359,11 +360,12 @@ impl State {
         Ok(())
     }
 
-    /// A cluster's count has sunk: look for free ones from there.
-    pub(crate) fn may_be_free(&mut self, cluster: u64) {
+    /// The counts of these clusters have sunk: free ones are looked for from there, and nothing more is packed into them.
+    pub(crate) fn may_be_free(&mut self, geometry: &Geometry, clusters: Range<u64>) {
         if let Some(writer) = &mut self.writer {
-            writer.cursor = writer.cursor.min(cluster);
+            writer.cursor = writer.cursor.min(clusters.start);
         }
+        self.forget_packed(geometry, clusters);
     }
 
     /// Whether a commit would change anything on the disk.

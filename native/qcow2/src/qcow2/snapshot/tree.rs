@@ -217,8 +217,7 @@ impl State {
                 }
             }
             if !up {
-                self.may_be_free(range.start);
-                self.forget_packed(geometry, range.start..range.start + here);
+                self.may_be_free(geometry, range.start..range.start + here);
             }
             range.start += here;
         }
