@@ -28,6 +28,7 @@ left open, uncounted threads being worse than a table that fills.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import fcntl
@@ -156,7 +157,7 @@ def _option(fd: int, name: int) -> int:
     return -1 if failed else value.value
 
 
-class Passed:
+class Passed(abc.ABC):
     """An admitted file or socket. Who wants to keep it beyond its call sets ``claimed``, and calls ``close``
     when done."""
 
@@ -166,9 +167,9 @@ class Passed:
         self.fd = fd
         self.claimed = False
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let it go. Closing twice is closing once."""
-        raise NotImplementedError
 
 
 class PassedSocket(Passed):
