@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from typing import Any, Final
+from typing import Any
 
 from vmbus import __version__
 from vmbus.api.machine import job_path, machine_path
@@ -16,14 +15,12 @@ from vmbus.service.exports import ROOT, Subscribers
 from vmbus.service.files import PassedFile
 from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
-from vmbus.service.registry import Registry
+from vmbus.service.registry import UUID, Registry
 from vmbus.service.standard import Caller
 from vmbus.service.templates import Templates
 from vmbus.wire.dbus_form import parse
 from vmbus.wire.definition import brought
 from vmbus.wire.errors import VmbusError
-
-UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class ManagerObject:
