@@ -249,6 +249,11 @@ class Machine:
                 "InvalidState", f"{what} works while the machine is {' or '.join(states)}; it is {self.state}"
             )
 
+    def require_idle(self) -> None:
+        """Raise InvalidState while a job or a change of a device is under way."""
+        if self.job is not None or self.changing:
+            raise VmbusError("InvalidState", "something else is done with the machine; wait for its job")
+
     def connection(self) -> WorkerClient:
         """The worker. Raises Disconnected while there is no connection to it."""
         if self.worker is None or not self.worker.open:

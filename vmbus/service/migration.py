@@ -60,8 +60,7 @@ class Migration:
             machine.require("Migrate", "running", "paused")
             check_movable(machine.definition)
             machine.connection()
-            if machine.job is not None or machine.changing:
-                raise VmbusError("InvalidState", "something else is done with the machine; wait for its job")
+            machine.require_idle()
         except VmbusError:
             socket.close()
             raise

@@ -43,8 +43,7 @@ class Saving:
             check_machine_type(machine.definition)
             machine.require("Save", "running", "paused")
             machine.connection()
-            if machine.job is not None or machine.changing:
-                raise VmbusError("InvalidState", "something else is done with the machine; wait for its job")
+            machine.require_idle()
             file.check(SLOT, writable=True, regular=True)
         except VmbusError:
             file.close()

@@ -109,7 +109,7 @@ class Snapshots:
             raise VmbusError("QuotaExceeded", text)
         check_machine_type(machine.definition)
         machine.connection()
-        self._check_idle(machine)
+        machine.require_idle()
         job = machine.job = self._jobs.start(
             "snapshot", machine.owner, machine.uuid, self._create(machine, name, new_identifier())
         )
@@ -163,7 +163,7 @@ class Snapshots:
         try:
             machine.require("RevertToSnapshot", *_ENDED, *_ALIVE)
             self._check_kept(machine)
-            self._check_idle(machine)
+            machine.require_idle()
             snapshot = self._store.of(machine.uuid).find(name)
             memory = self._store.open_memory(machine.uuid, snapshot.id)
             if machine.alive:
@@ -198,7 +198,7 @@ class Snapshots:
         InvalidState."""
         try:
             machine.require("DeleteSnapshot", *_ENDED, *_ALIVE)
-            self._check_idle(machine)
+            machine.require_idle()
             gone = self._store.of(machine.uuid).find(name)
         except VmbusError:
             close_all(files)
@@ -254,10 +254,6 @@ class Snapshots:
         if not machine.persistent:
             text = "a transient machine has no snapshots, since it is gone when it ends; define it"
             raise VmbusError("NotSupported", text)
-
-    def _check_idle(self, machine: Machine) -> None:
-        if machine.job is not None or machine.changing:
-            raise VmbusError("InvalidState", "something else is done with the machine; wait for its job")
 
 
 def without(index: Index, gone: Snapshot) -> Index:
