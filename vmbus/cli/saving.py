@@ -30,7 +30,7 @@ async def save(remote: Remote, arguments: argparse.Namespace) -> int:
         try:
             outcome = await remote.finish(await asyncio.shield(begun))
         except asyncio.CancelledError:
-            done = await done_all_the_same(remote, await begun)
+            done = await _done_all_the_same(remote, await begun)
             if done is None:
                 raise
             outcome = done
@@ -38,7 +38,7 @@ async def save(remote: Remote, arguments: argparse.Namespace) -> int:
     return _done(arguments, "saved", outcome.result)
 
 
-async def done_all_the_same(remote: Remote, job: str) -> Outcome | None:
+async def _done_all_the_same(remote: Remote, job: str) -> Outcome | None:
     """Cancel a job; what it says if it was done before."""
     with contextlib.suppress(VmbusError):
         await remote.cancel(job)
