@@ -35,6 +35,7 @@ from vmbus.wire.definition import (
     Nic,
     huge_page_size,
     is_scsi,
+    is_tapped,
 )
 from vmbus.wire.errors import VmbusError
 
@@ -279,7 +280,7 @@ def _check_nic(nic: Nic, where: str) -> None:
             raise _bad(f"{where}.{key}", said)
     if nic.mode != "bridge" and nic.kind != "macvtap":
         raise _bad(f"{where}.mode", "is for kind macvtap only")
-    if nic.address and (nic.kind not in {"bridge", "macvtap"} or not _is_ipv4(nic.address)):
+    if nic.address and (not is_tapped(nic) or not _is_ipv4(nic.address)):
         text = f"{nic.address!r} is not an IPv4 address of a nic of kind bridge or macvtap"
         raise _bad(f"{where}.address", text)
     _check_forwards(nic, where)
