@@ -88,6 +88,12 @@ class _BringUp:
         pass
 
 
+def _steps(request: Tap, name: str, mark: str) -> list[Step]:
+    """What ``prepare`` carries out, and ``make`` tells of, or takes back."""
+    rules = spoofing.Rules(mark, name, request.mac, request.address, nft.EGRESS)
+    return [_MakeLink(name, mark, request), rules, _BringUp(name, request)]
+
+
 def prepare(request: Tap, name: str, mark: str, channel: Channel) -> None:
     """Make it, with its rules. Reports its number. Raises VmbusError."""
     interface = request.interface
@@ -95,10 +101,9 @@ def prepare(request: Tap, name: str, mark: str, channel: Channel) -> None:
         raise VmbusError(
             "NotFound", f"there is no interface '{interface}' on this host", argument="interface"
         )
-    rules = spoofing.Rules(mark, name, request.mac, request.address, nft.EGRESS)
     links.remove([], [mark])  # of a slot whose end was not told
     try:
-        carry_out([_MakeLink(name, mark, request), rules, _BringUp(name, request)])
+        carry_out(_steps(request, name, mark))
         index = socket.if_nametoindex(name)
     except OSError as error:
         hint = "; a port of a bridge or a bond takes none" if error.errno == errno.EBUSY else ""
@@ -110,8 +115,7 @@ def prepare(request: Tap, name: str, mark: str, channel: Channel) -> None:
 def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
     """Kept: the inlet, and the interface's device once a queue. Reports what was made."""
     inlet, *queues = channel.fds
-    rules = spoofing.Rules(mark, name, request.mac, request.address, nft.EGRESS)
-    made: list[Step] = [_MakeLink(name, mark, request), rules, _BringUp(name, request)]
+    made = _steps(request, name, mark)
     try:
         for queue in queues:
             if not stat.S_ISCHR(os.fstat(queue).st_mode):
