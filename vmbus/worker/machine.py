@@ -337,21 +337,21 @@ class Machine:
             self.core.keep("save", number, fd=fds[0], end=request.end)
 
     def _migrate(self, request: Send | Receive, fds: list[int], reply: Reply) -> None:
-        receives = isinstance(request, Receive)
+        what, states = "send", _PLUGGABLE
+        if isinstance(request, Receive):
+            what, states = "receive", frozenset({"configured"})
         try:
-            self._require(
-                "receive" if receives else "send", frozenset({"configured"}) if receives else _PLUGGABLE
-            )
+            self._require(what, states)
             if not fds:
                 raise VmbusError("InvalidArgument", "no socket came with the message", argument="socket")
         except VmbusError:
             close(fds)
             raise
+        number = self._expect(what, reply)
         if isinstance(request, Receive):
-            self.core.keep("receive", self._expect("receive", reply), fd=fds[0], paused=request.paused)
-            return
-        number = self._expect("send", reply)
-        self.core.keep("send", number, fd=fds[0], downtime=request.downtime, bandwidth=request.bandwidth)
+            self.core.keep(what, number, fd=fds[0], paused=request.paused)
+        else:
+            self.core.keep(what, number, fd=fds[0], downtime=request.downtime, bandwidth=request.bandwidth)
 
     def _restore(self, request: Restore, reply: Reply) -> None:
         self._require("restore", frozenset({"configured"}))
