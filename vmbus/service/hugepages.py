@@ -127,16 +127,15 @@ class HugePages:
             raise VmbusError("InvalidState", "another job changes this pool; wait for it")
         self._busy.add(pool.setting)
 
-        async def work() -> None:
+        async def work(job: Job) -> None:
+            told: list[str] = []
             try:
                 await self._resize(pool, change, job, told.append)
             finally:
                 self._busy.discard(pool.setting)
                 job.note = " ".join(told)
 
-        told: list[str] = []
-        job = self._jobs.start("grow" if change > 0 else "shrink", owner, path, work())
-        return job
+        return self._jobs.start("grow" if change > 0 else "shrink", owner, path, work)
 
     async def _resize(self, pool: Pool, change: int, job: Job, say: Callable[[str], object]) -> None:
         begun, goal = pool.total, abs(change)
