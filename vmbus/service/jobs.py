@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Literal
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Final, Literal
 
 from vmbus.wire.errors import VmbusError
 
@@ -169,6 +169,15 @@ class Jobs:
     def _remove(self, job: Job) -> None:
         if self._jobs.pop(job.number, None) is not None:
             self.on_removed(job)
+
+
+async def seen_through(work: Coroutine[Any, Any, object]) -> None:
+    """Do what cannot be left half done: whoever does it may be cancelled meanwhile, and that is forgotten."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
 
 
 async def _cancel(job: Job) -> None:

@@ -27,7 +27,7 @@ from vmbus.service.broker_client import BrokerClient
 from vmbus.service.claims import Claims
 from vmbus.service.files import OwnFile, PassedFile, PassedSocket
 from vmbus.service.handover import Handover, check_passed, close_all
-from vmbus.service.jobs import Job, Jobs
+from vmbus.service.jobs import Job, Jobs, seen_through
 from vmbus.service.machine import CLEAN_ENDS, STORED_FORMAT, Machine, Run
 from vmbus.service.memory import gone_over, touch, watched
 from vmbus.service.owned import Owned
@@ -301,10 +301,7 @@ class Lifecycle:
                 self._registry.write_run(machine, run)
         if machine.worker is not None or not machine.gone.is_set():
             machine.set_state("stopping", "start-failed", str(error))
-            gone = asyncio.ensure_future(self._make_gone(machine))
-            while not gone.done():  # what has failed may be cancelled, too, and is undone all the same
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.shield(gone)
+            await seen_through(self._make_gone(machine))  # what has failed may be cancelled, too
         if not machine.gone.is_set():
             return  # stuck, or no broker: Ended or recover() finishes it
         reason, detail = "start-failed", str(error)

@@ -19,7 +19,7 @@ import os
 from typing import Final
 
 from vmbus.service.files import PassedFile
-from vmbus.service.jobs import Job, Jobs
+from vmbus.service.jobs import Job, Jobs, seen_through
 from vmbus.service.lifecycle import END_DEADLINE, Resumption
 from vmbus.service.machine import Machine
 from vmbus.service.memory import gone_over
@@ -71,12 +71,8 @@ class Saving:
 
 async def until_gone(machine: Machine) -> None:
     """Wait for the end of one that is to end by itself now, and cannot be kept from it any more."""
-    ending = asyncio.ensure_future(asyncio.wait_for(machine.gone.wait(), END_DEADLINE))
     with contextlib.suppress(TimeoutError):
-        try:
-            await asyncio.shield(ending)
-        except asyncio.CancelledError:  # too late
-            await ending
+        await seen_through(asyncio.wait_for(machine.gone.wait(), END_DEADLINE))
 
 
 def resumption(file: PassedFile, *, changed_disks: bool) -> Resumption:
