@@ -4,7 +4,6 @@ that does something to what passes after so many bytes."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 import struct
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab.system import System
-from tests.local.service_bed import ROOT, Caller, uuid_of
+from tests.local.service_bed import ROOT, Caller, ended, uuid_of
 from tests.local.test_service_real import Stage, console_says
 
 SHARED = """
@@ -86,15 +85,8 @@ async def move(
     return received, sent
 
 
-async def ended(caller: Caller, job: str) -> dict[str, Any]:
-    """A job's properties, when it has ended."""
-    while (found := await caller.client.get_all(job, "Job"))["State"] == "running":
-        await asyncio.sleep(0.01)
-    return dict(found)
-
-
 async def done(caller: Caller, job: str) -> dict[str, Any]:
-    """The same of one that has to succeed."""
+    """The same of a job that has to succeed."""
     found = await ended(caller, job)
     assert found["State"] == "done", found
     return found

@@ -20,7 +20,7 @@ from tests.local.service_fakes import FakeBroker
 from vmbus.bus import Client, variants
 from vmbus.wire.dbus_form import build, parse
 
-__all__ = ["ALICE", "BOB", "ROOT", "Bed", "Caller", "connect", "form", "scenario", "uuid_of"]
+__all__ = ["ALICE", "BOB", "ROOT", "Bed", "Caller", "connect", "ended", "form", "scenario", "uuid_of"]
 
 ROOT = "/org/vmbus1"
 _numbers = itertools.count(1)
@@ -108,6 +108,13 @@ class Caller:
             assert asyncio.get_running_loop().time() < deadline, f"{state}, not {states}"
             await asyncio.sleep(0.02)
         return state
+
+
+async def ended(caller: Caller, job: str) -> dict[str, Any]:
+    """A job's properties, when it has ended."""
+    while (found := await caller.client.get_all(job, "Job"))["State"] == "running":
+        await asyncio.sleep(0.01)
+    return dict(found)
 
 
 @asynccontextmanager

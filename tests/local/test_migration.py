@@ -27,14 +27,13 @@ from tests.local.migration_bed import (
     Relay,
     disk_holds,
     done,
-    ended,
     model,
     move,
     pair,
     says,
     worker_of,
 )
-from tests.local.service_bed import ROOT, Caller, scenario, uuid_of
+from tests.local.service_bed import ROOT, Caller, ended, scenario, uuid_of
 from vmbus.bus import Variant
 from vmbus.wire.errors import VmbusError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.local.service_bed import BOB, ROOT, Bed, Caller, form, scenario, uuid_of
+from tests.local.service_bed import BOB, ROOT, Bed, Caller, ended, form, scenario, uuid_of
 from tests.local.service_fakes import FakeWorker
 from vmbus.bus import Variant
 from vmbus.wire import broker
@@ -43,13 +43,6 @@ async def come(what: Callable[[], Any]) -> Any:
     while not (found := what()):
         await asyncio.sleep(0.01)
     return found
-
-
-async def ended(caller: Caller, job: str) -> dict[str, Any]:
-    """A job's properties, when it has ended."""
-    while (found := await caller.client.get_all(job, "Job"))["State"] == "running":
-        await asyncio.sleep(0.01)
-    return dict(found)
 
 
 @asynccontextmanager
