@@ -95,21 +95,18 @@ class Migration:
         machine: Machine,
         sender: str,
         socket: PassedSocket,
-        files: Mapping[str, PassedFile],
+        files: dict[str, PassedFile],
         *,
         paused: bool,
     ) -> Job:
         """Start a machine with what comes through ``socket``. Takes over that and ``files``."""
         try:
-            machine.require("Receive", "stopped", "crashed")
             check_movable(machine.definition)
         except VmbusError:
             socket.close()
             close_all(files)
             raise
-        return self._lifecycle.begin(
-            machine, dict(files), paused=paused, saved=Resumption(socket), caller=sender
-        )
+        return self._lifecycle.begin(machine, files, paused=paused, saved=Resumption(socket), caller=sender)
 
 
 def check_movable(definition: Definition) -> None:
