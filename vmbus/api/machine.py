@@ -21,6 +21,7 @@ from vmbus.service.parked import Parked
 from vmbus.service.saving import Saving, resumption
 from vmbus.service.snapshots import Snapshots
 from vmbus.service.standard import Caller
+from vmbus.service.starts import Starts
 from vmbus.service.templates import Templates
 from vmbus.service.vsock import Vsock
 from vmbus.wire.dbus_form import build, parse_disk, parse_nic
@@ -91,6 +92,7 @@ class MachineApi:
 
     def __init__(
         self,
+        starts: Starts,
         lifecycle: Lifecycle,
         hotplug: Hotplug,
         changes: Changes,
@@ -103,6 +105,7 @@ class MachineApi:
         vsock: Vsock,
         templates: Templates,
     ) -> None:
+        self._starts = starts
         self._lifecycle = lifecycle
         self._hotplug = hotplug
         self._changes = changes
@@ -126,7 +129,7 @@ class MachineApi:
         wanted = booleans(options, paused=False)
         item.machine.require("Start", "stopped", "crashed")
         everything = self._with_parked(caller, item, files)
-        await self._lifecycle.start(item.machine, everything, paused=wanted["paused"])
+        await self._starts.start(item.machine, everything, paused=wanted["paused"])
 
     def _with_parked(
         self, caller: Caller, item: MachineObject, files: dict[str, PassedFile]
@@ -265,7 +268,7 @@ class MachineApi:
         except VmbusError:
             close_all(everything)
             raise
-        await self._lifecycle.start(item.machine, everything, paused=wanted["paused"], saved=saved)
+        await self._starts.start(item.machine, everything, paused=wanted["paused"], saved=saved)
 
     def migrate(
         self, caller: Caller, item: MachineObject, socket: PassedSocket, options: dict[str, Any]

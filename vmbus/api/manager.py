@@ -13,11 +13,12 @@ from vmbus.bus import Prepared, Variant
 from vmbus.service.definitions import Definitions
 from vmbus.service.exports import ROOT, Subscribers
 from vmbus.service.files import PassedFile
-from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
 from vmbus.service.registry import UUID, Registry
 from vmbus.service.standard import Caller
+from vmbus.service.starts import Starts
 from vmbus.service.templates import Templates
+from vmbus.service.workers import Workers
 from vmbus.wire.dbus_form import parse
 from vmbus.wire.definition import brought
 from vmbus.wire.errors import VmbusError
@@ -49,13 +50,15 @@ class ManagerApi:
         self,
         registry: Registry,
         definitions: Definitions,
-        lifecycle: Lifecycle,
+        starts: Starts,
+        workers: Workers,
         subscribers: Subscribers,
         templates: Templates,
     ) -> None:
         self._registry = registry
         self._definitions = definitions
-        self._lifecycle = lifecycle
+        self._starts = starts
+        self._workers = workers
         self._subscribers = subscribers
         self._templates = templates
         self._lists: dict[int, Prepared] = {}
@@ -104,9 +107,9 @@ class ManagerApi:
         try:
             for file in files.values():
                 file.claimed = True
-            await self._lifecycle.start(machine, files, paused=wanted["paused"])
+            await self._starts.start(machine, files, paused=wanted["paused"])
         except BaseException:
-            self._lifecycle.forget(machine)
+            self._workers.forget(machine)
             raise
         return machine_path(machine.uuid)
 
@@ -163,4 +166,4 @@ class ManagerApi:
         for machine in self._unstarted.pop(name, ()):
             if machine.reason == "defined" and not machine.alive:
                 with contextlib.suppress(VmbusError):
-                    self._lifecycle.forget(machine)
+                    self._workers.forget(machine)

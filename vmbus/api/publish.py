@@ -9,10 +9,10 @@ from vmbus.api.manager import ManagerApi
 from vmbus.bus import ERROR_PREFIX
 from vmbus.service.exports import Exports
 from vmbus.service.jobs import Job, Jobs
-from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine
 from vmbus.service.parked import Parked
 from vmbus.service.registry import Registry
+from vmbus.service.workers import Workers
 
 
 class Publisher:
@@ -22,7 +22,7 @@ class Publisher:
         self,
         exports: Exports,
         registry: Registry,
-        lifecycle: Lifecycle,
+        workers: Workers,
         jobs: Jobs,
         parked: Parked,
         manager: ManagerApi,
@@ -32,8 +32,8 @@ class Publisher:
         self._manager = manager
         registry.on_added = self._machine_added
         registry.on_removed = self._machine_removed
-        lifecycle.on_console = lambda machine: self._emit(machine, "ConsoleActivity")
-        lifecycle.on_reset = lambda machine: self._emit(machine, "GuestReset")
+        workers.on_console = lambda machine: self._emit(machine, "ConsoleActivity")
+        workers.on_reset = lambda machine: self._emit(machine, "GuestReset")
         jobs.on_added = lambda job: exports.add(JobObject(job))
         jobs.on_told = lambda job: self._job_changed(job, "Progress", "Result")
         jobs.on_finished = self._job_finished

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One machine as the service knows it: its definition, its state, and what is written down of both.
 
-States and what leads from one to another (``lifecycle`` does the leading):
+States and what leads from one to another (``starts``, ``lifecycle`` and ``workers`` do the leading):
 
     stopped, crashed ── Start ──► starting ── the guest runs ──► running ◄── Pause, Resume ──► paused
          ▲                           │ failed: undone                │
@@ -102,6 +102,10 @@ class Run(msgspec.Struct, frozen=True):
     def meant(self) -> Definition:
         """As of ``Stored``."""
         return _meant(self.definition, self.format)
+
+    def begun(self, *, first_run: bool) -> Run:
+        """The same when its start is finished."""
+        return msgspec.structs.replace(self, started=True, receiving=False, first_run=first_run)
 
 
 def _meant(definition: Definition, stored_format: int) -> Definition:
@@ -261,6 +265,12 @@ class Machine:
                 "Disconnected", "there is no connection to the machine's worker just now; try again"
             )
         return self.worker
+
+    def recorded(self) -> Run:
+        """What is written down of its run. Raises InvalidState when that has just ended."""
+        if self.run is None:
+            raise VmbusError("InvalidState", "the machine has just ended")
+        return self.run
 
     def stored(self) -> Stored:
         """What STATE/machines/UUID.json should say now."""

@@ -51,9 +51,11 @@ from vmbus.service.registry import Registry
 from vmbus.service.saving import Saving
 from vmbus.service.snapshot_store import Store
 from vmbus.service.snapshots import Snapshots
+from vmbus.service.starts import Starts
 from vmbus.service.templates import Templates
 from vmbus.service.tuner import Tuner
 from vmbus.service.vsock import Vsock
+from vmbus.service.workers import Workers
 from vmbus.wire import contract
 from vmbus.wire.errors import VmbusError
 
@@ -106,7 +108,7 @@ async def serve(options: argparse.Namespace) -> int:
     found_machines = asyncio.Event()
 
     async def recover() -> None:
-        await lifecycle.recover()
+        await workers.recover()
         found_machines.set()
         hugepages.connected()
         ksm.connected()
@@ -114,7 +116,7 @@ async def serve(options: argparse.Namespace) -> int:
     broker = BrokerClient(
         options.run_dir / "broker" / "socket",
         on_connected=recover,
-        on_ended=lambda message: lifecycle.ended(message),  # noqa: PLW0108 (made below),
+        on_ended=lambda message: workers.ended(message),  # noqa: PLW0108 (made below),
     )
     owned = Owned(notes, broker)
     firmware = Firmware(options.state_dir, options.firmware_root)
@@ -123,22 +125,26 @@ async def serve(options: argparse.Namespace) -> int:
     snapshot_store = Store(options.state_dir)
     registry.forget_files.append(snapshot_store.forget)
     handover = Handover(broker, claims, firmware)
-    lifecycle = Lifecycle(registry, broker, owned, claims, jobs, handover)
+    workers = Workers(registry, broker, owned, claims, handover.networks)
+    starts = Starts(registry, broker, jobs, handover, workers)
+    lifecycle = Lifecycle(registry, broker, jobs, workers)
     hotplug = Hotplug(registry, broker, claims, jobs, handover)
-    lifecycle.on_detached = hotplug.detached
+    workers.on_detached = hotplug.detached
     definitions = Definitions(registry, broker, owned, firmware)
-    snapshots = Snapshots(snapshot_store, registry, jobs, lifecycle, quota=wanted.snapshots.most << 20)
-    templates = Templates(options.state_dir, jobs, lifecycle, hotplug, quota=wanted.snapshots.most << 20)
+    snapshots = Snapshots(
+        snapshot_store, registry, jobs, starts, lifecycle, quota=wanted.snapshots.most << 20
+    )
+    templates = Templates(options.state_dir, jobs, starts, hotplug, quota=wanted.snapshots.most << 20)
     templates.used, snapshots.others = snapshots.used, templates.taken
     memory = Memory(jobs)
-    lifecycle.on_found = memory.found
+    workers.on_found = memory.found
     hugepages = HugePages(registry, broker, jobs, wanted.hugepages.persistent)
-    lifecycle.on_finished.append(hugepages.machine_ended)
+    workers.on_finished.append(hugepages.machine_ended)
     ksm = Ksm(registry, broker, wanted.ksm)
-    lifecycle.admit_to_merging = ksm.admit
+    starts.admit_to_merging = ksm.admit
     tuner = Tuner(ksm, broker, wanted.ksm.tuner)
     ksm.on_offered = tuner.wake
-    lifecycle.on_finished.append(lambda machine: tuner.wake())
+    workers.on_finished.append(lambda machine: tuner.wake())
     dispatcher = _on_the_bus(
         options.instance,
         bus,
@@ -148,6 +154,8 @@ async def serve(options: argparse.Namespace) -> int:
         credentials,
         polkit,
         registry,
+        workers,
+        starts,
         lifecycle,
         hotplug,
         Changes(hotplug, broker, claims, handover),
@@ -221,6 +229,8 @@ def _on_the_bus(
     credentials: Credentials,
     polkit: Polkit,
     registry: Registry,
+    workers: Workers,
+    starts: Starts,
     lifecycle: Lifecycle,
     hotplug: Hotplug,
     changes: Changes,
@@ -244,11 +254,12 @@ def _on_the_bus(
     from vmbus.api.manager import ManagerApi, ManagerObject  # noqa: PLC0415
     from vmbus.api.publish import Publisher  # noqa: PLC0415
 
-    manager = ManagerApi(registry, definitions, lifecycle, subscribers, templates)
-    saving, migration = Saving(jobs), Migration(jobs, lifecycle)
+    manager = ManagerApi(registry, definitions, starts, workers, subscribers, templates)
+    saving, migration = Saving(jobs), Migration(jobs, starts)
     handlers = {
         "org.vmbus1.Manager": manager,
         "org.vmbus1.Machine": MachineApi(
+            starts,
             lifecycle,
             hotplug,
             changes,
@@ -266,7 +277,7 @@ def _on_the_bus(
         "org.vmbus1.HugePages": HugePagesApi(hugepages),
         "org.vmbus1.Ksm": KsmApi(ksm),
     }
-    Publisher(exports, registry, lifecycle, jobs, parked, manager)
+    Publisher(exports, registry, workers, jobs, parked, manager)
     exports.add(ManagerObject(instance))
     exports.add(HostObject())
     exports.add(KsmObject(ksm, tuner))

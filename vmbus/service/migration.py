@@ -25,10 +25,10 @@ from typing import Any, Final
 from vmbus.service.files import PassedFile, PassedSocket
 from vmbus.service.handover import close_all
 from vmbus.service.jobs import Figure, Job, Jobs
-from vmbus.service.lifecycle import Lifecycle, Resumption
 from vmbus.service.machine import Machine
 from vmbus.service.memory import watched
 from vmbus.service.saving import until_gone
+from vmbus.service.starts import Resumption, Starts
 from vmbus.wire.definition import Definition, check_machine_type
 from vmbus.wire.errors import VmbusError
 
@@ -46,10 +46,10 @@ _FOUND: Final = {"downtime_ms": "downtime", "sent": "sent", "rounds": "rounds", 
 class Migration:
     """For all machines."""
 
-    def __init__(self, jobs: Jobs, lifecycle: Lifecycle) -> None:
+    def __init__(self, jobs: Jobs, starts: Starts) -> None:
         self._jobs = jobs
-        self._lifecycle = lifecycle
-        lifecycle.on_moving = progress
+        self._starts = starts
+        starts.on_moving = progress
 
     def send(
         self, machine: Machine, sender: str, socket: PassedSocket, *, downtime: int, bandwidth: int
@@ -106,7 +106,7 @@ class Migration:
             socket.close()
             close_all(files)
             raise
-        return self._lifecycle.begin(machine, files, paused=paused, saved=Resumption(socket), caller=sender)
+        return self._starts.begin(machine, files, paused=paused, saved=Resumption(socket), caller=sender)
 
 
 def check_movable(definition: Definition) -> None:

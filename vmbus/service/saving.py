@@ -2,7 +2,7 @@
 """Saving machines to files, and going on from them.
 
 A file is passed by a client and goes straight to the worker, which alone reads and writes it. What a start
-has more when a machine goes on from one is in ``Resumption``; the rest is as any start's (``lifecycle``).
+has more when a machine goes on from one is in ``Resumption``; the rest is as any start's (``starts``).
 
 The file is its caller's, who may be the only one that can find it again; so a save whose caller leaves the
 bus is cancelled, and the machine goes on.
@@ -20,9 +20,10 @@ from typing import Final
 
 from vmbus.service.files import PassedFile
 from vmbus.service.jobs import Job, Jobs, seen_through
-from vmbus.service.lifecycle import END_DEADLINE, Resumption
 from vmbus.service.machine import Machine
 from vmbus.service.memory import gone_over
+from vmbus.service.starts import Resumption
+from vmbus.service.workers import END_DEADLINE
 from vmbus.wire.definition import check_machine_type
 from vmbus.wire.errors import VmbusError
 

@@ -34,11 +34,12 @@ import msgspec
 from vmbus.service.files import PassedFile
 from vmbus.service.handover import close_all
 from vmbus.service.jobs import Job, Jobs
-from vmbus.service.lifecycle import Lifecycle, Resumption
+from vmbus.service.lifecycle import Lifecycle
 from vmbus.service.machine import Machine, now
 from vmbus.service.memory import gone_over
 from vmbus.service.registry import Registry
 from vmbus.service.snapshot_store import Index, Snapshot, Store, internal, new_identifier
+from vmbus.service.starts import Resumption, Starts
 from vmbus.wire.definition import check_machine_type
 from vmbus.wire.errors import VmbusError
 
@@ -54,14 +55,22 @@ class Snapshots:
     """For all machines. ``quota``: bytes that the memory of one owner's snapshots may take."""
 
     def __init__(
-        self, store: Store, registry: Registry, jobs: Jobs, lifecycle: Lifecycle, *, quota: int
+        self,
+        store: Store,
+        registry: Registry,
+        jobs: Jobs,
+        starts: Starts,
+        lifecycle: Lifecycle,
+        *,
+        quota: int,
     ) -> None:
         self._store = store
         self._registry = registry
         self._jobs = jobs
+        self._starts = starts
         self._lifecycle = lifecycle
         self._quota = quota
-        lifecycle.tidy = self.tidy
+        starts.tidy = self.tidy
         self.others: Callable[[int], int] = lambda owner: 0
         """Bytes of an owner's that count with snapshots to the quota."""
 
@@ -182,7 +191,7 @@ class Snapshots:
             self._gone_back(machine, snapshot, aside)
 
         saved = Resumption(memory, revert_to=internal(snapshot.id), aside=aside, on_restored=there)
-        await self._lifecycle.start(machine, dict(files), paused=paused, saved=saved)
+        await self._starts.start(machine, dict(files), paused=paused, saved=saved)
 
     def _gone_back(self, machine: Machine, snapshot: Snapshot, aside: str) -> None:
         """The disks are what they were, and the guest has not run yet."""
@@ -225,7 +234,7 @@ class Snapshots:
         if alive:
             close_all(files)
             return
-        await self._lifecycle.start(machine, dict(files), paused=True)
+        await self._starts.start(machine, dict(files), paused=True)
         await self._lifecycle.stop(machine, 0).wait()
 
     # -- what is left

@@ -38,10 +38,10 @@ from vmbus.service.files import OwnFile, PassedFile
 from vmbus.service.handover import close_all
 from vmbus.service.hotplug import Hotplug
 from vmbus.service.jobs import Job, Jobs
-from vmbus.service.lifecycle import Lifecycle, Resumption
 from vmbus.service.machine import Machine, now
 from vmbus.service.snapshot_store import new_identifier
 from vmbus.service.snapshots import NAME
+from vmbus.service.starts import Resumption, Starts
 from vmbus.wire.definition import is_tapped
 from vmbus.wire.errors import VmbusError
 
@@ -70,13 +70,11 @@ class Templates:
     """Of one service. ``used``: bytes that an owner's snapshots take, which count with templates to
     ``quota``."""
 
-    def __init__(
-        self, state: Path, jobs: Jobs, lifecycle: Lifecycle, hotplug: Hotplug, *, quota: int
-    ) -> None:
+    def __init__(self, state: Path, jobs: Jobs, starts: Starts, hotplug: Hotplug, *, quota: int) -> None:
         self._root = state / "templates"
         self._root.mkdir(mode=0o700, exist_ok=True)
         self._jobs = jobs
-        self._lifecycle = lifecycle
+        self._starts = starts
         self._hotplug = hotplug
         self._quota = quota
         self._all: list[Template] = []
@@ -212,7 +210,7 @@ class Templates:
             raise
         saved = Resumption(file, changed_disks=True, clone=True)
         try:
-            await self._lifecycle.start(machine, dict(files), paused=paused, saved=saved)
+            await self._starts.start(machine, dict(files), paused=paused, saved=saved)
         except BaseException:
             if nics != definition.nics:  # it is no clone, so its cables are as they were
                 with contextlib.suppress(VmbusError):
