@@ -23,6 +23,8 @@ NAMES = (
     "encrypted",
     "nbd",
     "net",
+    "disk",
+    "hundred",
 )
 
 

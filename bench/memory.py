@@ -23,7 +23,7 @@ MACHINES = 20
 GUEST_MIB = 64
 
 
-def beside_guest(pid: int) -> tuple[float, float]:
+def beside_guest(pid: int, guest_mib: int = GUEST_MIB) -> tuple[float, float]:
     """MB of PSS that are not the guest's RAM, and MB of RSS in all, of a process."""
     pss = rss = 0
     size = 0
@@ -33,7 +33,7 @@ def beside_guest(pid: int) -> tuple[float, float]:
             size = int(value.split()[0]) // 1024
         elif key == "Rss":
             rss += int(value.split()[0])
-        elif key == "Pss" and size != GUEST_MIB:
+        elif key == "Pss" and size != guest_mib:
             pss += int(value.split()[0])
     return pss * 1024 / 1e6, rss * 1024 / 1e6
 

@@ -116,6 +116,27 @@ void mode_disk_zero(void)
     print("zero: read status %u, first word %lx\n", status, sector_data[0]);
 }
 
+/* disk-load bytes=N beat=MS: reads from the disk's first MiB without pause, one request at a time, and says now and then
+ * how many there were. */
+void mode_disk_load(void)
+{
+    u64 bytes = option("bytes", 4096), requests = 0;
+    u32 interval = option("beat", 500) * 3580, beat = pm_timer();
+    if (!start())
+        return;
+    for (;;) {
+        u8 status = block_request(BLOCK_IN, requests * bytes % (1 << 20) / 512, bytes);
+        if (status) {
+            print("load: status %u\n", status);
+            return;
+        }
+        if (++requests % 64 == 0 && pm_timer() - beat > interval) {
+            beat = pm_timer();
+            print("load: %lu\n", requests);
+        }
+    }
+}
+
 /* disk-loop sector=N count=N beat=MS: writes without pause, round and round; word 0 of a sector is the sequence
  * number. A line now and then (with the word sizes, another one), the last one after the power button and a flush. */
 void mode_disk_loop(void)

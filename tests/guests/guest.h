@@ -114,6 +114,7 @@ void mode_disk_id(void);
 void mode_disk_pattern(void);
 void mode_disk_span(void);
 void mode_disk_zero(void);
+void mode_disk_load(void);
 void mode_disk_loop(void);
 void mode_disk_interrupt(void);
 void mode_disk_hostile(void);

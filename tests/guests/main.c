@@ -30,6 +30,7 @@ static const struct mode modes[] = {
     { "disk-pattern", mode_disk_pattern },
     { "disk-span", mode_disk_span },
     { "disk-zero", mode_disk_zero },
+    { "disk-load", mode_disk_load },
     { "disk-loop", mode_disk_loop },
     { "disk-interrupt", mode_disk_interrupt },
     { "disk-hostile", mode_disk_hostile },

@@ -348,6 +348,7 @@ class FakeBroker:
                     uuid = request.uuid
                     worker = self.workers[uuid] = FakeWorker(lambda: self.ended(uuid))
                     self.make_worker(worker)
+                    fields["workers"] = [broker.WorkerInfo(uuid, 4242)]
                 if worker is None:
                     fields = {"error": "InvalidState", "message": "no worker"}
                 else:
@@ -369,10 +370,7 @@ class FakeBroker:
                 if worker is None:
                     fields = {"error": "InvalidState", "message": "no worker"}
             case broker.Workers():
-                fields["workers"] = [
-                    broker.WorkerInfo(uuid, 4242, 2000000000, self.owners.get(uuid, 0), False)
-                    for uuid in self.workers
-                ]
+                fields["workers"] = [broker.WorkerInfo(uuid, 4242) for uuid in self.workers]
         self._say(broker.Reply(id=request.id, **fields), fds)
         for file in opened:
             file.close()

@@ -191,6 +191,13 @@ def test_a_flood_of_requests_is_answered_or_ends_the_flooder(bed: Bed) -> None:
     again.close()
 
 
+def test_a_thousand_replies_wait_for_a_service_that_is_busy(bed: Bed) -> None:
+    client = bed.connect()
+    numbers = [client.post(wire.Workers) for _ in range(1000)]
+    assert [client.reply(number)[0].error for number in numbers] == [None] * 1000
+    client.close()
+
+
 def test_many_users_cannot_fill_it_with_children(bed: Bed) -> None:
     client = bed.connect()
     numbers = [client.post(wire.Own, uuid=new_uuid(), uid=70_000 + n) for n in range(150)]

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.local.service_bed import ALICE, ROOT, Bed, Caller, form, scenario, uuid_of
+from tests.local.service_bed import ALICE, BOB, ROOT, Bed, Caller, form, scenario, uuid_of
 from tests.local.service_fakes import eventually
 from vmbus.bus import RemoteError, Variant
+from vmbus.service.starts import AT_ONCE
 from vmbus.wire import broker
 from vmbus.wire.errors import VmbusError
 
@@ -220,6 +221,31 @@ async def test_a_start_can_be_killed_and_cancelled(bed: Bed) -> None:
             assert caught.value.kind == "Cancelled"
             assert await alice.state(machine) == "stopped"
             assert not bed.broker.workers
+
+
+@scenario
+async def test_starts_of_one_owner_take_turns_and_hold_up_nobody_else(bed: Bed) -> None:
+    bed.broker.make_worker = lambda worker: worker.silent.add("hello")
+    async with bed.caller() as alice, bed.caller(BOB) as bob:
+        machines = [await alice.define() for _ in range(AT_ONCE + 2)]
+        starts = [asyncio.ensure_future(alice(machine, "Machine.Start", {}, {})) for machine in machines]
+        assert await asyncio.to_thread(eventually, lambda: len(bed.broker.workers) == AT_ONCE)
+        bed.broker.make_worker = lambda worker: None
+        theirs = await bob.define()
+        await bob(theirs, "Machine.Start", {}, {})
+        assert await bob.state(theirs) == "running"
+        assert len(bed.broker.workers) == AT_ONCE + 1
+        assert await shown(alice, machines[-1]) == ("starting", "turn")
+        await alice(machines[-1], "Machine.Kill")  # one that waits
+        for machine in machines[:2]:
+            await alice(machine, "Machine.Kill")
+        await starts[-2]  # has its turn now
+        assert await alice.state(machines[-2]) == "running"
+        for machine in [*machines[2:-2], machines[-2]]:
+            await alice(machine, "Machine.Kill")
+        await bob(theirs, "Machine.Kill")
+        ends = await asyncio.gather(*starts, return_exceptions=True)
+        assert [isinstance(end, VmbusError) for end in ends] == [True] * AT_ONCE + [False, True]
 
 
 @scenario

@@ -66,6 +66,13 @@ def stage() -> Iterator[Stage]:
         yield Stage(system)
 
 
+@pytest.fixture
+def roomy() -> Iterator[Stage]:
+    """The same, with room for many machines."""
+    with System(policy='[quota]\nmemory = "4G"\nvcpus = 64\nmachines = 64\n') as system:
+        yield Stage(system)
+
+
 def read_until(console: int, wanted: str, within: float = 20) -> str:
     """What the console says, until ``wanted`` is in it."""
     said = ""
@@ -99,6 +106,23 @@ async def test_a_guest_runs_from_its_owner_s_files(stage: Stage) -> None:
         assert (found["State"], found["StateReason"]) == ("stopped", "guest-poweroff")
         await alice(machine, "Machine.Undefine")
     assert stage.system.settle(before) == before
+
+
+@pytest.mark.long
+@scenario
+async def test_many_machines_start_and_end_at_once(roomy: Stage) -> None:
+    before = roomy.system.counts()
+    async with roomy.caller() as alice:
+        machines = [
+            await alice(ROOT, "Manager.DefineMachine", roomy.guest("idle", name=f"many{number}"))
+            for number in range(24)
+        ]
+        for member in ("Machine.Start", "Machine.Kill", "Machine.Start", "Machine.Kill"):
+            words: list[Any] = [{}, {}] if member == "Machine.Start" else []
+            await asyncio.gather(*(alice(machine, member, *words) for machine in machines))
+        for machine in machines:
+            await alice(machine, "Machine.Undefine")
+    assert roomy.system.settle(before) == before
 
 
 @scenario

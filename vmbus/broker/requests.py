@@ -95,7 +95,9 @@ class Requests:
             return wire.Reply(id=request.id), []
         self._workers.must_not_have(request.uuid)
         rights.check_quota(self._workers.used_by(rights.uid), amounts(request))
-        return wire.Reply(id=request.id), (yield from self._workers.provide(request, rights.uid))
+        fds = yield from self._workers.provide(request, rights.uid)
+        info = wire.WorkerInfo(request.uuid, self._workers.get(request.uuid).record.pid)
+        return wire.Reply(id=request.id, workers=[info]), fds
 
     def do_open(self, request: wire.Open) -> Task[Answer]:
         rights = yield from self._owners.rights_of(request.uuid)

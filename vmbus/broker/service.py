@@ -4,8 +4,9 @@
 A peer that is not the service's user is refused by its credentials; a new connection replaces the old one. A
 datagram is first accepted (size, type, fields, and Hello before anything else), only then acted on; whatever
 is not acceptable ends the connection. There is no control buffer for receiving, so descriptors attached to a
-request never arrive (and, from Linux 6.16 on, cannot even be sent). No send waits: a peer that does not read
-is dropped. At most IN_FLIGHT requests are worked on at a time; the next ones stay in the socket.
+request never arrive (and, from Linux 6.16 on, cannot even be sent). No send waits: a peer that lets
+SEND_BUFFER fill is dropped. At most IN_FLIGHT requests are worked on at a time; the next ones stay in the
+socket.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ from vmbus.wire import packet
 from vmbus.wire.broker import Ended, Hello, Reply, Request
 
 IN_FLIGHT = 64
+SEND_BUFFER = 4 << 20  # bytes, as the kernel counts them: 4,000 workers may end at once
+_SO_SNDBUFFORCE = 32  # include/uapi/asm-generic/socket.h
 _SO_PASSRIGHTS = 83  # include/uapi/asm-generic/socket.h, Linux 6.16
 
 
@@ -72,6 +75,7 @@ class _Peer:
         self._decoder = msgspec.msgpack.Decoder(Request)
         self._greeted = False
         self._in_flight = 0
+        connection.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
         with contextlib.suppress(OSError):  # before Linux 6.16 fds are dropped on receipt
             connection.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
         loop.watch(connection.fileno(), self._readable)

@@ -123,8 +123,7 @@ class Workers:
 
     def listed(self) -> list[WorkerInfo]:
         """The living workers that belong to a machine."""
-        own = {name: worker.record for name, worker in sorted(self._live.items()) if not worker.record.of}
-        return [WorkerInfo(uuid, r.pid, r.worker_uid, r.owner, bool(r.cgroup)) for uuid, r in own.items()]
+        return [WorkerInfo(name, w.record.pid) for name, w in sorted(self._live.items()) if not w.record.of]
 
     def used_by(self, owner: int) -> list[int]:
         """What the machines that ``owner`` has running or starting add up to, as ``policy.amounts``."""

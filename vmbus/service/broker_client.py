@@ -146,9 +146,9 @@ class BrokerClient:
             )
         )
 
-    async def spawn(self, uuid: str, definition: Definition) -> list[int]:
-        """A worker: its control connection and the files of its figures."""
-        _, fds = await self._ask(
+    async def spawn(self, uuid: str, definition: Definition) -> tuple[int, list[int]]:
+        """A worker: its pid (0: not told); its control connection and the files of its figures."""
+        reply, fds = await self._ask(
             lambda n: wire.Spawn(
                 id=n,
                 uuid=uuid,
@@ -160,7 +160,7 @@ class BrokerClient:
             ),
             timeout=60,
         )
-        return fds
+        return (reply.workers[0].pid if reply.workers else 0), fds
 
     async def open(self, uuid: str, slot: str, path: str, *, writable: bool) -> wire.Identity:
         """Have the owner's file opened and handed to the worker; what was opened."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts: from stopped or crashed to running, paused, or where a saved machine was.
 
-A start is a list of named steps (``_steps``), each of which leaves behind something that one undo takes
+A start is a list of named steps, each of which leaves behind something that one undo takes
 away again: the run record, the worker. A start that fails, is cancelled or loses its worker undoes them in
 reverse, and a machine is ``stopped, start-failed`` only when the worker is confirmed to be gone.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, Final
 
 import msgspec
 
@@ -27,6 +27,10 @@ from vmbus.service.registry import Registry
 from vmbus.service.workers import Workers
 from vmbus.wire.definition import check_machine_type, slots
 from vmbus.wire.errors import VmbusError
+
+AT_ONCE: Final = 8
+"""Starts of one owner that the broker is asked about at a time: more would not be quicker, and would wait
+there with a deadline."""
 
 Step = tuple[str, Callable[[], Awaitable[None]]]
 
@@ -64,6 +68,7 @@ class Starts:
         self._handover = handover
         self._networks = handover.networks
         self._workers = workers
+        self._turns: dict[int, asyncio.Semaphore] = {}
         self.on_moving: Callable[[Job | None], Callable[[Mapping[str, Any]], None]] = lambda job: _ignored
         """What is told of the statistics of a machine that comes from elsewhere."""
         self.tidy: Callable[[Machine], Awaitable[None]] = _nothing_more
@@ -117,14 +122,10 @@ class Starts:
         self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None, *, paused: bool
     ) -> None:
         try:
-            for name, step in self._steps(machine, files, saved, paused=paused):
-                machine.set_state("starting", name)
-                try:
-                    await step()
-                except VmbusError as error:
-                    if error.kind == "Disconnected":
-                        raise _died(machine, name) from None
-                    raise
+            machine.set_state("starting", "turn")
+            async with self._turns.setdefault(machine.owner, asyncio.Semaphore(AT_ONCE)):
+                await _take(machine, self._first_steps(machine, files, saved))
+            await _take(machine, self._further_steps(machine, saved, paused=paused))
             self._registry.write_run(machine, machine.recorded().begun(first_run=paused and not saved))
         except BaseException as error:
             await self._undo_start(machine, error)
@@ -137,19 +138,13 @@ class Starts:
         else:
             self._workers.store_quietly(machine)
 
-    def _steps(
-        self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None, *, paused: bool
+    def _first_steps(
+        self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None
     ) -> list[Step]:
-        prefault = machine.definition.prefault and saved is None
-        restored = saved is not None
+        """Those in which the broker does something."""
         by_file: list[Step] = []
-        go_on: list[Step] = [("run", lambda: self._let_go(machine, paused=paused, restored=restored))]
-        if saved is not None and saved.moving:
-            go_on = [("receive", lambda: self._receive(machine, saved, paused=paused))]
-        elif saved is not None:
+        if saved is not None and not saved.moving:
             by_file = [("file", lambda: self._hand_over_saved(machine, saved))]
-            restore: Step = ("restore", lambda: self._restore(machine, saved))
-            go_on = [restore, ("tidy", lambda: self.tidy(machine)), *go_on]
         return [
             ("record", lambda: self._record(machine)),
             ("spawn", lambda: self._spawn(machine)),
@@ -158,6 +153,18 @@ class Starts:
             ("ports", lambda: self._handover.ports(machine)),
             ("network", lambda: self._handover.nics(machine, machine.definition.nics)),
             *by_file,
+        ]
+
+    def _further_steps(self, machine: Machine, saved: Resumption | None, *, paused: bool) -> list[Step]:
+        prefault = machine.definition.prefault and saved is None
+        restored = saved is not None
+        go_on: list[Step] = [("run", lambda: self._let_go(machine, paused=paused, restored=restored))]
+        if saved is not None and saved.moving:
+            go_on = [("receive", lambda: self._receive(machine, saved, paused=paused))]
+        elif saved is not None:
+            restore: Step = ("restore", lambda: self._restore(machine, saved))
+            go_on = [restore, ("tidy", lambda: self.tidy(machine)), *go_on]
+        return [
             ("build", lambda: self._build(machine, saved)),
             ("tidy", lambda: self.tidy(machine)),
             *([("prefault", lambda: touch(machine, machine.job))] if prefault else []),
@@ -184,15 +191,16 @@ class Starts:
         machine.console_told = float("-inf")  # the first output of a run is told at once
         spawning = asyncio.ensure_future(self._ask_for_worker(machine))
         try:
-            fds = await asyncio.shield(spawning)
+            pid, fds = await asyncio.shield(spawning)
         except asyncio.CancelledError:
             # A worker that is still being made cannot be killed: wait for it, then undo.
-            for fd in await spawning:
-                descriptors.close(fd)
+            _, fds = await spawning
+            descriptors.close_all(fds)
             raise
         self._workers.connect(machine, fds)
+        machine.set_pid(pid)
 
-    async def _ask_for_worker(self, machine: Machine) -> list[int]:
+    async def _ask_for_worker(self, machine: Machine) -> tuple[int, list[int]]:
         try:
             return await self._broker.spawn(machine.uuid, machine.definition)
         except VmbusError as error:
@@ -203,17 +211,13 @@ class Starts:
 
     async def _hand_over_files(self, machine: Machine, files: dict[str, PassedFile]) -> None:
         """While the worker imports what it needs, its files are opened already."""
-        meanwhile: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(machine.connection().hello()),
-            asyncio.ensure_future(self._workers.note_pid(machine)),
-        ]
+        greeted = asyncio.ensure_future(machine.connection().hello())
         try:
-            await self._handover.files(machine, slots(machine.definition), files, greeted=meanwhile[0])
-            await asyncio.gather(*meanwhile)
+            await self._handover.files(machine, slots(machine.definition), files, greeted=greeted)
+            await greeted
         finally:
-            for task in meanwhile:
-                task.cancel()
-            await asyncio.gather(*meanwhile, return_exceptions=True)
+            greeted.cancel()
+            await asyncio.gather(greeted, return_exceptions=True)
 
     async def _hand_over_saved(self, machine: Machine, saved: Resumption) -> None:
         await machine.connection().add_file("restore", saved.file.fd)
@@ -271,6 +275,18 @@ class Starts:
         if isinstance(error, asyncio.CancelledError):
             reason, detail = ("killed", "") if machine.killed else (reason, "the start was cancelled")
         self._workers.finish(machine, reason, detail)
+
+
+async def _take(machine: Machine, steps: Iterable[Step]) -> None:
+    """One step after the other."""
+    for name, step in steps:
+        machine.set_state("starting", name)
+        try:
+            await step()
+        except VmbusError as error:
+            if error.kind == "Disconnected":
+                raise _died(machine, name) from None
+            raise
 
 
 def _close(files: Mapping[str, PassedFile], saved: Resumption | None) -> None:

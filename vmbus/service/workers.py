@@ -73,12 +73,6 @@ class Workers:
         )
         machine.set_flag("disconnected", on=False)
 
-    async def note_pid(self, machine: Machine) -> None:
-        """Ask the broker which process it is."""
-        for info in await self._broker.workers():
-            if info.uuid == machine.uuid:
-                machine.set_pid(info.pid)
-
     def _event(self, machine: Machine, event: worker_wire.Event) -> None:
         worker = machine.worker
         if worker is None:

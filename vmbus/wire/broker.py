@@ -69,7 +69,8 @@ class Spawn(_Request, tag="spawn", frozen=True, kw_only=True):
     """Start a process of a kind for ``uuid``.
 
     ``worker`` (a spare one when there is one of the right profile). Reply fds: the control connection; of
-    /proc/PID smaps_rollup, smaps, and ksm_stat if the kernel has it. The worker already holds /dev/kvm.
+    /proc/PID smaps_rollup, smaps, and ksm_stat if the kernel has it; ``workers``: that one. It already holds
+    /dev/kvm.
 
     Any other kind is a helper of the machine's worker, which gets a socket to it under ``slot``; it ends with
     the worker. ``passt``: the network of a NIC of kind ``user``; ``options`` are ports that it forwards.
@@ -170,9 +171,6 @@ class WorkerInfo(msgspec.Struct, frozen=True):
 
     uuid: Uuid
     pid: int
-    worker_uid: int
-    owner: int
-    cgroup: bool
 
 
 class Reply(msgspec.Struct, tag_field="op", tag="reply", frozen=True, omit_defaults=True, kw_only=True):
