@@ -25,6 +25,7 @@ NAMES = (
     "net",
     "disk",
     "hundred",
+    "attach",
 )
 
 
