@@ -27,9 +27,7 @@ async def main() -> None:
     definition = {
         "name": Variant("s", "plug"),
         "memory": Variant("t", 16 << 20),
-        "kernel": Variant(
-            "a{sv}", {"path": Variant("s", kernel), "cmdline": Variant("s", "plug count=9999")}
-        ),
+        "kernel": Variant("a{sv}", boot),
     }
     path = await client.call(ROOT, "Manager.DefineMachine", definition)
     await client.call(path, "Machine.Start", {}, {})
