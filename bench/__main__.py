@@ -24,6 +24,7 @@ NAMES = (
     "nbd",
     "net",
     "disk",
+    "devices",
     "hundred",
     "attach",
 )

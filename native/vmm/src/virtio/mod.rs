@@ -141,4 +141,6 @@ mod marked;
 #[cfg(test)]
 pub(crate) mod rig;
 #[cfg(test)]
+mod speed;
+#[cfg(test)]
 mod tests;
