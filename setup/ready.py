@@ -4,6 +4,7 @@
 
 Steps, each of which says what it does and why, and does nothing when nothing is to be done:
 
+    space      a warning when there is too little
     packages   setup/packages.txt, by name; the backports source is the distribution's own with another suite
     users      vmbus (the service) and two ordinary users for the tests, in no group but their own
     rust       a cargo of 1.85 or newer: one that is there, else Debian's rustc-web
@@ -37,6 +38,7 @@ CACHE: Final = Path(os.environ.get("VMBUS_CACHE") or CHECKOUT / ".cache").absolu
 VENV: Final = CHECKOUT / ".venv"
 PYTHON: Final = "/usr/bin/python3"
 CARGO_MINIMUM: Final = (1, 85)
+SPACE: Final = 4 << 30  # bytes that a checkout takes, built and tested, with what the tests leave for a while
 EXTRAS: Final = ("fast", "plot", "test")
 
 SERVICE_USER: Final = "vmbus"
@@ -57,6 +59,7 @@ def main() -> int:
         CACHE.mkdir(parents=True, exist_ok=True)
         with (CACHE / "setup.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            space()
             packages()
             users()
             python()
@@ -72,6 +75,13 @@ def main() -> int:
 def say(step: str, what: str) -> None:
     """One line for people."""
     print(f"setup: {step:<9} {what}", flush=True)
+
+
+def space() -> None:
+    """Warn if the disk is likely to fill: what fails then does not always say why."""
+    free = shutil.disk_usage(CACHE).free
+    if free < SPACE and not VENV.exists():
+        say("space", f"{free / 2**30:.1f} GiB are free here; building and testing take about {SPACE >> 30}")
 
 
 # -- packages
