@@ -326,6 +326,7 @@ def test_where_the_kernel_has_an_advisor_the_tuner_sets_it_up(found: dict[str, s
 
 
 @pytest.mark.skipif(not (ksm.KSM / "advisor_mode").exists(), reason="the kernel has no advisor")
+@pytest.mark.timeout(600)
 def test_with_the_advisor_machines_merge_and_ksmd_stays_below_its_bound(found: dict[str, str]) -> None:
     """However long ksmd has run before: see the note of service/tuner.py."""
     config = "[ksm.tuner]\non = true\nmost-cpu = 15\nscan-time = 10\n"
@@ -335,7 +336,8 @@ def test_with_the_advisor_machines_merge_and_ksmd_stays_below_its_bound(found: d
             content.run(name, "advised")
         pids = [pid_of(system, "first"), pid_of(system, "second")]
         began, used = time.monotonic(), ksmd_seconds()
-        ksm.until(lambda: min(ksm.merging(pids)) >= 2000, 150)
+        # ksmd is nice: beside a busy nested host it takes minutes.
+        ksm.until(lambda: min(ksm.merging(pids)) >= 2000, 400)
         assert (ksmd_seconds() - used) / max(1, time.monotonic() - began) <= 0.15
         assert ctl(system, "ksm")["tuner"] == "advisor"
         system.service.stop()
