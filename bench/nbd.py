@@ -5,8 +5,8 @@ Each line of JSON is one kind of work: requests a second of ours and of QEMU's, 
 own over a unix socket (fio's ioengine=nbd, which is libnbd), and where that means something of the same load
 on a raw file without a server (ioengine=io_uring), as the best and the median of a few runs, the ratios of
 the best; and the CPU time that the servers took for a request, the least of the runs, which a busy host
-disturbs less. All use io_uring and O_DIRECT. Compressed and encrypted images are read at random and from
-start to end, which both servers may do on all processors.
+disturbs less. All use io_uring and O_DIRECT. Compressed and encrypted images are read at random and in
+order, in small requests and large ones, which both servers may do on all processors.
 
     python -m bench.nbd [DIRECTORY [WORK...]]   (default: .cache of this checkout; 4 GB; all works)
 """
@@ -177,6 +177,7 @@ def coded(place: Path, name: str, make: Sequence[str | Path], secret: Sequence[s
     run("cp", images["qemu"], images["ours"])
     with served(place, images, secret) as targets:
         compare(name, Load("randread", requests=10000), targets)
+        compare(name, Load("read", requests=10000), targets)
         compare(name, Load("read", size=64 << 10, requests=CODED >> 16), targets)
         compare(name, Load("read", size=MIB, requests=CODED // MIB), targets)
         if secret:

@@ -193,6 +193,7 @@ pub(crate) fn read_extent(image: &Image, source: &Source, part: &mut [u8]) -> Re
             codec,
             cluster_size,
             skip,
+            ..
         } => {
             let mut packed = vec![0; *stored as usize];
             image

@@ -27,7 +27,8 @@ pub(crate) enum Source {
         offset: HostOffset,
         place: u64,
     },
-    /// They are in a compressed cluster, `skip` bytes into what it expands to.
+    /// They are in a compressed cluster, `skip` bytes into what it expands to; it was found there in this `era` of the
+    /// image (`State::era`).
     Compressed {
         file: FileId,
         offset: HostOffset,
@@ -35,6 +36,7 @@ pub(crate) enum Source {
         codec: Codec,
         cluster_size: u64,
         skip: u64,
+        era: u64,
     },
 }
 

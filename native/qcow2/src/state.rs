@@ -56,6 +56,9 @@ pub(crate) struct State {
     pub(crate) sync: bool,
     pub(crate) layers: Vec<Layer>,
     pub(crate) cache: Cache,
+    /// Grows before a host cluster can become free, and when all is read anew: while it is the same, so are the bytes of
+    /// a compressed cluster that is mapped (engine/expanded.rs).
+    pub(crate) era: u64,
     pub(crate) epochs: Epochs,
     pub(crate) commits: Commits,
     /// What writing to a qcow2 layer needs; none while inactive, read-only or raw.
@@ -99,6 +102,7 @@ impl State {
             sync: options.sync,
             layers,
             cache: Cache::new((options.cache / 4096).max(2048)),
+            era: 0,
             epochs: Epochs::default(),
             commits: Commits::default(),
             writer: None,
@@ -117,6 +121,7 @@ impl State {
 
     pub(crate) fn activate(&mut self, files: &[BlockFile], snapshot: Option<&str>) -> Result<()> {
         self.cache.clear();
+        self.era += 1;
         self.writer = None;
         self.tracking = Tracking::default();
         self.failed = None;
@@ -347,6 +352,7 @@ impl State {
                     codec: geometry.codec,
                     cluster_size: size,
                     skip,
+                    era: self.era,
                 },
                 (Part::Data, _, Some((host, _))) => {
                     let (file, offset) = (geometry.data, host.plus(skip));

@@ -3,13 +3,14 @@
 //! file wants another alignment than the request has.
 
 use super::backend::IoOp;
+use super::expanded::{Key, Wanted};
 use super::task::{After, Io, Owner};
 use super::transfer::STRETCH;
 use super::work::{Packed, Sealed};
 use super::Engine;
 use crate::buffer::{self, Buffer, IoVecs};
 use crate::crypt::cipher::SECTOR;
-use crate::plan::{Extents, FileId, Source};
+use crate::plan::{Codec, Extents, FileId, Source};
 
 impl Engine {
     pub(super) fn read(&mut self, key: u64, extents: &Extents) {
@@ -45,26 +46,26 @@ impl Engine {
                     codec,
                     cluster_size,
                     skip,
+                    era,
                 } => {
-                    let Some(slot) = self.counted_on(owner) else {
+                    let Some(slot) = self.slot_of(owner) else {
                         return;
                     };
-                    let unit = self.alignment(slot, *file).unwrap_or(1) as u64;
-                    let start = offset.0 / unit * unit;
-                    let front = (offset.0 - start) as usize;
-                    let len = (front as u64 + stored).next_multiple_of(unit);
-                    self.fetch_bounced((slot, *file, start), len, |buffer| {
-                        let packed = Packed {
-                            front,
-                            stored: *stored as usize,
-                            codec: *codec,
-                            cluster_size: *cluster_size as usize,
-                            skip: *skip as usize,
-                            pieces: part,
-                            buffer,
-                        };
-                        After::Expand { owner, packed }
-                    });
+                    let key = Key {
+                        slot,
+                        file: *file,
+                        offset: offset.0,
+                        stored: *stored,
+                        era: *era,
+                    };
+                    let wanted = Wanted {
+                        owner,
+                        skip: *skip as usize,
+                        pieces: part,
+                    };
+                    if let Some(wanted) = self.take_expanded(key, wanted) {
+                        self.fetch_packed(key, (*codec, *cluster_size as usize), wanted);
+                    }
                 }
             }
         }
@@ -104,6 +105,26 @@ impl Engine {
             buffer,
             skip,
             pieces: part,
+        });
+    }
+
+    /// Read and expand a compressed cluster.
+    fn fetch_packed(&mut self, key: Key, (codec, size): (Codec, usize), wanted: Wanted) {
+        let unit = self.alignment(key.slot, key.file).unwrap_or(1) as u64;
+        let start = key.offset / unit * unit;
+        let front = key.offset - start;
+        let len = (front + key.stored).next_multiple_of(unit);
+        self.fetch_bounced((key.slot, key.file, start), len, |buffer| {
+            let packed = Packed {
+                key,
+                wanted,
+                front: front as usize,
+                codec,
+                cluster_size: size,
+                buffer,
+                cluster: Vec::new(),
+            };
+            After::Expand { packed }
         });
     }
 

@@ -36,6 +36,7 @@
 //! | `task`     | what is kept about a request and an operation                          |
 //! | `bounce`   | memory of our own for data on its way                                  |
 //! | `work`     | expanding, encrypting, decrypting                                      |
+//! | `expanded` | compressed clusters that were expanded, for the next reads             |
 //! | `pool`     | threads that help with that                                            |
 //! | `backend`  | io_uring, or plain system calls                                        |
 
@@ -43,6 +44,7 @@ mod advance;
 pub(crate) mod backend;
 mod bounce;
 mod commit;
+mod expanded;
 mod fetch;
 mod outcome;
 mod pool;
@@ -65,6 +67,7 @@ use crate::ring::{event_fd, Ring};
 use crate::slab::Slab;
 use backend::{Backend, Blocking, Uring};
 use bounce::Bounces;
+use expanded::Expanded;
 use task::{CommitRun, Io, Job, Task};
 use work::Workload;
 
@@ -100,6 +103,7 @@ pub struct Engine {
     zeros: Buffer,
     bounces: Bounces,
     workload: Workload,
+    expanded: Expanded,
     /// Tasks for which a commit is to be asked: slot, task, what of it.
     wishes: Vec<(u64, u64, Want)>,
 }
@@ -144,6 +148,7 @@ impl Engine {
             zeros: Buffer::zeroed(ZEROS),
             bounces: Bounces::default(),
             workload: Workload::default(),
+            expanded: Expanded::default(),
             wishes: Vec::new(),
         }
     }
@@ -179,6 +184,7 @@ impl Engine {
                 "requests of this image are under way",
             ));
         }
+        self.expanded.detach(slot.0);
         if let Some(attached) = self.slots.remove(slot.0) {
             attached
                 .handles

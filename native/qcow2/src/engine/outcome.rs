@@ -4,7 +4,7 @@
 
 use super::backend::IoOp;
 use super::task::{After, Owner};
-use super::work::{Packed, Sealed};
+use super::work::Sealed;
 use super::Engine;
 use crate::buffer;
 use crate::error::{Error, Result};
@@ -73,14 +73,11 @@ impl Engine {
                 self.counted_off(owner, outcome);
             }
             After::Unseal { owner, sealed } if outcome.is_ok() => self.unseal(owner, sealed),
-            After::Expand { owner, packed } if outcome.is_ok() => self.expand(owner, packed),
+            After::Expand { packed } if outcome.is_ok() => self.expand(packed),
+            After::Expand { packed } => self.expanded(packed, outcome),
             After::Unseal {
                 owner,
                 sealed: Sealed { buffer, .. },
-            }
-            | After::Expand {
-                owner,
-                packed: Packed { buffer, .. },
             } => {
                 self.give_bounce(buffer);
                 self.counted_off(owner, outcome);

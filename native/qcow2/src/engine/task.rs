@@ -89,7 +89,7 @@ pub(crate) enum After {
     /// Decrypt and copy.
     Unseal { owner: Owner, sealed: Sealed },
     /// Expand and copy.
-    Expand { owner: Owner, packed: Packed },
+    Expand { packed: Packed },
     /// A bounced write, whose memory is kept until now.
     Bounced { task: u64, buffer: Buffer },
     /// The data of a [`Job`] is written; a bounce buffer may go.

@@ -220,6 +220,15 @@ impl Engine {
         Some(self.slots.get(slot)?.image.files().get(file)?.alignment)
     }
 
+    /// For which image the owner is.
+    pub(super) fn slot_of(&self, owner: Owner) -> Option<u64> {
+        let task = match owner {
+            Owner::Task(key) => key,
+            Owner::Job(key) => self.jobs.get(key)?.task,
+        };
+        Some(self.tasks.get(task)?.slot)
+    }
+
     /// One more operation under way for the owner; gives its slot.
     pub(super) fn counted_on(&mut self, owner: Owner) -> Option<u64> {
         match owner {

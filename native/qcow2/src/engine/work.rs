@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::backend::IoOp;
+use super::expanded::{Key, Wanted};
 use super::pool::{Lending, Pool};
 use super::task::{After, Io, Owner};
 use super::Engine;
@@ -21,17 +22,18 @@ const EXPAND: usize = 8 << 10;
 /// and of data, to encrypt or decrypt it. Either takes about 10 µs, as long as waking a thread.
 const CIPHER: usize = 32 << 10;
 
-/// A compressed cluster, of which some bytes are wanted.
+/// A compressed cluster.
 pub(crate) struct Packed {
+    pub(super) key: Key,
+    /// For whom it was read.
+    pub(super) wanted: Wanted,
     pub(super) buffer: Buffer,
-    /// Where it begins in the buffer, and the most bytes that it has.
+    /// Where it begins in the buffer.
     pub(super) front: usize,
-    pub(super) stored: usize,
     pub(super) codec: Codec,
     pub(super) cluster_size: usize,
-    /// Bytes of the cluster before those that are wanted.
-    pub(super) skip: usize,
-    pub(super) pieces: IoVecs,
+    /// What it expands to, once it has been.
+    pub(super) cluster: Vec<u8>,
 }
 
 /// Sectors that were read, of which some bytes are wanted; the IVs count from byte `place`.
@@ -106,12 +108,10 @@ impl Piece {
 }
 
 fn expand(packed: &mut Packed) -> Result<()> {
-    let end = packed.front.saturating_add(packed.stored);
+    let end = packed.front.saturating_add(packed.key.stored as usize);
     let stored = packed.buffer.bytes().get(packed.front..end).unwrap_or(&[]);
-    let cluster = compress::expand(packed.codec, stored, packed.cluster_size)?;
-    let wanted = cluster.get(packed.skip..).unwrap_or(&[]);
-    // SAFETY: the owner's memory is valid until it is counted off.
-    unsafe { buffer::scatter(wanted, &packed.pieces) };
+    packed.cluster = compress::expand(packed.codec, stored, packed.cluster_size)?;
+    packed.wanted.copy(&packed.cluster);
     Ok(())
 }
 
@@ -119,7 +119,7 @@ fn unseal(image: &Image, sealed: &mut Sealed) -> Result<()> {
     let bytes = sealed.buffer.bytes_mut();
     image.sealer(sealed.file)?.open(sealed.place, bytes);
     let wanted = bytes.get(sealed.skip..).unwrap_or(&[]);
-    // SAFETY: as above.
+    // SAFETY: the owner's memory is valid until it is counted off.
     unsafe { buffer::scatter(wanted, &sealed.pieces) };
     Ok(())
 }
@@ -153,8 +153,8 @@ impl Engine {
     }
 
     /// A compressed cluster has been read.
-    pub(super) fn expand(&mut self, owner: Owner, packed: Packed) {
-        self.see_to(Piece::new(owner, What::Expand(packed)));
+    pub(super) fn expand(&mut self, packed: Packed) {
+        self.see_to(Piece::new(packed.wanted.owner, What::Expand(packed)));
     }
 
     /// Encrypted data has been read.
@@ -225,7 +225,8 @@ impl Engine {
             result,
         } = piece;
         match what {
-            What::Expand(Packed { buffer, .. }) | What::Unseal(_, Sealed { buffer, .. }) => {
+            What::Expand(packed) => self.expanded(packed, result),
+            What::Unseal(_, Sealed { buffer, .. }) => {
                 self.give_bounce(buffer);
                 self.counted_off(owner, result);
             }

@@ -140,6 +140,7 @@ impl State {
             set(bytes, geometry.refcount_order, place.index, value);
         }
         if value == 0 {
+            self.era += 1;
             self.forget_packed(geometry, cluster.0..cluster.0 + 1);
         }
     }

@@ -365,6 +365,7 @@ impl State {
         if let Some(writer) = &mut self.writer {
             writer.cursor = writer.cursor.min(clusters.start);
         }
+        self.era += 1;
         self.forget_packed(geometry, clusters);
     }
 
