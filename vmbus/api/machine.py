@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from vmbus.api.options import booleans, numbers
+from vmbus.api.options import booleans, lists, numbers
 from vmbus.bus import Variant, variants
 from vmbus.service.changes import Changes
 from vmbus.service.definitions import Definitions
@@ -274,9 +274,11 @@ class MachineApi:
         self, caller: Caller, item: MachineObject, socket: PassedSocket, options: dict[str, Any]
     ) -> str:
         """Migrate."""
-        wanted = numbers(options, downtime=(DOWNTIME, 1, DOWNTIME_MOST), bandwidth=(0, 0, (1 << 63) - 1))
+        disks, others = lists(options, "copy")
+        wanted = numbers(others, downtime=(DOWNTIME, 1, DOWNTIME_MOST), bandwidth=(0, 0, (1 << 63) - 1))
         socket.claimed = True
-        return job_path(self._migration.send(item.machine, caller.name, socket, **wanted).number)
+        job = self._migration.send(item.machine, caller.name, socket, disks["copy"], **wanted)
+        return job_path(job.number)
 
     def receive(
         self,
@@ -287,11 +289,12 @@ class MachineApi:
         files: dict[str, PassedFile],
     ) -> str:
         """Receive."""
-        wanted = booleans(options, paused=False)
+        disks, others = lists(options, "copy", "separate")
+        wanted = booleans(others, paused=False)
         item.machine.require("Receive", "stopped", "crashed")
         everything = self._with_parked(caller, item, files)
         socket.claimed = True
-        job = self._migration.receive(item.machine, caller.name, socket, everything, **wanted)
+        job = self._migration.receive(item.machine, caller.name, socket, everything, **disks, **wanted)
         return job_path(job.number)
 
     def create_snapshot(self, caller: Caller, item: MachineObject, name: str, options: dict[str, Any]) -> str:

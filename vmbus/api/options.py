@@ -36,6 +36,20 @@ def booleans(options: Mapping[str, object], **defaults: bool) -> dict[str, bool]
     return found
 
 
+def lists(
+    options: Mapping[str, object], *known: str
+) -> tuple[dict[str, list[str]], dict[str, object]]:
+    """The values of options that are lists of words, empty where there is none; and the other options. Raises
+    InvalidArgument."""
+    found: dict[str, list[str]] = {key: [] for key in known}
+    for key in known:
+        value = options.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            raise VmbusError("InvalidArgument", f"{value!r} is no list of words", argument=key)
+        found[key] = list(value)
+    return found, {key: value for key, value in options.items() if key not in known}
+
+
 def _unknown(key: str, known: Iterable[str]) -> VmbusError:
     words = ", ".join(sorted(known)) or "none"
     return VmbusError("InvalidArgument", f"there is no such option; known are {words}", argument=key)

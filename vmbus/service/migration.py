@@ -12,6 +12,9 @@ watches two jobs. Each end goes straight to a worker, and the two cores have the
 | it breaks after that, and nobody can know | paused, ``migration-unsure`` | as it has got |
 | a vmbusd dies in the middle | goes on by itself; the next vmbusd sees what came of it | the same |
 
+Disks that both sides name go along; the worker at the destination refuses others that its guest may write
+and whose files are not the source's, unless the caller answers for them (``separate``).
+
 Both jobs end with the connection to the bus that asked for them, since that holds whatever carries the
 bytes. A destination that a new vmbusd finds in the middle is ``starting`` until its worker says that it runs,
 or that it does not (``Lifecycle``).
@@ -39,8 +42,15 @@ WHERE: Final = "unsure"
 """What a worker says an error is about when it does not know where the machine runs."""
 UNSURE: Final = "migration-unsure"
 """The reason of a machine that was handed on to somebody who did not answer any more."""
-_COUNTED: Final = ("total", "sent", "remaining", "round", "throughput", "slowed")
-_FOUND: Final = {"downtime_ms": "downtime", "sent": "sent", "rounds": "rounds", "throughput": "throughput"}
+_COUNTED: Final = {
+    **{name: name for name in ("total", "sent", "remaining", "round", "throughput", "slowed")},
+    **{f"disk_{name}": f"disk-{name}" for name in ("total", "sent", "remaining")},
+}
+_FOUND: Final = {
+    "downtime_ms": "downtime",
+    "disk_sent": "disk-sent",
+    **{name: name for name in ("sent", "rounds", "throughput")},
+}
 
 
 class Migration:
@@ -52,10 +62,17 @@ class Migration:
         starts.on_moving = progress
 
     def send(
-        self, machine: Machine, sender: str, socket: PassedSocket, *, downtime: int, bandwidth: int
+        self,
+        machine: Machine,
+        sender: str,
+        socket: PassedSocket,
+        copy: list[str],
+        *,
+        downtime: int,
+        bandwidth: int,
     ) -> Job:
-        """Send a machine through ``socket``, which is taken over. ``downtime``: milliseconds that its guest
-        may stand still; ``bandwidth``: bytes a second, 0 for as many as go."""
+        """Send a machine through ``socket``, which is taken over, with the disks ``copy``. ``downtime``:
+        milliseconds that its guest may stand still; ``bandwidth``: bytes a second, 0 for as many as go."""
         try:
             machine.require("Migrate", "running", "paused")
             check_movable(machine.definition)
@@ -68,16 +85,23 @@ class Migration:
             "migrate",
             machine.owner,
             machine.uuid,
-            lambda job: self._send(machine, job, socket, downtime=downtime, bandwidth=bandwidth),
+            lambda job: self._send(machine, job, socket, copy, downtime=downtime, bandwidth=bandwidth),
             caller=sender,
         )
         return job
 
     async def _send(
-        self, machine: Machine, job: Job, socket: PassedSocket, *, downtime: int, bandwidth: int
+        self,
+        machine: Machine,
+        job: Job,
+        socket: PassedSocket,
+        copy: list[str],
+        *,
+        downtime: int,
+        bandwidth: int,
     ) -> None:
         worker = machine.connection()
-        work = worker.send(socket.fd, downtime=downtime, bandwidth=bandwidth, on_sent=socket.close)
+        work = worker.send(socket.fd, copy, downtime=downtime, bandwidth=bandwidth, on_sent=socket.close)
         try:
             found = await watched(work, worker.cancel_save, worker, progress(job))
             job.tell((job.progress[1], job.progress[1]), **_known(found, _FOUND))
@@ -97,16 +121,21 @@ class Migration:
         socket: PassedSocket,
         files: dict[str, PassedFile],
         *,
+        copy: list[str],
+        separate: list[str],
         paused: bool,
     ) -> Job:
-        """Start a machine with what comes through ``socket``. Takes over that and ``files``."""
+        """Start a machine with what comes through ``socket``, which is written to the disks ``copy``, too.
+        Takes over that and ``files``."""
         try:
             check_movable(machine.definition)
+            _check_disks(machine.definition, copy=copy, separate=separate)
         except VmbusError:
             socket.close()
             close_all(files)
             raise
-        return self._starts.begin(machine, files, paused=paused, saved=Resumption(socket), caller=sender)
+        saved = Resumption(socket, copy=copy, separate=separate)
+        return self._starts.begin(machine, files, paused=paused, saved=saved, caller=sender)
 
 
 def check_movable(definition: Definition) -> None:
@@ -117,15 +146,29 @@ def check_movable(definition: Definition) -> None:
         raise VmbusError("NotSupported", text, argument="cpu-model")
 
 
+def _check_disks(definition: Definition, **named: list[str]) -> None:
+    """Raise InvalidArgument for what is no disk that the guest may write."""
+    known = {f"disk/{disk.id}" for disk in definition.disks if not (disk.read_only or disk.cdrom)}
+    for option, names in named.items():
+        for name in names:
+            if name not in known:
+                text = f"{name!r} is no disk of the machine's that its guest may write"
+                raise VmbusError("InvalidArgument", text, argument=option)
+    if twice := set(named["copy"]) & set(named["separate"]):
+        text = f"{min(twice)!r} is copied: its file need not hold anything"
+        raise VmbusError("InvalidArgument", text, argument="separate")
+
+
 def progress(job: Job | None) -> Callable[[Mapping[str, Any]], None]:
     """What tells ``job`` how far a machine is that moves, by its worker's statistics."""
 
     def look(stats: Mapping[str, Any]) -> None:
         said = stats.get("migration")
         if job is not None and isinstance(said, dict):
-            counted = _known(said, {name: name for name in _COUNTED})
-            sent, remaining = counted.get("sent", 0), counted.get("remaining", 0)
-            job.tell((int(sent), int(sent) + int(remaining)), **counted)
+            counted = _known(said, _COUNTED)
+            sent = int(counted.get("sent", 0))
+            left = int(counted.get("remaining", 0)) + int(counted.get("disk-remaining", 0))
+            job.tell((sent, sent + left), **counted)
 
     return look
 

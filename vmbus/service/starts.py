@@ -40,7 +40,8 @@ class Resumption:
     """A start that goes on from a saved machine: its file, closed with the start, or the socket through which
     it comes. ``changed_disks``: the files of its disks may be others, or were written since. ``revert_to``:
     the disks go back to the internal snapshots of that name, and what they held is kept in those named
-    ``aside``. ``on_restored``: called before the guest goes on.
+    ``aside``. ``on_restored``: called before the guest goes on. ``copy``: disks that are written with what
+    comes; ``separate``: disks whose files are others, and right.
     """
 
     file: PassedFile | OwnFile | PassedSocket
@@ -49,6 +50,8 @@ class Resumption:
     aside: str = ""
     clone: bool = False
     on_restored: Callable[[], None] = lambda: None
+    copy: list[str] = dataclasses.field(default_factory=list)
+    separate: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def moving(self) -> bool:
@@ -232,7 +235,8 @@ class Starts:
         """From here on it comes without us, too."""
         self._registry.write_run(machine, msgspec.structs.replace(machine.recorded(), receiving=True))
         worker = machine.connection()
-        work = worker.receive(saved.file.fd, paused=paused, on_sent=saved.file.close)
+        disks = {"copy": saved.copy, "separate": saved.separate}
+        work = worker.receive(saved.file.fd, disks, paused=paused, on_sent=saved.file.close)
         await watched(work, worker.cancel_save, worker, self.on_moving(machine.job))
         machine.set_memory(machine.definition.memory, machine.definition.memory)
         machine.set_state(machine.guest)

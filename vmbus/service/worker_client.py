@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -259,24 +259,30 @@ class WorkerClient:
         await self._ask(lambda n: wire.Tidy(id=n, undo=undo, drop=drop), timeout=TIDY_DEADLINE)
 
     async def send(
-        self, fd: int, *, downtime: int, bandwidth: int, on_sent: Callable[[], None]
+        self, fd: int, copy: list[str], *, downtime: int, bandwidth: int, on_sent: Callable[[], None]
     ) -> dict[str, Any]:
-        """Send the machine through a socket; returns, with what was counted, when it runs at the other end.
-        ``fd`` stays the caller's, and is not needed here after ``on_sent``."""
+        """Send the machine through a socket, with the disks ``copy``; returns, with what was counted, when it
+        runs at the other end. ``fd`` stays the caller's, and is not needed here after ``on_sent``."""
         self._unrestricted()
         ask = self._ask(
-            lambda n: wire.Send(id=n, downtime=downtime, bandwidth=bandwidth),
+            lambda n: wire.Send(id=n, downtime=downtime, bandwidth=bandwidth, copy=copy),
             fds=[fd],
             timeout=SAVE_DEADLINE,
             on_sent=on_sent,
         )
         return (await ask).stats
 
-    async def receive(self, fd: int, *, paused: bool, on_sent: Callable[[], None]) -> dict[str, Any]:
-        """Go on as the machine that comes through a socket; returns when it does. ``fd`` as of ``send``."""
+    async def receive(
+        self, fd: int, disks: Mapping[str, list[str]], *, paused: bool, on_sent: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Go on as the machine that comes through a socket; returns when it does. ``fd`` as of ``send``;
+        ``disks``: wire.Receive's ``copy`` and ``separate``."""
         self._unrestricted()
         ask = self._ask(
-            lambda n: wire.Receive(id=n, paused=paused), fds=[fd], timeout=SAVE_DEADLINE, on_sent=on_sent
+            lambda n: wire.Receive(id=n, paused=paused, **disks),
+            fds=[fd],
+            timeout=SAVE_DEADLINE,
+            on_sent=on_sent,
         )
         return (await ask).stats
 

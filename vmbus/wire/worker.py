@@ -24,6 +24,9 @@ from vmbus.wire.inlet import Greeting as Greeting  # noqa: PLC0414
 LIFELINE = 1
 VERSION = 1
 
+Disks = Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=32)]
+"""Names of disks, such as ``disk/root``."""
+
 State = Literal["ready", "configured", "running", "paused", "ended"]
 
 
@@ -100,20 +103,25 @@ class Send(_Request, tag="send", frozen=True, kw_only=True):
     ``stats``; it ends then, with reason ``migrated``. Anything else leaves it what it was; but for one
     case: Disconnected about ``unsure``, and it is paused, when nobody can know whether it runs there. Stats
     shows how far it is (``migration``); it can be paused, resumed, reset and stopped until it stands.
+    ``copy``: disks whose content goes along, such as ``disk/root``; the other worker is told the same ones.
     """
 
     downtime: Annotated[int, Meta(ge=1, le=3_600_000)] = 300
     bandwidth: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    copy: Disks = []
 
 
 class Receive(_Request, tag="receive", frozen=True, kw_only=True):
     """Go on with the machine that is sent from the other end of the connected stream socket beside this, to
     one that was configured with ``restore`` (and without ``clone``). Result when it runs (or is paused:
     with ``paused``, or if it was), with the statistics in ``stats``; it ends if it cannot. Its disks are
-    not touched before. Stats shows how far it is.
+    not touched before, but for those of ``copy``, which are written with what comes. ``separate``: disks
+    whose files are others than the source's, and hold what those hold. Stats shows how far it is.
     """
 
     paused: bool = False
+    copy: Disks = []
+    separate: Disks = []
 
 
 class Snapshot(_Request, tag="snapshot", frozen=True, kw_only=True):

@@ -349,9 +349,11 @@ class Machine:
             raise
         number = self._expect(what, reply)
         if isinstance(request, Receive):
-            self.core.keep(what, number, fd=fds[0], paused=request.paused)
+            also = {"copy": request.copy, "separate": request.separate}
+            self.core.keep(what, number, fd=fds[0], paused=request.paused, **also)
         else:
-            self.core.keep(what, number, fd=fds[0], downtime=request.downtime, bandwidth=request.bandwidth)
+            pace = {"downtime": request.downtime, "bandwidth": request.bandwidth}
+            self.core.keep(what, number, fd=fds[0], copy=request.copy, **pace)
 
     def _restore(self, request: Restore, reply: Reply) -> None:
         self._require("restore", frozenset({"configured"}))

@@ -266,8 +266,24 @@ fn crew(allowed: &mut Allowed) -> Result<(), Error> {
 }
 
 fn migration(allowed: &mut Allowed) -> Result<(), Error> {
-    // What it is that it was given; where the memory of a file has holes.
-    allowed.always(&[libc::SYS_getsockopt, libc::SYS_getpeername, libc::SYS_lseek]);
+    allowed.always(&[
+        // What it is that it was given.
+        libc::SYS_getsockopt,
+        libc::SYS_getpeername,
+        // Where the memory of a file, and a disk, have holes.
+        libc::SYS_lseek,
+        // Disks that go along: an engine on plain system calls, which reads or writes them. Their locks are the control thread's.
+        libc::SYS_eventfd2,
+        libc::SYS_pread64,
+        libc::SYS_preadv,
+        libc::SYS_pwrite64,
+        libc::SYS_pwritev,
+        libc::SYS_fdatasync,
+        libc::SYS_fallocate,
+        libc::SYS_ftruncate,
+    ]);
+    // How long an image's file is, when it grows.
+    stat(allowed)?;
     allowed.ioctls(ioctls::KVM_LOG)
 }
 

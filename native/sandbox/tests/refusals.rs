@@ -637,7 +637,19 @@ fn each_role_has_what_it_does_and_not_what_the_others_do() {
             "pwrite64",
             libc::SYS_pwrite64,
             [BAD; 6],
-            &[Role::Control, Role::Block, Role::Crew],
+            &[Role::Control, Role::Block, Role::Crew, Role::Migration],
+        ),
+        (
+            "pwritev",
+            libc::SYS_pwritev,
+            [BAD; 6],
+            &[Role::Control, Role::Block, Role::Migration],
+        ),
+        (
+            "F_OFD_SETLK",
+            libc::SYS_fcntl,
+            [BAD, libc::F_OFD_SETLK as u64, 0, 0, 0, 0],
+            &[Role::Control, Role::Block],
         ),
         (
             "io_uring_enter",

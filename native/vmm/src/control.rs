@@ -264,6 +264,11 @@ impl Control {
             answer.give(Err(Error::new(Kind::InvalidState, "", message)));
             return;
         }
+        // These change what a saved machine, or one on its way, is said to be.
+        if self.is_kept() && matches!(change, Change::Size(_) | Change::Medium { .. }) {
+            answer.give(Err(keep::busy("a change of a disk")));
+            return;
+        }
         match self.devices.iter().find(|device| device.id() == name) {
             Some(device) => device.change(change, answer),
             None => answer.give(Err(Error::invalid("device", format!("there is no {name}")))),
@@ -274,7 +279,10 @@ impl Control {
         if self.state == State::Ended {
             return;
         }
-        if let Some((id, closed)) = self.hotplug.remove(slot) {
+        let held = self.moving.hold_disks();
+        let removed = self.hotplug.remove(slot);
+        drop(held);
+        if let Some((id, closed)) = removed {
             self.devices.retain(|device| device.id() != id);
             let detail = closed.err().map(|error| error.to_string());
             self.tell(Event::Detached {
@@ -448,8 +456,10 @@ impl Control {
         if self.state != State::Paused {
             trouble.extend(self.stand_still().err());
         }
+        let held = self.moving.hold_disks();
         // Each is to flush, whatever the others say.
         trouble.extend(self.devices.iter().filter_map(|device| device.stop().err()));
+        drop(held);
         self.state = State::Ended;
         let event = match (reason, trouble.first()) {
             (

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 
 use crate::error::{Error, Result};
 use crate::io::{Answer, Change};
+use crate::migrate::Copied;
 use crate::save::facts;
 use crate::snapshots::Mark;
 use crate::state::Stateful;
@@ -82,6 +83,11 @@ pub trait Device: Send + Sync {
     /// What is wrong with it.
     fn take_up(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// A disk's content, for a migration that takes it along; None for what is no disk, and for a drive without a medium.
+    fn content(&self) -> Option<Copied> {
+        None
     }
 
     /// Does something with an internal snapshot of what lies behind it; called paused, taken up.

@@ -273,6 +273,7 @@ pub fn assemble(
                 same: json!({ "read-only": spec.read_only, "cdrom": spec.cdrom, "name": spec.name }),
                 medium: medium.clone(),
                 counters: counters.clone(),
+                changed: Arc::clone(&counters.changed),
             });
             ScsiUnit {
                 unit,
@@ -345,7 +346,7 @@ pub fn assemble(
             rom: None,
             behind: Behind {
                 same: json!({ "names": names }),
-                image: None,
+                ..Behind::default()
             },
         };
         served_by.extend([endpoint].into_iter().zip(ports));
@@ -361,7 +362,7 @@ pub fn assemble(
             rom: None,
             behind: Behind {
                 same: json!({ "cid": cid }),
-                image: None,
+                ..Behind::default()
             },
         };
         served_by.extend([endpoint].into_iter().zip(ports));
@@ -486,6 +487,7 @@ pub(crate) fn disk_endpoint(
         behind: Behind {
             same: json!({ "read-only": spec.read_only, "serial": spec.serial }),
             image: Some(spec.image.clone()),
+            changed: Arc::clone(&counters.changed),
         },
     };
     let served = Served::Disk {
@@ -529,7 +531,7 @@ pub(crate) fn nic_endpoint(
         rom: board.nic_rom.clone(),
         behind: Behind {
             same: json!({ "mac": spec.mac, "pairs": pairs }),
-            image: None,
+            ..Behind::default()
         },
     };
     let served = net::Served {

@@ -30,6 +30,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::block;
 use crate::device::Device;
 use crate::error::{Error, Kind, Result};
+use crate::migrate::changes::Changed;
+use crate::migrate::Copied;
 use crate::net;
 use crate::save::facts;
 use crate::snapshots::{self, Mark};
@@ -360,6 +362,8 @@ pub(crate) struct Behind {
     pub(crate) same: State,
     /// A disk's image.
     pub(crate) image: Option<Arc<Image>>,
+    /// What its guest changes of that while a migration wants to know.
+    pub(crate) changed: Arc<Changed>,
 }
 
 impl IoDevice {
@@ -437,6 +441,14 @@ impl Device for IoDevice {
         done.map_err(|error| block::error_of(&self.id, error))
     }
 
+    fn content(&self) -> Option<Copied> {
+        Some(Copied {
+            id: self.id.clone(),
+            image: self.behind.image.clone()?,
+            changed: Arc::clone(&self.behind.changed),
+        })
+    }
+
     fn mark(&self, mark: Mark) -> Result<()> {
         snapshots::mark(&self.id, self.behind.image.as_deref(), mark)
     }
@@ -481,6 +493,8 @@ pub(crate) struct IoUnit {
     pub(crate) medium: Medium,
     /// What has happened.
     pub(crate) counters: Arc<dyn Count>,
+    /// What the guest changes of it while a migration wants to know.
+    pub(crate) changed: Arc<Changed>,
 }
 
 /// The same, behind a port.
@@ -532,6 +546,14 @@ impl Device for Unit {
             .image()
             .map_or(Ok(()), |image| block::activate(&image));
         done.map_err(|error| block::error_of(&self.unit.id, error))
+    }
+
+    fn content(&self) -> Option<Copied> {
+        Some(Copied {
+            id: self.unit.id.clone(),
+            image: self.unit.image()?,
+            changed: Arc::clone(&self.unit.changed),
+        })
     }
 
     fn mark(&self, mark: Mark) -> Result<()> {

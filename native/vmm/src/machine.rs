@@ -59,7 +59,7 @@ use crate::legacy::serial::Serial;
 use crate::mailbox::{Event, Keep, Mail, Mailbox, Request, Slot};
 use crate::memory;
 use crate::memory::GuestMemoryMmap;
-use crate::migrate::Tools;
+use crate::migrate::{Still, Tools};
 use crate::nics;
 use crate::pci::host::HostBridge;
 use crate::pci::root::Root;
@@ -251,6 +251,7 @@ impl Machine {
                 gate: Arc::clone(&gate),
                 mailbox: Arc::clone(&mailbox),
                 progress: Arc::default(),
+                still: Still::default(),
             },
             &hook,
         )?;

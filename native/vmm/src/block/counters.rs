@@ -2,11 +2,13 @@
 //! What a disk has done, counted by its I/O thread and read by anybody.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 
 use serde_json::json;
 use vmbus_qcow2::Op;
 
 use crate::io::Count;
+use crate::migrate::changes::Changed;
 
 /// What has happened on a disk since the machine was built.
 #[derive(Debug, Default)]
@@ -20,11 +22,14 @@ pub struct Counters {
     write_zeroes: AtomicU64,
     errors: AtomicU64,
     faults: AtomicU64,
+    /// What a migration is to know of it.
+    pub(crate) changed: Arc<Changed>,
 }
 
 impl Counters {
     /// A request has ended.
-    pub(super) fn completed(&self, op: Op, len: u64, failed: bool) {
+    pub(super) fn completed(&self, op: Op, (offset, len): (u64, u64), failed: bool) {
+        self.changed.note(op, offset, len);
         let (requests, bytes) = match op {
             Op::Read => (&self.reads, Some(&self.read_bytes)),
             Op::Write { .. } => (&self.writes, Some(&self.written_bytes)),

@@ -208,6 +208,12 @@ impl Adapter {
         }
     }
 
+    /// Of the unit whose image has a command.
+    pub(super) fn counters(&self, waiting: &Waiting) -> Option<&Counters> {
+        let attached = self.units.get(waiting.unit);
+        attached.map(|attached| &*attached.counters)
+    }
+
     /// The image has carried a command out, or not; how many bytes the answer has.
     pub(super) fn complete(
         &self,
@@ -216,9 +222,6 @@ impl Adapter {
         (op, len): (Op, u64),
         failed: bool,
     ) -> std::result::Result<u32, Fault> {
-        if let Some(attached) = self.units.get(waiting.unit) {
-            attached.counters.completed(op, len, failed);
-        }
         if failed {
             let sense = match op {
                 Op::Read => Sense::UNREADABLE,

@@ -99,6 +99,7 @@ struct Pending {
     head: u16,
     to: To,
     op: Op,
+    offset: u64,
     len: u64,
 }
 
@@ -448,9 +449,10 @@ impl Server {
                                 head,
                                 to: To::Reply(waiting),
                                 op: work.op,
+                                offset: work.offset,
                                 len: work.len,
                             };
-                            let request = self.pending.request(pending, work.offset, buffers);
+                            let request = self.pending.request(pending, buffers);
                             queue.in_flight += 1;
                             served.in_flight += 1;
                             // SAFETY: as below.
@@ -479,9 +481,10 @@ impl Server {
                                 head,
                                 to: To::Status(status),
                                 op: work.op,
+                                offset: work.offset,
                                 len: work.len,
                             };
-                            let request = self.pending.request(pending, work.offset, work.buffers);
+                            let request = self.pending.request(pending, work.buffers);
                             queue.in_flight += 1;
                             served.in_flight += 1;
                             // SAFETY: the buffers are guest memory, which the queue keeps mapped; the queue is
@@ -551,8 +554,14 @@ impl Server {
             return Ok(());
         };
         served.in_flight -= 1;
-        if let Kinds::Disk { counters, .. } = &served.kind {
-            counters.completed(pending.op, pending.len, result.is_err());
+        let counters = match (&served.kind, &pending.to) {
+            (Kinds::Disk { counters, .. }, _) => Some(&**counters),
+            (Kinds::Scsi(adapter), To::Reply(waiting)) => adapter.counters(waiting),
+            _ => None,
+        };
+        if let Some(counters) = counters {
+            let range = (pending.offset, pending.len);
+            counters.completed(pending.op, range, result.is_err());
         }
         let Some(active) = served.active.as_mut() else {
             return Ok(());
@@ -739,13 +748,8 @@ struct Slab {
 
 impl Slab {
     /// What the engine is to be given for `pending`.
-    fn request(
-        &mut self,
-        pending: Pending,
-        offset: u64,
-        buffers: SmallVec<[libc::iovec; 4]>,
-    ) -> Request {
-        let (op, len) = (pending.op, pending.len);
+    fn request(&mut self, pending: Pending, buffers: SmallVec<[libc::iovec; 4]>) -> Request {
+        let (op, offset, len) = (pending.op, pending.offset, pending.len);
         Request {
             id: self.insert(pending),
             op,

@@ -82,6 +82,9 @@ pub struct SendTo {
     /// Bytes a second, at most; 0 for as many as go.
     #[serde(default)]
     pub bandwidth: u64,
+    /// Disks whose content goes along, such as `disk/root`.
+    #[serde(default)]
+    pub copy: Vec<String>,
 }
 
 impl SendTo {
@@ -103,6 +106,12 @@ pub struct ReceiveFrom {
     /// It does not go on at once, even if it ran.
     #[serde(default)]
     pub paused: bool,
+    /// Disks that are written with what comes, such as `disk/root`: just those that the source sends.
+    #[serde(default)]
+    pub copy: Vec<String>,
+    /// Disks whose files are others than the source's, and hold what those hold.
+    #[serde(default)]
+    pub separate: Vec<String>,
 }
 
 impl ReceiveFrom {

@@ -3,9 +3,11 @@
 //!
 //! | step of the source | who |
 //! |---|---|
-//! | everything stands for a moment: marks and KVM's log are switched on | control |
+//! | everything stands for a moment: marks of memory and of disks that go along, and KVM's log, are switched on | control |
 //! | rounds; meanwhile the machine may be paused, go on, be reset or stopped | migration |
-//! | the machine stands; what the vCPUs had to say before is dealt with first (`Collect` comes behind it) | control |
+//! | the machine stands | control |
+//! | what is left of disks that go along | migration |
+//! | what the vCPUs had to say before is dealt with (`Collect` comes behind it) | control |
 //! | disks are durable and let go; states are collected | control |
 //! | the rest; the destination says that it goes on | migration |
 //! | the machine ends; or takes its disks up and goes on as it was; or stands, when nobody knows | control |
@@ -13,9 +15,10 @@
 //! | step of the destination | who |
 //! |---|---|
 //! | the machine's facts, for comparing | control |
-//! | memory, firmware, states | migration |
+//! | disks that are written with what comes are taken up | control |
+//! | memory, disks, firmware, states | migration |
 //! | all parts load what they remembered | control |
-//! | disks are taken up; it goes on, or stands as the source stood | control |
+//! | all disks are taken up; it goes on, or stands as the source stood | control |
 //!
 //! A destination that does not get so far is at its end.
 
@@ -27,10 +30,12 @@ use super::keep::content;
 use super::{Control, State};
 use crate::config::{ReceiveFrom, SendTo};
 use crate::error::{Error, Kind, Result};
-use crate::mailbox::{EndReason, Event, Mail, Request};
+use crate::mailbox::{EndReason, Event, Request};
 use crate::migrate::marks;
 use crate::migrate::stream::Kind as Record;
-use crate::migrate::{Last, Mover, Order, Progress, Receiving, Sending, Sent, Step, Tools};
+use crate::migrate::{
+    Copied, Expected, Last, Mover, Order, Progress, Receiving, Sending, Sent, Step, Still, Tools,
+};
 use crate::save::facts;
 use crate::save::file::Section;
 use crate::slots::Slots;
@@ -48,6 +53,8 @@ pub(crate) struct Moving {
     slots: Arc<Slots>,
     progress: Arc<Progress>,
     job: Option<Job>,
+    /// Held while a disk is let go of that the other thread may be at.
+    still: Still,
     /// Another machine may have gone on from this one, which stands and has let go of its disks.
     away: bool,
 }
@@ -57,10 +64,14 @@ enum Job {
         id: u64,
         /// Once it stands for the last part: whether it ran before.
         ran: Option<bool>,
+        /// Disks that go along.
+        copies: Vec<Copied>,
     },
     Receive {
         id: u64,
         paused: bool,
+        /// Disks that are written with what comes.
+        copy: Vec<String>,
         /// It goes on here.
         runs: bool,
     },
@@ -73,6 +84,7 @@ impl Moving {
         Ok(Moving {
             slots: Arc::clone(&tools.slots),
             progress: Arc::clone(&tools.progress),
+            still: tools.still.clone(),
             mover: Mover::new(tools, hook)?,
             job: None,
             away: false,
@@ -100,6 +112,11 @@ impl Moving {
                 | Request::Stop
         );
         rounds && harmless
+    }
+
+    /// While this is held, the other thread is at no disk.
+    pub(super) fn hold_disks(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.still.hold()
     }
 
     pub(super) fn stats(&self) -> Option<serde_json::Value> {
@@ -146,31 +163,68 @@ impl Control {
             constant.then(|| Ok((kind, content(rom)?)))
         });
         let roms = roms.collect::<Result<_>>()?;
-        if let Err(error) = self.while_it_stands(Control::watch_memory) {
-            self.forget_memory();
+        let copies = self.contents(&to.copy)?;
+        let watch = |control: &Control| control.watch(&copies);
+        if let Err(error) = self.while_it_stands(watch) {
+            self.forget(&copies);
             return Err(error);
         }
-        self.moving.progress.begin(self.keeping.memory());
-        self.moving.job = Some(Job::Send { id, ran: None });
+        let sizes = copies.iter().map(|copied| copied.image.size());
+        let disks = sizes.fold(0, u64::saturating_add);
+        self.moving.progress.begin(self.keeping.memory(), disks);
+        self.moving.job = Some(Job::Send {
+            id,
+            ran: None,
+            copies: copies.clone(),
+        });
         self.moving.mover.order(Order::Send(Box::new(Sending {
             socket,
             facts,
             roms,
             downtime: Duration::from_millis(to.downtime),
             bandwidth: to.bandwidth,
+            copies,
         })));
         Ok(())
     }
 
-    fn watch_memory(&self) -> Result<()> {
+    /// The disks of these names.
+    fn contents(&self, ids: &[String]) -> Result<Vec<Copied>> {
+        let mut contents: Vec<Copied> = Vec::with_capacity(ids.len());
+        for id in ids {
+            let refuse = |what| Err(Error::invalid("copy", format!("{id} {what}")));
+            let device = self.devices.iter().find(|device| device.id() == *id);
+            let Some(content) = device.and_then(|device| device.content()) else {
+                return refuse("is no disk that the machine has");
+            };
+            if content.image.read_only() {
+                return refuse(
+                    "is read-only: what is on its file does not change, and can be copied before",
+                );
+            }
+            if contents.iter().any(|other| other.id == *id) {
+                return refuse("is there twice");
+            }
+            contents.push(content);
+        }
+        Ok(contents)
+    }
+
+    fn watch(&self, copies: &[Copied]) -> Result<()> {
         marks::switch(&self.keeping.memory, true);
+        for copied in copies {
+            copied.changed.watch(copied.image.size());
+        }
         self.moving.slots.log(true)
     }
 
-    fn forget_memory(&self) {
+    fn forget(&self, copies: &[Copied]) {
         // It costs the guest something that is not needed any more, and that is all.
         let _ = self.moving.slots.log(false);
         marks::switch(&self.keeping.memory, false);
+        for copied in copies {
+            copied.changed.forget();
+        }
     }
 
     pub(super) fn begin_receive(
@@ -186,16 +240,24 @@ impl Control {
         let own = self.facts()?;
         let roms = self.keeping.roms.iter();
         let roms = roms.filter_map(|(section, rom)| Some((record(*section)?.0, rom.size() as u64)));
-        self.moving.progress.begin(self.keeping.memory());
+        let copies = self.contents(&from.copy)?;
+        let sizes = copies.iter().map(|copied| copied.image.size());
+        let disks = sizes.fold(0, u64::saturating_add);
+        self.moving.progress.begin(self.keeping.memory(), disks);
         self.moving.job = Some(Job::Receive {
             id,
             paused: from.paused,
+            copy: from.copy.clone(),
             runs: false,
         });
         self.moving.mover.order(Order::Receive(Box::new(Receiving {
             socket,
-            own,
-            roms: roms.collect(),
+            expected: Expected {
+                own,
+                roms: roms.collect(),
+                copies,
+                separate: from.separate.clone(),
+            },
         })));
         Ok(())
     }
@@ -215,6 +277,10 @@ impl Control {
             }
             Step::Collect => {}
             Step::Sent(sent) => self.sent(sent),
+            Step::Claim => {
+                let claimed = self.claim();
+                self.moving.mover.order(Order::Loaded(claimed));
+            }
             Step::Arrived(last, roms) => {
                 let loaded = self.arrived(&last, roms);
                 self.moving.mover.order(Order::Loaded(loaded));
@@ -239,7 +305,7 @@ impl Control {
         if let Some(Job::Send { ran, .. }) = &mut self.moving.job {
             *ran = Some(now_runs);
         }
-        self.mailbox.inbox.push(Mail::Move(Step::Collect));
+        self.moving.mover.order(Order::Stands);
         Ok(())
     }
 
@@ -266,10 +332,10 @@ impl Control {
     }
 
     fn sent(&mut self, sent: Sent) {
-        let Some(Job::Send { id, ran }) = self.moving.job.take() else {
+        let Some(Job::Send { id, ran, copies }) = self.moving.job.take() else {
             return;
         };
-        self.forget_memory();
+        self.forget(&copies);
         let stood = ran.is_some() && self.state == State::Paused;
         match sent {
             Sent::Away(statistics) => {
@@ -310,6 +376,21 @@ impl Control {
             self.moving.away = false;
         }
         Ok(())
+    }
+
+    /// The source is the right one: what it sends of disks will be written.
+    fn claim(&mut self) -> Result<()> {
+        let Some(Job::Receive { copy, .. }) = &self.moving.job else {
+            return Err(ended());
+        };
+        if self.state != State::Built {
+            return Err(ended());
+        }
+        let mut disks = self.devices.iter();
+        disks.try_for_each(|device| match copy.contains(&device.id()) {
+            true => device.take_up(),
+            false => Ok(()),
+        })
     }
 
     fn arrived(&mut self, last: &Last, roms: Vec<(Record, Vec<u8>)>) -> Result<()> {

@@ -103,8 +103,8 @@ impl Link {
     }
 
     /// Sends the preamble with what follows.
-    pub(super) fn begin(&mut self) {
-        self.out.extend(stream::preamble());
+    pub(super) fn begin(&mut self, version: u32) {
+        self.out.extend(stream::preamble(version));
     }
 
     /// Puts a record behind the others.
@@ -182,11 +182,11 @@ impl Link {
         None
     }
 
-    /// The preamble of a source.
+    /// The preamble of a source: the version of its stream.
     ///
     /// # Errors
     /// As [`stream::check_preamble`]; as [`Link::take`].
-    pub(super) fn take_preamble(&mut self) -> Result<()> {
+    pub(super) fn take_preamble(&mut self) -> Result<u32> {
         let mut bytes = [0; PREAMBLE];
         self.read(&mut bytes, Instant::now() + self.patience)?;
         stream::check_preamble(&bytes)
@@ -210,6 +210,32 @@ impl Link {
         header.check(self.takes, &body)?;
         self.takes = self.takes.wrapping_add(1);
         Ok((header, body))
+    }
+
+    /// Until something has come, for [`Link::take`]; `idle` is called at least every `tick`.
+    ///
+    /// # Errors
+    /// `Disconnected` when nothing comes; what an order to stop says.
+    pub(super) fn expect(&mut self, tick: Duration, mut idle: impl FnMut()) -> Result<()> {
+        let since = Instant::now();
+        while self.taken >= self.received.len() {
+            self.hear()?;
+            let mut byte = 0u8;
+            let place: *mut u8 = &mut byte;
+            let flags = libc::MSG_DONTWAIT | libc::MSG_PEEK;
+            // SAFETY: there is room for one byte.
+            let there = unsafe { libc::recv(self.socket.as_raw_fd(), place.cast(), 1, flags) };
+            if there >= 0 || would_wait().is_some() {
+                // Also what the end of the connection is: whoever takes hears of it.
+                return Ok(());
+            }
+            if since.elapsed() > self.patience {
+                return Err(gone(format!("it said nothing for {:?}", self.patience)));
+            }
+            self.wait(libc::POLLIN, tick)?;
+            idle();
+        }
+        Ok(())
     }
 
     /// The room of a body is used again.

@@ -27,7 +27,8 @@ use vm_memory::GuestMemoryBackend;
 
 use crate::memory::{GuestMemoryMmap, PAGE};
 
-const BITS: u64 = 64;
+/// Bits of a word.
+pub(super) const BITS: u64 = 64;
 
 /// The marks of one region of RAM.
 #[derive(Debug, Default)]
@@ -120,32 +121,36 @@ impl Pages {
     /// The first run of neighbours at or behind byte `from`, at most to the next multiple of `most` bytes: where it begins and
     /// its bytes.
     pub fn run(&self, from: u64, most: u64) -> Option<(u64, u64)> {
-        let mut page = from / PAGE;
-        loop {
-            let word = self.0.get((page / BITS) as usize)? >> (page % BITS);
-            if word != 0 {
-                page = page.saturating_add(u64::from(word.trailing_zeros()));
-                break;
-            }
-            page = (page / BITS).saturating_add(1).saturating_mul(BITS);
-        }
-        let begin = page;
-        let most = most / PAGE;
-        let end = (begin / most).saturating_add(1).saturating_mul(most);
-        while page < end {
-            let Some(word) = self.0.get((page / BITS) as usize) else {
-                break;
-            };
-            let here = u64::from((word >> (page % BITS)).trailing_ones());
-            let left = BITS.saturating_sub(page % BITS);
-            page = page.saturating_add(here.min(left));
-            if here < left {
-                break;
-            }
-        }
-        let len = page.min(end).saturating_sub(begin);
-        Some((begin.saturating_mul(PAGE), len.saturating_mul(PAGE)))
+        let (begin, count) = run(&self.0, from / PAGE, most / PAGE)?;
+        Some((begin.saturating_mul(PAGE), count.saturating_mul(PAGE)))
     }
+}
+
+/// The first run of set bits at or behind bit `from`, at most to the next multiple of `most`: where it begins and how many.
+pub(super) fn run(words: &[u64], from: u64, most: u64) -> Option<(u64, u64)> {
+    let mut bit = from;
+    loop {
+        let word = words.get((bit / BITS) as usize)? >> (bit % BITS);
+        if word != 0 {
+            bit = bit.saturating_add(u64::from(word.trailing_zeros()));
+            break;
+        }
+        bit = (bit / BITS).saturating_add(1).saturating_mul(BITS);
+    }
+    let begin = bit;
+    let end = (begin / most).saturating_add(1).saturating_mul(most);
+    while bit < end {
+        let Some(word) = words.get((bit / BITS) as usize) else {
+            break;
+        };
+        let here = u64::from((word >> (bit % BITS)).trailing_ones());
+        let left = BITS.saturating_sub(bit % BITS);
+        bit = bit.saturating_add(here.min(left));
+        if here < left {
+            break;
+        }
+    }
+    Some((begin, bit.min(end).saturating_sub(begin)))
 }
 
 fn marks(region: &vm_memory::GuestRegionMmap<Marks>) -> &Marks {

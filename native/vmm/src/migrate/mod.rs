@@ -10,12 +10,14 @@
 //!
 //! | source | destination | meanwhile |
 //! |---|---|---|
-//! | preamble, facts | | source runs |
-//! | | accepted, or refused | the destination has compared the facts with its own machine's |
+//! | preamble, facts; copies, if disks go along | | source runs |
+//! | | accepted, or refused | the destination has compared the facts with its own machine's, and taken up the disks that it is to write |
 //! | code, rom | | |
-//! | all of RAM; then rounds: pages, zeros, a round's end | | slowed, if rounds do not shrink |
-//! | the last pages, variables, last | | source stands, its disks are durable and let go |
-//! | | ready, or refused | everything is checked and loaded; its disks are untouched |
+//! | all of the disks that go along, and of RAM; then rounds: disk, blocks, holes; pages, zeros; a round's end | | slowed, if rounds do not shrink |
+//! | | synced, after each round with disks | what came of them is durable, so that little is left to do in the end |
+//! | the last blocks and holes | | source stands |
+//! | the last pages, variables, last | | its disks are durable and let go |
+//! | | ready, or refused | everything is checked and loaded, copies are durable; other disks are untouched |
 //! | go | | from here on the source does not run again by itself |
 //! | | running, or refused | the destination has taken its disks up and goes on (or stands, as the source stood) |
 //! | | | the source ends, reason `migrated` |
@@ -31,23 +33,29 @@
 //! | the connection, after `go` and before `running` | stands, its disks let go, with an error that says so | runs, if `go` has come |
 //!
 //! In the last case nobody but a person can know. A source that is resumed then takes its disks up first, which the locks of a
-//! destination that runs on the same files prevent.
+//! destination that runs on the same files prevent; where the destination has copies, nothing does.
 //!
 //! # What is checked
 //!
-//! The facts, as of a saved machine ([`crate::save::facts`]); disks need not be the same files, for a copy may lie on another host. Every
-//! record has a checksum and a number. A destination takes nothing that it would not take from a file, and it takes it in the
+//! The facts, as of a saved machine ([`crate::save::facts`]). A disk that the guest may write is copied along, or is the same file at both
+//! ends as far as a file system's numbers can tell, or is one of those that the destination's user answers for. Both sides must name the
+//! same disks as copies: a source never makes a destination write where its user did not say so. Every record has a checksum and a number. A destination takes nothing that it would not take from a file, and it takes it in the
 //! sealed worker. Its answers are records, too, and the source believes nothing else of it. The generation ID stays: it is the same machine.
 //!
 //! # How fast
 //!
-//! Rounds end when what is left divided by the speed is within the downtime. The speed is that of pages that are not zeros. A
+//! Rounds end when what is left divided by the speed is within the downtime, for disks and for memory, and with the time that the
+//! destination took to make the last round durable (but for no more than half of the downtime). The speed is that of what is not zeros. A
 //! round that leaves more than half of what it has sent makes the guest slower: its vCPUs stand for a part of each
 //! [`rounds::PERIOD`], which grows to 99 %.
 //!
-//! Left out: several connections, compression and encryption (a tunnel has both), disks' content (copied beforehand or shared),
-//! what is queued in sockets of the host (user-mode networks, vsock: their connections end, as with a restore).
+//! Left out: several connections, compression and encryption (a tunnel has both), what is queued in sockets of the host (user-mode networks, vsock: their connections end, as with a restore).
 
+pub mod changes;
+pub mod copies;
+#[cfg(test)]
+mod copies_tests;
+mod disks;
 pub mod link;
 pub mod marks;
 mod mover;
@@ -63,6 +71,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use copies::{Copied, Still};
 pub(crate) use mover::{Mover, Tools};
 use stream::Kind;
 
@@ -136,24 +145,37 @@ pub(crate) struct Sending {
     pub(crate) downtime: Duration,
     /// Bytes a second; 0 for as many as go.
     pub(crate) bandwidth: u64,
+    /// Disks that go along.
+    pub(crate) copies: Vec<Copied>,
 }
 
 /// A machine that is expected.
 pub(crate) struct Receiving {
     pub(crate) socket: OwnedFd,
+    pub(crate) expected: Expected,
+}
+
+/// What it must be, and what becomes of what comes.
+pub(crate) struct Expected {
     /// Of the machine that was built for it.
     pub(crate) own: Facts,
     /// Which parts of the firmware it has, and their bytes.
     pub(crate) roms: Vec<(Kind, u64)>,
+    /// Disks that are written with what comes.
+    pub(crate) copies: Vec<Copied>,
+    /// Disks that are right although their files are others than the source's.
+    pub(crate) separate: Vec<String>,
 }
 
 /// To the thread.
 pub(crate) enum Order {
     Send(Box<Sending>),
     Receive(Box<Receiving>),
-    /// The machine stands: JSON of [`Last`], and its firmware's variables.
+    /// The machine stands, and nothing is in flight.
+    Stands,
+    /// It is collected: JSON of [`Last`], and its firmware's variables.
     Last(Result<(Vec<u8>, Option<Vec<u8>>)>),
-    /// Everything is loaded.
+    /// What was to be taken up is; everything is loaded.
     Loaded(Result<()>),
     /// The machine goes on here.
     Runs(Result<()>),
@@ -169,6 +191,8 @@ pub(crate) enum Step {
     /// It does, and all that the vCPUs had to say is said: the control thread's to itself.
     Collect,
     Sent(Sent),
+    /// The disks that are written with what comes are to be taken up.
+    Claim,
     /// Load this, with the parts of the firmware.
     Arrived(Box<Last>, Vec<(Kind, Vec<u8>)>),
     /// The machine is ours.
@@ -201,13 +225,29 @@ pub struct Progress {
     pub throughput: AtomicU64,
     /// Percent of the time that the vCPUs are held back.
     pub slowed: AtomicU64,
+    /// Bytes of the disks that go along.
+    pub disk_total: AtomicU64,
+    /// Bytes of them that were sent, without those that are zeros.
+    pub disk_sent: AtomicU64,
+    /// Bytes of them that are to be sent in this round.
+    pub disk_remaining: AtomicU64,
 }
 
 impl Progress {
-    pub(crate) fn begin(&self, total: u64) {
+    /// For so many bytes of RAM, and of disks.
+    pub(crate) fn begin(&self, total: u64, disks: u64) {
         self.total.store(total, Ordering::Relaxed);
         self.remaining.store(total, Ordering::Relaxed);
-        for counter in [&self.sent, &self.round, &self.throughput, &self.slowed] {
+        self.disk_total.store(disks, Ordering::Relaxed);
+        self.disk_remaining.store(disks, Ordering::Relaxed);
+        let others = [
+            &self.sent,
+            &self.round,
+            &self.throughput,
+            &self.slowed,
+            &self.disk_sent,
+        ];
+        for counter in others {
             counter.store(0, Ordering::Relaxed);
         }
     }
@@ -228,6 +268,9 @@ impl Progress {
             "round": value(&self.round),
             "throughput": value(&self.throughput),
             "slowed": value(&self.slowed),
+            "disk_total": value(&self.disk_total),
+            "disk_sent": value(&self.disk_sent),
+            "disk_remaining": value(&self.disk_remaining),
         })
     }
 }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use super::copies::Still;
 use super::link::Link;
 use super::receive::Receiver;
 use super::rounds::Sender;
@@ -23,6 +24,7 @@ pub(crate) struct Tools {
     pub(crate) gate: Arc<Gate>,
     pub(crate) mailbox: Arc<Mailbox>,
     pub(crate) progress: Arc<Progress>,
+    pub(crate) still: Still,
 }
 
 impl Tools {
@@ -102,8 +104,11 @@ fn carry_out(order: Order, orders: &Arc<Queue<Order>>, tools: &Tools) -> bool {
             let mut exit = false;
             let sent = catch_unwind(AssertUnwindSafe(|| {
                 let link = Link::new(job.socket, Arc::clone(orders));
-                let mut sender = match link {
-                    Ok(link) => Sender::new(link, tools.clone(), job.downtime, job.bandwidth),
+                let pace = (job.downtime, job.bandwidth);
+                let copies = job.copies;
+                let sender = link.and_then(|link| Sender::new(link, tools.clone(), pace, copies));
+                let mut sender = match sender {
+                    Ok(sender) => sender,
                     Err(error) => return Sent::Stays(error),
                 };
                 let sent = sender.send(&job.facts, &job.roms);
@@ -121,7 +126,7 @@ fn carry_out(order: Order, orders: &Arc<Queue<Order>>, tools: &Tools) -> bool {
             let received = catch_unwind(AssertUnwindSafe(|| {
                 let link = Link::new(job.socket, Arc::clone(orders))?;
                 let mut receiver = Receiver::new(link, tools.clone());
-                let received = receiver.receive(&job.own, &job.roms);
+                let received = receiver.receive(&job.expected);
                 exit = receiver.exits();
                 received
             }));
@@ -130,7 +135,9 @@ fn carry_out(order: Order, orders: &Arc<Queue<Order>>, tools: &Tools) -> bool {
             exit
         }
         // About a job that has ended.
-        Order::Last(_) | Order::Loaded(_) | Order::Runs(_) | Order::Cancel(_) => false,
+        Order::Stands | Order::Last(_) | Order::Loaded(_) | Order::Runs(_) | Order::Cancel(_) => {
+            false
+        }
         Order::Exit => true,
     }
 }

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::copies::{List, Targets};
 use super::link::Link;
 use super::mover::Tools;
-use super::stream::{damaged, Header, Kind};
-use super::{per_second, Last, Order, Refusal, Step};
+use super::stream::{damaged, Header, Kind, COPIES};
+use super::{per_second, Expected, Last, Order, Refusal, Step};
 use crate::error::{Error, Result};
 use crate::memory::{self, GuestMemoryMmap, PAGE};
 use crate::save::facts::{Disks, Facts};
@@ -27,6 +28,8 @@ pub enum Next {
     More,
     /// The facts fit.
     Accept,
+    /// What came of disks so far is to be durable, and that to be said.
+    Sync,
     /// Everything is there.
     Load(Box<Last>, Vec<Rom>),
     /// The machine is ours.
@@ -36,6 +39,7 @@ pub enum Next {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Facts,
+    Copies,
     Memory,
     Go,
     Done,
@@ -46,6 +50,10 @@ pub struct Intake<'a> {
     memory: &'a GuestMemoryMmap,
     own: &'a Facts,
     expected: &'a [(Kind, u64)],
+    /// Disks whose files may be others than the source's although nothing comes of them.
+    separate: &'a [String],
+    targets: Targets,
+    version: u32,
     stage: Stage,
     roms: Vec<Rom>,
     /// Bytes of RAM that the source has yet to send in this round, as it says.
@@ -53,12 +61,20 @@ pub struct Intake<'a> {
 }
 
 impl<'a> Intake<'a> {
-    /// For a machine that is `own`, with these parts of firmware.
-    pub fn new(memory: &'a GuestMemoryMmap, own: &'a Facts, expected: &'a [(Kind, u64)]) -> Self {
+    /// For a machine that is `own`, with these parts of firmware, of a stream of this version; what is on disks goes to `targets`.
+    pub fn new(
+        memory: &'a GuestMemoryMmap,
+        (own, expected): (&'a Facts, &'a [(Kind, u64)]),
+        (targets, separate): (Targets, &'a [String]),
+        version: u32,
+    ) -> Self {
         Intake {
             memory,
             own,
             expected,
+            separate,
+            targets,
+            version,
             stage: Stage::Facts,
             roms: Vec::new(),
             left: 0,
@@ -73,15 +89,35 @@ impl<'a> Intake<'a> {
         match (self.stage, header.kind) {
             (Stage::Facts, Kind::Facts) => {
                 self.facts(body)?;
+                if self.version >= COPIES {
+                    self.stage = Stage::Copies;
+                    return Ok(Next::More);
+                }
+                self.targets.expect(&List::default())?;
                 self.stage = Stage::Memory;
                 return Ok(Next::Accept);
             }
+            (Stage::Copies, Kind::Copies) => {
+                let list = serde_json::from_slice(body);
+                let list = list.map_err(|e| damaged(format!("its copies: {e}")))?;
+                self.targets.expect(&list)?;
+                self.stage = Stage::Memory;
+                return Ok(Next::Accept);
+            }
+            (Stage::Memory, Kind::Disk) => self.targets.choose(header.place)?,
+            (Stage::Memory, Kind::Blocks) => self.targets.write(header.place, body)?,
+            (Stage::Memory, Kind::Holes) => self.targets.clear(header.place, header.bytes)?,
             (Stage::Memory, Kind::Code | Kind::Rom | Kind::Variables) => {
                 self.rom(header.kind, body)?;
             }
             (Stage::Memory, Kind::Pages) => self.fill(header.place, body)?,
             (Stage::Memory, Kind::Zeros) => self.empty(header.place, header.bytes)?,
-            (Stage::Memory, Kind::Round) => self.left = header.bytes,
+            (Stage::Memory, Kind::Round) => {
+                self.left = header.bytes;
+                if self.version >= COPIES {
+                    return Ok(Next::Sync);
+                }
+            }
             (Stage::Memory, Kind::Still) => {}
             (Stage::Memory, Kind::Last) => {
                 let last = serde_json::from_slice(body);
@@ -104,7 +140,17 @@ impl<'a> Intake<'a> {
     fn facts(&self, body: &[u8]) -> Result<()> {
         let facts = serde_json::from_slice::<Facts>(body);
         let facts = facts.map_err(|e| damaged(format!("its facts: {e}")))?;
-        facts.check(self.own, Disks::Any)
+        facts.check(self.own, Disks::Any)?;
+        let right = |id: &str| self.targets.has(id) || self.separate.iter().any(|one| one == id);
+        facts.check_shared(self.own, right)
+    }
+
+    /// Makes durable what has come of disks.
+    ///
+    /// # Errors
+    /// What is wrong with one, by its id.
+    pub fn sync(&mut self) -> Result<()> {
+        self.targets.sync()
     }
 
     fn rom(&mut self, kind: Kind, body: &[u8]) -> Result<()> {
@@ -189,8 +235,8 @@ impl Receiver {
     }
 
     /// Until the machine goes on here; with the statistics.
-    pub(super) fn receive(&mut self, own: &Facts, roms: &[(Kind, u64)]) -> Result<String> {
-        let received = self.try_receive(own, roms);
+    pub(super) fn receive(&mut self, job: &Expected) -> Result<String> {
+        let received = self.try_receive(job);
         if let Err(error) = &received {
             // The source may be gone as well.
             self.link.put(Kind::Refused, (0, 0), &Refusal::bytes(error));
@@ -199,10 +245,17 @@ impl Receiver {
         received
     }
 
-    fn try_receive(&mut self, own: &Facts, roms: &[(Kind, u64)]) -> Result<String> {
+    fn try_receive(&mut self, job: &Expected) -> Result<String> {
         let memory = std::sync::Arc::clone(&self.tools.memory);
-        self.link.take_preamble()?;
-        let mut intake = Intake::new(&memory, own, roms);
+        let version = self.link.take_preamble()?;
+        let targets = Targets::new(job.copies.clone(), &self.tools.still)?;
+        let copies = !targets.is_empty();
+        let mut intake = Intake::new(
+            &memory,
+            (&job.own, &job.roms),
+            (targets, &job.separate),
+            version,
+        );
         loop {
             let (header, body) = self.link.take()?;
             let next = intake.take(&header, &body)?;
@@ -210,13 +263,23 @@ impl Receiver {
             match next {
                 Next::More => self.show(&intake),
                 Next::Accept => {
+                    if copies {
+                        self.tools.tell(Step::Claim);
+                        self.done()?;
+                    }
                     // What was made for a machine that begins is not this one's.
                     for region in memory.iter() {
                         empty(&memory, region.start_addr().0, region.len())?;
                     }
                     self.say(Kind::Accepted)?;
                 }
+                Next::Sync => {
+                    intake.sync()?;
+                    self.say(Kind::Synced)?;
+                    self.show(&intake);
+                }
                 Next::Load(last, roms) => {
+                    intake.sync()?;
                     self.tools.tell(Step::Arrived(last, roms));
                     self.done()?;
                     self.say(Kind::Ready)?;
@@ -224,6 +287,8 @@ impl Receiver {
                 Next::Go => break,
             }
         }
+        // Its engines let go of the disks.
+        drop(intake);
         self.link.ignore_orders();
         self.tools.tell(Step::Go);
         self.done()?;

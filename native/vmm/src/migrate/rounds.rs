@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion};
 
+use super::changes::Blocks;
+use super::copies::{Copied, Source};
+use super::disks;
 use super::link::Link;
 use super::marks::{self, Pages};
 use super::mover::Tools;
-use super::stream::{self, Kind, PAGES_MAX};
+use super::stream::{self, Kind, BLOCKS_MAX, PAGES_MAX};
 use super::{per_second, Order, Refusal, Sent, Step};
 use crate::error::{Error, Result};
 use crate::memory::{self, PAGE};
@@ -36,43 +39,69 @@ const SLACK: Duration = Duration::from_millis(2);
 
 /// Sends one machine.
 pub(super) struct Sender {
-    link: Link,
-    tools: Tools,
+    pub(super) link: Link,
+    pub(super) tools: Tools,
     downtime: Duration,
     bandwidth: u64,
     holes: Holes,
-    begin: Instant,
-    pace: Pace,
+    pub(super) begin: Instant,
+    pub(super) pace: Pace,
     speed: Speed,
+    /// Disks that go along, and the speed of these.
+    pub(super) sources: Vec<Source>,
+    pub(super) disk_speed: Speed,
     /// When the bandwidth allows for more.
     due: Instant,
-    room: Vec<u8>,
+    pub(super) room: Vec<u8>,
     /// `go` has gone out whole.
     given_away: bool,
 }
 
-/// Bytes that were moved, and the time that it took.
+/// Bytes that were moved, and the time that it took: in this round, and in those before.
 #[derive(Clone, Copy, Debug, Default)]
-struct Speed {
-    bytes: u64,
-    time: Duration,
+pub(super) struct Speed {
+    now: (u64, Duration),
+    before: (u64, Duration),
 }
 
 impl Speed {
+    pub(super) fn add(&mut self, bytes: u64, time: Duration) {
+        self.now = (
+            self.now.0.saturating_add(bytes),
+            self.now.1.saturating_add(time),
+        );
+    }
+
+    fn overall(self) -> (u64, Duration) {
+        (
+            self.before.0.saturating_add(self.now.0),
+            self.before.1.saturating_add(self.now.1),
+        )
+    }
+
+    fn next_round(&mut self) {
+        self.before = self.overall();
+        self.now = (0, Duration::ZERO);
+    }
+
     /// How long so many bytes take.
     fn time_for(self, bytes: u64) -> Duration {
         if bytes == 0 {
             return Duration::ZERO;
         }
-        if self.bytes == 0 {
-            return Duration::MAX;
+        match if self.now.0 >= SAMPLE {
+            self.now
+        } else {
+            self.overall()
+        } {
+            (0, _) => Duration::MAX,
+            (moved, time) => time.mul_f64(bytes as f64 / moved as f64),
         }
-        self.time.mul_f64(bytes as f64 / self.bytes as f64)
     }
 }
 
 /// How the vCPUs are held back: for so long, after they ran, that the part of the time is right, however late this is.
-struct Pace {
+pub(super) struct Pace {
     percent: u64,
     held_until: Instant,
 }
@@ -84,7 +113,7 @@ impl Pace {
         part.max(SLICE_MIN)
     }
 
-    fn keep(&mut self, tools: &Tools) {
+    pub(super) fn keep(&mut self, tools: &Tools) {
         let now = Instant::now();
         let ran = now.saturating_duration_since(self.held_until);
         if self.percent == 0 || ran < self.slice() {
@@ -98,7 +127,7 @@ impl Pace {
     }
 
     /// When to look again.
-    fn tick(&self) -> Duration {
+    pub(super) fn tick(&self) -> Duration {
         let next = self.held_until.checked_add(self.slice());
         let left = next.map(|next| next.saturating_duration_since(Instant::now()));
         left.unwrap_or(PERIOD).clamp(SLICE_MIN, PERIOD)
@@ -116,9 +145,20 @@ impl Pace {
 }
 
 impl Sender {
-    pub(super) fn new(link: Link, tools: Tools, downtime: Duration, bandwidth: u64) -> Sender {
+    /// For a guest that may stand for so long, through so many bytes a second.
+    ///
+    /// # Errors
+    /// `Unavailable` when the kernel gives no eventfd.
+    pub(super) fn new(
+        link: Link,
+        tools: Tools,
+        (downtime, bandwidth): (Duration, u64),
+        copies: Vec<Copied>,
+    ) -> Result<Sender> {
         let now = Instant::now();
-        Sender {
+        let sources = copies.into_iter();
+        let sources = sources.map(|copied| Source::new(copied, &tools.still));
+        Ok(Sender {
             holes: Holes::of(&tools.memory),
             link,
             downtime,
@@ -129,11 +169,13 @@ impl Sender {
                 held_until: now,
             },
             speed: Speed::default(),
+            sources: sources.collect::<Result<_>>()?,
+            disk_speed: Speed::default(),
             due: now,
-            room: vec![0; PAGES_MAX as usize],
+            room: vec![0; PAGES_MAX.max(BLOCKS_MAX) as usize],
             given_away: false,
             tools,
-        }
+        })
     }
 
     pub(super) fn exits(&self) -> bool {
@@ -154,15 +196,24 @@ impl Sender {
         facts: &[u8],
         roms: &[(Kind, Vec<u8>)],
     ) -> std::result::Result<String, Failure> {
-        self.link.begin();
+        let copies = !self.sources.is_empty();
+        self.link.begin(if copies {
+            stream::COPIES
+        } else {
+            stream::PLAIN
+        });
         self.link.put(Kind::Facts, (0, 0), facts);
+        if copies {
+            let list = self.copies()?;
+            self.link.put(Kind::Copies, (0, 0), &list);
+        }
         self.flush()?;
         self.answer(Kind::Accepted)?;
         for (kind, bytes) in roms {
             self.link.put(*kind, (0, 0), bytes);
         }
-        let mut left = self.rounds()?;
-        let (stood, last, variables) = self.halt()?;
+        let (mut left, blocks) = self.rounds()?;
+        let (stood, last, variables) = self.halt(blocks)?;
         self.tools.slots.harvest()?;
         left.add(&marks::take(&self.tools.memory));
         self.pages(&left)?;
@@ -189,48 +240,63 @@ impl Sender {
             "seconds": self.begin.elapsed().as_secs_f64(),
             "throughput": per_second(self.link.moved(), self.begin.elapsed()),
             "slowed": progress.slowed.load(Relaxed),
+            "disk_sent": progress.disk_sent.load(Relaxed),
         })
         .to_string())
     }
 
     /// Until what is left is little; that is given back.
-    fn rounds(&mut self) -> Result<Pages> {
+    fn rounds(&mut self) -> std::result::Result<(Pages, Vec<Blocks>), Failure> {
         let mut pages = Pages::all(&self.tools.memory);
-        let mut overall = Speed::default();
+        let mut blocks = self.all_blocks();
         loop {
-            let (bytes, before) = (pages.bytes(), self.link.moved());
-            self.speed = Speed::default();
+            let round = pages.bytes().saturating_add(disks::bytes(&blocks));
+            let before = self.link.moved();
+            self.speed.next_round();
+            self.disk_speed.next_round();
+            self.blocks(&blocks)?;
             self.pages(&pages)?;
-            self.link.put(Kind::Round, (0, bytes), &[]);
+            self.link.put(Kind::Round, (0, round), &[]);
             self.flush()?;
+            let sent = self.link.moved().saturating_sub(before);
+            let settled = self.settle()?;
             self.tools.slots.harvest()?;
             pages = marks::take(&self.tools.memory);
-            let left = pages.bytes();
+            blocks = self.changed_blocks();
+            let (left, disks) = (pages.bytes(), disks::bytes(&blocks));
             let progress = &self.tools.progress;
             progress.round.fetch_add(1, Relaxed);
             progress.remaining.store(left, Relaxed);
-            overall.bytes = overall.bytes.saturating_add(self.speed.bytes);
-            overall.time = overall.time.saturating_add(self.speed.time);
-            let speed = match self.speed.bytes {
-                SAMPLE.. => self.speed,
-                _ => overall,
-            };
-            if speed.time_for(left) <= self.downtime {
-                return Ok(pages);
+            progress.disk_remaining.store(disks, Relaxed);
+            let time = self.speed.time_for(left);
+            let time = time.saturating_add(self.disk_speed.time_for(disks));
+            // What takes that long however little there is must not keep it from ever coming to its end.
+            if time.saturating_add(settled.min(self.downtime / 2)) <= self.downtime {
+                return Ok((pages, blocks));
             }
-            self.pace
-                .adapt(left, self.link.moved().saturating_sub(before));
+            self.pace.adapt(left.saturating_add(disks), sent);
             progress.slowed.store(self.pace.percent, Relaxed);
         }
     }
 
-    /// The machine stands: since when, what its parts remember, the firmware's variables.
-    fn halt(&mut self) -> Result<(Instant, Vec<u8>, Option<Vec<u8>>)> {
+    /// The machine stands: since when, what its parts remember, the firmware's variables. What is left of disks is sent before these
+    /// are let go.
+    fn halt(
+        &mut self,
+        mut blocks: Vec<Blocks>,
+    ) -> std::result::Result<(Instant, Vec<u8>, Option<Vec<u8>>), Failure> {
         self.pace.percent = 0;
         let stood = Instant::now();
         self.tools.tell(Step::Halt);
         loop {
             match self.link.order(STILL)? {
+                Some(Order::Stands) => {
+                    for (blocks, last) in blocks.iter_mut().zip(self.changed_blocks()) {
+                        blocks.join(&last);
+                    }
+                    self.blocks(&blocks)?;
+                    self.tools.tell(Step::Collect);
+                }
                 Some(Order::Last(last)) => {
                     let (last, variables) = last?;
                     return Ok((stood, last, variables));
@@ -245,7 +311,7 @@ impl Sender {
         }
     }
 
-    fn answer(&mut self, wanted: Kind) -> std::result::Result<(), Failure> {
+    pub(super) fn answer(&mut self, wanted: Kind) -> std::result::Result<(), Failure> {
         let (header, body) = self.link.take().map_err(Failure::Broken)?;
         match header.kind {
             kind if kind == wanted => Ok(()),
@@ -271,8 +337,7 @@ impl Sender {
             self.spare_bandwidth(filled)?;
             self.pace.keep(&self.tools);
             if filled > len / 2 {
-                self.speed.bytes = self.speed.bytes.saturating_add(len);
-                self.speed.time = self.speed.time.saturating_add(begin.elapsed());
+                self.speed.add(len, begin.elapsed());
             }
             left = left.saturating_sub(len);
             from = offset.saturating_add(len);
@@ -284,7 +349,7 @@ impl Sender {
         }
         let begin = Instant::now();
         self.flush()?;
-        self.speed.time = self.speed.time.saturating_add(begin.elapsed());
+        self.speed.add(0, begin.elapsed());
         Ok(())
     }
 
@@ -317,14 +382,14 @@ impl Sender {
         read
     }
 
-    fn flush(&mut self) -> Result<()> {
+    pub(super) fn flush(&mut self) -> Result<()> {
         let (link, pace, tools) = (&mut self.link, &mut self.pace, &self.tools);
         link.flush(pace.tick(), || pace.keep(tools))
     }
 
     /// Waits until no more than the bandwidth was used. What was not used before is not made up for: the speed that is
     /// measured is what can be relied on.
-    fn spare_bandwidth(&mut self, bytes: u64) -> Result<()> {
+    pub(super) fn spare_bandwidth(&mut self, bytes: u64) -> Result<()> {
         if self.bandwidth == 0 {
             return Ok(());
         }
@@ -356,7 +421,7 @@ fn read(tools: &Tools, offset: u64, place: &mut [u8]) -> Result<()> {
 }
 
 /// Why the machine has not left.
-enum Failure {
+pub(super) enum Failure {
     /// Somebody who knows has said that it never will run there.
     Known(Error),
     /// It depends on how far it was.

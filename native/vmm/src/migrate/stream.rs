@@ -10,16 +10,23 @@
 //! | 4 | 4 | CRC-32C of the header, with zeros here, and the body |
 //! | 8 | 4 | bytes of the body |
 //! | 12 | 4 | number of the record, from 0 in each direction: none is lost, twice there or out of order |
-//! | 16 | 8 | pages, zeros: which byte of RAM is the first, without the hole below 4 GiB; else 0 |
-//! | 24 | 8 | pages, zeros: how many bytes of RAM; round: bytes that are left; else 0 |
+//! | 16 | 8 | pages, zeros: which byte of RAM is the first, without the hole below 4 GiB; blocks, holes: which byte of the disk; disk: its place in the list of copies, from 0; else 0 |
+//! | 24 | 8 | pages, zeros: how many bytes of RAM; blocks, holes: how many of the disk; round: bytes that it had; else 0 |
+//!
+//! | version | what is new |
+//! |---|---|
+//! | 1 | |
+//! | 2 | disks' content: copies, disk, blocks, holes; synced. A source that copies nothing writes version 1, which any destination reads |
 
 use crate::error::{Error, Kind as Trouble, Result};
 use crate::memory::PAGE;
 use crate::save::checksum::Crc32c;
 use crate::save::file::{u32_at, u64_at};
 
-/// The version that this crate writes; it reads all up to it.
-pub const FORMAT: u32 = 1;
+/// The version of a stream without disks' content.
+pub const PLAIN: u32 = 1;
+/// The version of a stream with it, and the last that is read.
+pub const COPIES: u32 = 2;
 const MAGIC: [u8; 8] = *b"VMBUSMIG";
 /// Bytes of the preamble.
 pub const PREAMBLE: usize = 16;
@@ -27,6 +34,8 @@ pub const PREAMBLE: usize = 16;
 pub const HEADER: usize = 32;
 /// Most bytes of RAM in one record.
 pub const PAGES_MAX: u64 = 1 << 20;
+/// Most bytes of a disk in one record that has them.
+pub const BLOCKS_MAX: u64 = 1 << 20;
 
 /// What a record is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +58,14 @@ pub enum Kind {
     Variables,
     /// JSON of [`super::Last`]: what the parts of the machine remember. RAM is complete.
     Last,
+    /// JSON of [`super::copies::List`]: the disks whose content comes, too.
+    Copies,
+    /// What follows is of this disk.
+    Disk,
+    /// A part of a disk with what is in it.
+    Blocks,
+    /// A part of a disk that is zeros.
+    Holes,
     /// The machine is the destination's.
     Go,
     /// The destination takes the machine.
@@ -59,10 +76,12 @@ pub enum Kind {
     Ready,
     /// The machine is the destination's, and goes on.
     Running,
+    /// What came of disks in this round is durable.
+    Synced,
 }
 
 /// Each with its number and the most bytes that its body may have.
-const KINDS: [(Kind, u32, u32); 14] = [
+const KINDS: [(Kind, u32, u32); 19] = [
     (Kind::Facts, 1, 4 << 20),
     (Kind::Code, 2, 8 << 20),
     (Kind::Rom, 3, 8 << 20),
@@ -73,10 +92,15 @@ const KINDS: [(Kind, u32, u32); 14] = [
     (Kind::Variables, 8, 8 << 20),
     (Kind::Last, 9, 16 << 20),
     (Kind::Go, 10, 0),
+    (Kind::Copies, 11, 64 << 10),
+    (Kind::Disk, 12, 0),
+    (Kind::Blocks, 13, BLOCKS_MAX as u32),
+    (Kind::Holes, 14, 0),
     (Kind::Accepted, 16, 0),
     (Kind::Refused, 17, 64 << 10),
     (Kind::Ready, 18, 0),
     (Kind::Running, 19, 0),
+    (Kind::Synced, 20, 0),
 ];
 
 /// A header whose numbers make sense; whether the record is whole, its checksum says.
@@ -103,20 +127,20 @@ pub fn damaged(what: impl std::fmt::Display) -> Error {
 }
 
 /// What the source says first.
-pub fn preamble() -> [u8; PREAMBLE] {
+pub fn preamble(version: u32) -> [u8; PREAMBLE] {
     let mut bytes = [0; PREAMBLE];
-    let parts = MAGIC.into_iter().chain(FORMAT.to_le_bytes());
+    let parts = MAGIC.into_iter().chain(version.to_le_bytes());
     for (place, byte) in bytes.iter_mut().zip(parts) {
         *place = byte;
     }
     bytes
 }
 
-/// Whether this is a source whose stream can be read.
+/// The version of a source whose stream can be read.
 ///
 /// # Errors
 /// `ImageInvalid` for something else; `NotSupported` for a newer format.
-pub fn check_preamble(bytes: &[u8; PREAMBLE]) -> Result<()> {
+pub fn check_preamble(bytes: &[u8; PREAMBLE]) -> Result<u32> {
     if !bytes.starts_with(&MAGIC) {
         return Err(damaged("it does not begin with VMBUSMIG"));
     }
@@ -124,13 +148,13 @@ pub fn check_preamble(bytes: &[u8; PREAMBLE]) -> Result<()> {
     if u32_at(bytes, 12) != 0 {
         return Err(damaged("the preamble"));
     }
-    if version != FORMAT {
+    if !(PLAIN..=COPIES).contains(&version) {
         let message = format!(
-            "format {version} of the stream is not known here; up to {FORMAT} is: the destination needs a newer vmbus"
+            "format {version} of the stream is not known here; up to {COPIES} is: the destination needs a newer vmbus"
         );
         return Err(Error::new(Trouble::NotSupported, "socket", message));
     }
-    Ok(())
+    Ok(version)
 }
 
 impl Header {
@@ -199,6 +223,9 @@ impl Header {
         let fits = match kind {
             Kind::Pages => whole && header.bytes == u64::from(header.len),
             Kind::Zeros => whole,
+            Kind::Blocks => header.bytes > 0 && header.bytes == u64::from(header.len),
+            Kind::Holes => header.bytes > 0,
+            Kind::Disk => header.bytes == 0,
             Kind::Round => header.place == 0,
             _ => header.place == 0 && header.bytes == 0,
         };
@@ -255,9 +282,12 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_told_from_something_else() {
-        check_preamble(&preamble()).unwrap();
-        let mut newer = preamble();
-        newer[8] = 2;
+        for version in [PLAIN, COPIES] {
+            assert_eq!(check_preamble(&preamble(version)).unwrap(), version);
+        }
+        assert_eq!(preamble(PLAIN), *b"VMBUSMIG\x01\0\0\0\0\0\0\0");
+        let mut newer = preamble(COPIES);
+        newer[8] += 1;
         assert_eq!(
             check_preamble(&newer).unwrap_err().kind,
             Trouble::NotSupported

@@ -2,6 +2,8 @@
 //! The stream without machines: what may come, what may not, and what comes of a far side that does nothing.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,9 +11,10 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::copies::Targets;
 use super::link::Link;
 use super::receive::{Intake, Next};
-use super::stream::{Header, Kind, HEADER, PAGES_MAX};
+use super::stream::{Header, Kind, COPIES, HEADER, PAGES_MAX, PLAIN};
 use super::Order;
 use crate::error::{Error, Kind as Trouble, Result};
 use crate::layout::HIGH_RAM_START;
@@ -20,6 +23,7 @@ use crate::memory::{GuestMemoryMmap, PAGE};
 use crate::save::facts::Facts;
 use crate::virtio::fuzz::random::Random;
 use crate::virtio::fuzz::seeds::{seeds, within_a_minute};
+use crate::virtio::rig::{image, nameless_file, DISK_BYTES};
 
 const MIB: u64 = 1 << 20;
 const CODE: [u8; 300] = [3; 300];
@@ -83,9 +87,19 @@ fn bytes(records: &[Record]) -> Vec<u8> {
 }
 
 /// Takes a stream in as the destination does; whether it got so far as to run.
-fn take(memory: &GuestMemoryMmap, mut stream: &[u8]) -> Result<bool> {
+fn take(memory: &GuestMemoryMmap, stream: &[u8]) -> Result<bool> {
+    take_with(memory, Targets::default(), PLAIN, stream)
+}
+
+/// The same of a stream of this version, with these disks to be written.
+fn take_with(
+    memory: &GuestMemoryMmap,
+    targets: Targets,
+    version: u32,
+    mut stream: &[u8],
+) -> Result<bool> {
     let (own, expected) = (facts(), [(Kind::Code, CODE.len() as u64)]);
-    let mut intake = Intake::new(memory, &own, &expected);
+    let mut intake = Intake::new(memory, (&own, &expected), (targets, &[]), version);
     for number in 0.. {
         let Some((header, rest)) = stream.split_first_chunk::<HEADER>() else {
             return Ok(false);
@@ -229,6 +243,183 @@ fn random_streams() {
         }
     }
     assert!(ran > 0 && refused > 0, "{ran} ran, {refused} were refused");
+}
+
+/// The records of a source that sends what is on a disk of [`DISK_BYTES`], too.
+fn lawful_with_a_disk() -> Vec<Record> {
+    let mut records = lawful();
+    let list = json!({ "disks": [{ "id": "disk/root", "size": DISK_BYTES }] });
+    records.insert(1, (Kind::Copies, (0, 0), list.to_string().into_bytes()));
+    let disk = [
+        (Kind::Disk, (0, 0), Vec::new()),
+        (Kind::Blocks, (0x1000, 0x2000), vec![5; 0x2000]),
+        (Kind::Holes, (0x2000, 0x1000), Vec::new()),
+        (Kind::Round, (0, 0), Vec::new()),
+        (Kind::Blocks, (DISK_BYTES - 512, 512), vec![6; 512]),
+    ];
+    records.splice(5..5, disk);
+    records
+}
+
+/// A disk that has something on it already, and what is written there with what comes.
+fn old_disk() -> (std::fs::File, Targets) {
+    let file = nameless_file();
+    file.write_all_at(&vec![1; DISK_BYTES as usize], 0).unwrap();
+    let image = image(file.try_clone().unwrap(), false);
+    let targets = Targets::of(vec![("disk/root".to_owned(), image)]).unwrap();
+    (file, targets)
+}
+
+#[test]
+fn what_is_on_a_disk_comes_where_it_belongs() {
+    let (file, targets) = old_disk();
+    let stream = bytes(&lawful_with_a_disk());
+    assert!(take_with(&memory(), targets, COPIES, &stream).unwrap());
+    let mut found = vec![0; DISK_BYTES as usize];
+    file.read_exact_at(&mut found, 0).unwrap();
+    let mut wanted = vec![1; DISK_BYTES as usize];
+    wanted[0x1000..0x2000].fill(5);
+    wanted[0x2000..0x3000].fill(0);
+    wanted[DISK_BYTES as usize - 512..].fill(6);
+    assert!(found == wanted);
+}
+
+#[test]
+fn what_does_not_belong_on_a_disk_is_refused() {
+    let refused = |version: u32, change: Change| {
+        let (_file, targets) = old_disk();
+        let mut records = lawful_with_a_disk();
+        change(&mut records);
+        let taken = take_with(&memory(), targets, version, &bytes(&records));
+        taken.map(|_| ()).unwrap_err()
+    };
+    let listed = |disks: serde_json::Value| {
+        let body = json!({ "disks": disks }).to_string().into_bytes();
+        (Kind::Copies, (0, 0), body)
+    };
+    let damaged: [Change; 9] = [
+        // Not announced, announced twice or too late, or a disk that there is not.
+        &|r| drop(r.remove(1)),
+        &|r| r.insert(2, r[1].clone()),
+        &|r| r.swap(1, 2),
+        &|r| r[5].1 .0 = 1,
+        &|r| r[5].1 .0 = u64::MAX,
+        &|r| drop(r.remove(5)),
+        // Beyond its end, and around the end of everything.
+        &|r| r[6].1 .0 = DISK_BYTES - 0x1000,
+        &|r| r[7].1 = (u64::MAX - 1, 4),
+        &|r| r[7].1 = (0, u64::MAX),
+    ];
+    for (number, change) in damaged.iter().enumerate() {
+        let error = refused(COPIES, change);
+        assert_eq!(
+            error.kind,
+            Trouble::ImageInvalid,
+            "change {number}: {error}"
+        );
+    }
+    let about = |change: Change| {
+        let error = refused(COPIES, change);
+        (error.kind, error.argument)
+    };
+    let invalid = |argument: &str| (Trouble::InvalidArgument, argument.to_owned());
+    let size = DISK_BYTES;
+    assert_eq!(about(&|r| r[1] = listed(json!([]))), invalid("copy"));
+    let twice = json!([{ "id": "disk/root", "size": size }, { "id": "disk/root", "size": size }]);
+    assert_eq!(about(&|r| r[1] = listed(twice.clone())), invalid("copy"));
+    let other = json!([{ "id": "disk/data", "size": size }]);
+    assert_eq!(about(&|r| r[1] = listed(other.clone())), invalid("copy"));
+    let larger = json!([{ "id": "disk/root", "size": size + 512 }]);
+    assert_eq!(
+        about(&|r| r[1] = listed(larger.clone())),
+        invalid("disk/root")
+    );
+    // A source that does not know of copies.
+    let error = refused(PLAIN, &|_| {});
+    assert_eq!((error.kind, error.argument), invalid("copy"));
+    // A destination that does not want any.
+    let stream = bytes(&lawful_with_a_disk());
+    let error = take_with(&memory(), Targets::default(), COPIES, &stream).unwrap_err();
+    assert_eq!((error.kind, error.argument), invalid("copy"));
+}
+
+#[test]
+fn random_streams_with_disks_harm_nothing() {
+    within_a_minute(random_streams_with_disks);
+}
+
+/// Disks are what the records say up to the first that is refused, and nothing panics.
+fn random_streams_with_disks() {
+    let (mut ran, mut refused) = (0, 0);
+    for seed in seeds(100) {
+        let mut random = Random(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
+        let (file, targets) = old_disk();
+        let mut records = lawful_with_a_disk();
+        for _ in 0..random.below(8) {
+            let place = 6 + random.below(records.len() as u64 - 8) as usize;
+            let len = 1 + random.below(0x3000);
+            let there = (random.below(DISK_BYTES - len), len);
+            let record = match random.below(8) {
+                0 => (Kind::Holes, there, Vec::new()),
+                1 => (Kind::Holes, (random.number(), random.number()), Vec::new()),
+                2 => (Kind::Disk, (random.below(2), 0), Vec::new()),
+                3 => records[random.below(records.len() as u64) as usize].clone(),
+                _ => (Kind::Blocks, there, vec![random.next() as u8; len as usize]),
+            };
+            records.insert(place, record);
+        }
+        let mut stream = bytes(&records);
+        let spoilt = random.one_in(4);
+        if spoilt {
+            let at = random.below(stream.len() as u64) as usize;
+            stream[at] ^= 1 << random.below(8);
+        }
+        match take_with(&memory(), targets, COPIES, &stream) {
+            Ok(true) => {
+                assert!(!spoilt, "seed {seed}: a spoilt stream ran");
+                let mut model = vec![1; DISK_BYTES as usize];
+                for (kind, (place, len), body) in &records {
+                    let there = *place as usize..(place + len) as usize;
+                    match kind {
+                        Kind::Blocks => model[there].copy_from_slice(body),
+                        Kind::Holes => model[there].fill(0),
+                        _ => {}
+                    }
+                }
+                let mut found = vec![0; DISK_BYTES as usize];
+                file.read_exact_at(&mut found, 0).unwrap();
+                assert!(found == model, "seed {seed}");
+                ran += 1;
+            }
+            _ => refused += 1,
+        }
+    }
+    assert!(ran > 0 && refused > 0, "{ran} ran, {refused} were refused");
+}
+
+#[test]
+fn an_error_of_a_disk_is_told_by_its_name() {
+    let file = nameless_file();
+    let read_only = image(file, true);
+    let targets = Targets::of(vec![("disk/root".to_owned(), read_only)]).unwrap();
+    let stream = bytes(&lawful_with_a_disk());
+    let error = take_with(&memory(), targets, COPIES, &stream).unwrap_err();
+    assert_eq!(error.argument, "disk/root");
+    // It cannot be written to.
+    let file = nameless_file();
+    let image = image(file.try_clone().unwrap(), false);
+    let targets = Targets::of(vec![("disk/root".to_owned(), image)]).unwrap();
+    let limit = libc::F_SEAL_WRITE;
+    // SAFETY: a number for a file of ours.
+    assert_eq!(
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, limit) },
+        0
+    );
+    let error = take_with(&memory(), targets, COPIES, &stream).unwrap_err();
+    assert_eq!(
+        (error.kind, error.argument.as_str()),
+        (Trouble::Unavailable, "disk/root")
+    );
 }
 
 fn pair() -> (Link, UnixStream, Arc<Queue<Order>>) {

@@ -67,6 +67,12 @@ impl Device {
         self.same.get("size")?.as_u64()
     }
 
+    /// Whether it is a disk that the guest may write.
+    fn is_writable(&self) -> bool {
+        let says = |name: &str| self.same.get(name).and_then(serde_json::Value::as_bool);
+        says("read-only") == Some(false) && says("cdrom") != Some(true)
+    }
+
     fn without_size(&self) -> State {
         let mut same = self.same.clone();
         if let Some(same) = same.as_object_mut() {
@@ -173,6 +179,31 @@ impl Facts {
         }
         Ok(())
     }
+
+    /// Whether what the guest of `self` writes to its disks is written to those of `own`: whether they are the same files. Of some
+    /// (`right`) it need not be so.
+    ///
+    /// Two hosts agree on the number that a shared file has on its file system, and not on the file system's own. So another number
+    /// is another file, and the same number may be the same; of block devices nothing is known.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for one that is another file.
+    pub fn check_shared(&self, own: &Facts, right: impl Fn(&str) -> bool) -> Result<()> {
+        for (id, built) in own.devices.iter().filter(|(id, _)| !right(id)) {
+            let number = |device: &Device| {
+                let file = device.files.first().map_or(0, |file| file.identity.1);
+                (file != 0 && device.is_writable()).then_some(file)
+            };
+            let here = number(built);
+            let there = self.devices.get(id).and_then(number);
+            if here.zip(there).is_some_and(|(here, there)| here != there) {
+                let message = "its file is another one than the source's, and would lack what the guest writes: \
+                               copy the disk, or say that the file holds it by other means (separate)";
+                return Err(Error::invalid(id, message));
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -247,6 +278,34 @@ mod tests {
         let error = facts().check(&own, Disks::Same).unwrap_err();
         assert_eq!(error.kind, Kind::Changed);
         facts().check(&own, Disks::Any).unwrap();
+    }
+
+    #[test]
+    fn a_disk_that_is_written_is_shared_copied_or_answered_for() {
+        let with = |read_only: bool, file: (u64, u64)| {
+            let mut facts = facts();
+            let disk = facts.devices.get_mut("disk/root").unwrap();
+            disk.same = serde_json::json!({ "read-only": read_only });
+            disk.files[0].identity = file;
+            facts
+        };
+        let source = with(false, (1, 2));
+        let nobody = |_: &str| false;
+        source.check_shared(&source, nobody).unwrap();
+        // The file system has another number on another host.
+        source.check_shared(&with(false, (9, 2)), nobody).unwrap();
+        let other = with(false, (1, 3));
+        let error = source.check_shared(&other, nobody).unwrap_err();
+        assert_eq!(
+            (error.kind, error.argument.as_str()),
+            (Kind::InvalidArgument, "disk/root")
+        );
+        source.check_shared(&other, |id| id == "disk/root").unwrap();
+        // Block devices have numbers of each host's own.
+        let block = with(false, (7, 0));
+        block.check_shared(&with(false, (8, 0)), nobody).unwrap();
+        let medium = with(true, (1, 2));
+        medium.check_shared(&with(true, (1, 3)), nobody).unwrap();
     }
 
     #[test]

@@ -203,8 +203,12 @@ impl Drop for Rig {
 
 pub fn nameless_file() -> File {
     // SAFETY: the name is a C string; the fd that comes back is ours.
-    let file =
-        unsafe { File::from_raw_fd(libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC)) };
+    let file = unsafe {
+        File::from_raw_fd(libc::memfd_create(
+            c"disk".as_ptr(),
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+        ))
+    };
     file.set_len(DISK_BYTES).unwrap();
     file
 }

@@ -5,6 +5,7 @@
 
 mod abi;
 mod bad_input;
+mod copies;
 mod disks;
 mod ends;
 mod firmware;

@@ -13,14 +13,14 @@ use std::thread::JoinHandle;
 
 use serde_json::{json, Value};
 use vmbus_vmm::config::{ReceiveFrom, SendTo};
-use vmbus_vmm::migrate::stream::{preamble, Header, Kind as Record, HEADER, PREAMBLE};
+use vmbus_vmm::migrate::stream::{preamble, Header, Kind as Record, HEADER, PLAIN, PREAMBLE};
 use vmbus_vmm::{EndReason, Error, Event, Kind, Request};
 
 use crate::firmware::{bootable, requires_seabios, Directory, SEABIOS};
 use crate::{build, fd, requires_kvm, run, Running, PATIENCE};
 
-const SEND: u64 = 1000;
-const RECEIVE: u64 = 1001;
+pub(crate) const SEND: u64 = 1000;
+pub(crate) const RECEIVE: u64 = 1001;
 
 impl Running {
     fn begin_send(&self, socket: impl Into<OwnedFd>) {
@@ -32,6 +32,7 @@ impl Running {
             fd: socket.into().into_raw_fd(),
             downtime,
             bandwidth,
+            copy: Vec::new(),
         };
         self.machine.send(SEND, &to).unwrap();
     }
@@ -40,13 +41,15 @@ impl Running {
         let from = ReceiveFrom {
             fd: socket.into().into_raw_fd(),
             paused,
+            copy: Vec::new(),
+            separate: Vec::new(),
         };
         self.machine.receive(RECEIVE, &from).unwrap();
     }
 }
 
 /// A machine that waits for one that is built of the same.
-fn waiting(cmdline: &str, mut change: Value) -> Running {
+pub(crate) fn waiting(cmdline: &str, mut change: Value) -> Running {
     change["restore"] = true.into();
     build(cmdline, change).unwrap()
 }
@@ -154,29 +157,29 @@ fn one_that_was_paused_or_is_to_be_stands_where_it_comes_to() {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+pub(crate) enum Way {
     ToDestination,
     ToSource,
 }
 
 /// What somebody in between does with a record.
-enum Fate {
+pub(crate) enum Fate {
     Pass,
     /// It does not arrive, and the connection is broken.
     Cut,
 }
 
 /// Decides about a record: its way, its number on that way, its header and its body.
-type Judge = dyn FnMut(Way, usize, &mut [u8; HEADER], &mut Vec<u8>) -> Fate + Send;
+pub(crate) type Judge = dyn FnMut(Way, usize, &mut [u8; HEADER], &mut Vec<u8>) -> Fate + Send;
 
 /// Somebody between source and destination, who sees every record.
-struct Between {
+pub(crate) struct Between {
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Between {
     /// With the ends for source and destination.
-    fn new(judge: Box<Judge>) -> (Between, UnixStream, UnixStream) {
+    pub(crate) fn new(judge: Box<Judge>) -> (Between, UnixStream, UnixStream) {
         let (here, left) = UnixStream::pair().unwrap();
         let (right, there) = UnixStream::pair().unwrap();
         let judge = Arc::new(Mutex::new(judge));
@@ -233,7 +236,7 @@ fn carry(way: Way, from: &UnixStream, to: &UnixStream, judge: &Mutex<Box<Judge>>
     let _ = to.shutdown(Shutdown::Write);
 }
 
-fn kind(header: &[u8; HEADER]) -> Record {
+pub(crate) fn kind(header: &[u8; HEADER]) -> Record {
     Header::parse(header).unwrap().kind
 }
 
@@ -345,10 +348,10 @@ fn when_its_last_word_is_lost_the_destination_runs_and_the_source_stands() {
 }
 
 /// A generator of numbers (xorshift64).
-struct Random(u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -473,7 +476,7 @@ fn a_hostile_destination_keeps_nothing() {
         source.begin_send(here);
         let mut begin = [0; PREAMBLE];
         there.read_exact(&mut begin).unwrap();
-        assert_eq!(begin, preamble());
+        assert_eq!(begin, preamble(PLAIN));
         there.write_all(&answer).unwrap();
         there.shutdown(Shutdown::Write).unwrap();
         let error = source.answer(SEND).0.unwrap_err();
@@ -488,15 +491,15 @@ fn what_is_no_machine_ends_the_one_that_waits_for_it() {
     requires_kvm!();
     let facts = |body: &[u8]| {
         let header = Header::of(Record::Facts, 0, (0, 0), body).bytes();
-        [&preamble()[..], &header, body].concat()
+        [&preamble(PLAIN)[..], &header, body].concat()
     };
-    let mut newer = preamble();
+    let mut newer = preamble(PLAIN);
     newer[8] = 9;
     for (bytes, wanted) in [
         (Vec::new(), Kind::Disconnected),
         (vec![0; 100], Kind::ImageInvalid),
         (newer.to_vec(), Kind::NotSupported),
-        (preamble()[..9].to_vec(), Kind::Disconnected),
+        (preamble(PLAIN)[..9].to_vec(), Kind::Disconnected),
         (facts(b"{}"), Kind::ImageInvalid),
         (facts(b"[")[..40].to_vec(), Kind::Disconnected),
     ] {
@@ -589,15 +592,15 @@ fn a_guest_may_end_or_be_ended_reset_or_paused_while_its_memory_goes() {
 }
 
 /// Another open of a file, whose locks are its own.
-fn opened(path: &Path) -> Value {
+pub(crate) fn opened(path: &Path) -> Value {
     let file = File::options().read(true).write(true).open(path).unwrap();
     json!({ "id": "root", "layers": [{ "fd": file.into_raw_fd(), "format": "raw" }] })
 }
 
-const WRITES: &str = "disk-loop sector=0 count=64 beat=50";
+pub(crate) const WRITES: &str = "disk-loop sector=0 count=64 beat=50";
 
 /// The numbers that such a guest has written.
-fn written(path: &Path) -> Vec<u64> {
+pub(crate) fn written(path: &Path) -> Vec<u64> {
     let bytes = std::fs::read(path).unwrap();
     let sectors = bytes.chunks(512).take(64);
     let numbers = sectors.map(|sector| u64::from_le_bytes(sector[..8].try_into().unwrap()));
@@ -645,7 +648,14 @@ fn a_destination_that_cannot_have_its_disk_gives_the_machine_back() {
     holder.until("loop: beat");
     let destination = waiting(WRITES, json!({ "disks": [opened(&copy)] }));
     let (here, there) = UnixStream::pair().unwrap();
-    destination.begin_receive(there, false);
+    // Another file, which somebody says is right.
+    let from = ReceiveFrom {
+        fd: there.into_raw_fd(),
+        paused: false,
+        copy: Vec::new(),
+        separate: vec!["disk/root".to_owned()],
+    };
+    destination.machine.receive(RECEIVE, &from).unwrap();
     source.begin_send(here);
     let (sent, events) = source.answer(SEND);
     let error = sent.unwrap_err();
