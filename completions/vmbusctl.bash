@@ -82,7 +82,7 @@ _vmbusctl() {
             machines=yes
             ;;
         migrate)
-            options="-h --help --to --to-name --downtime --bandwidth --paused --undefine-source --file --secret --json --bus-address --bus-name --no-ask --no-autostart"
+            options="-h --help --to --to-name --downtime --bandwidth --paused --undefine-source --file --copy-disk --separate-disk --secret --json --bus-address --bus-name --no-ask --no-autostart"
             machines=yes
             ;;
         snapshot)
@@ -327,12 +327,17 @@ _vmbusctl() {
             COMPREPLY=($(compgen -f -- "${current#*=}"))
             return
             ;;
+        "migrate --copy-disk")
+            compopt -o filenames 2>/dev/null
+            COMPREPLY=($(compgen -f -- "${current#*=}"))
+            return
+            ;;
         "migrate --secret")
             compopt -o filenames 2>/dev/null
             COMPREPLY=($(compgen -f -- "${current#*=}"))
             return
             ;;
-        "migrate --to" | "migrate --to-name" | "migrate --downtime" | "migrate --bandwidth" | "migrate --bus-address" | "migrate --bus-name")
+        "migrate --to" | "migrate --to-name" | "migrate --downtime" | "migrate --bandwidth" | "migrate --separate-disk" | "migrate --bus-address" | "migrate --bus-name")
             return
             ;;
         "snapshot --file")

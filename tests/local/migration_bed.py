@@ -8,12 +8,12 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.lab.system import System
+from tests.lab.system import ALICE, System
 from tests.local.service_bed import ROOT, Caller, ended, uuid_of
 from tests.local.test_service_real import Stage, console_says
 
@@ -69,18 +69,41 @@ class Pair:
 
 
 @contextmanager
-def pair() -> Iterator[Pair]:
-    with System() as here, System(policy=SHARED.format(place=here.place)) as there:
+def pair(also: str = "") -> Iterator[Pair]:
+    """``also``: a further policy of the one there."""
+    with System() as here, System(policy=SHARED.format(place=here.place) + also) as there:
         yield Pair(here, there)
 
 
+@contextmanager
+def nothing_left(systems: Pair) -> Iterator[Pair]:
+    """The two, of which nothing is left that was not there before."""
+    before = systems.counts()
+    yield systems
+    for system in systems.systems:
+        for name in system.vmbusctl(ALICE, "list", "--names").stdout.split():
+            system.vmbusctl(ALICE, "kill", name)
+            system.vmbusctl(ALICE, "undefine", name)
+    assert systems.settle(before) == before
+
+
+async def state(caller: Caller, machine: str) -> tuple[str, str]:
+    found = await caller.client.get_all(machine, "Machine")
+    return found["State"], found["StateReason"]
+
+
 async def move(
-    source: Caller, destination: Caller, machine: str, relay: Relay | None = None, **options: Any
+    source: Caller,
+    destination: Caller,
+    machine: str,
+    relay: Relay | None = None,
+    receive: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[str, str]:
-    """Begin to move it; the jobs there and here."""
+    """Begin to move it, with these options there and here; the jobs there and here."""
     ours, theirs = relay.ends() if relay else socket.socketpair()
     with ours, theirs:
-        received = await destination(machine, "Machine.Receive", theirs.fileno(), {}, {})
+        received = await destination(machine, "Machine.Receive", theirs.fileno(), dict(receive or {}), {})
         sent = await source(machine, "Machine.Migrate", ours.fileno(), options)
     return received, sent
 

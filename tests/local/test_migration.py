@@ -29,8 +29,10 @@ from tests.local.migration_bed import (
     done,
     model,
     move,
+    nothing_left,
     pair,
     says,
+    state,
     worker_of,
 )
 from tests.local.service_bed import ROOT, Caller, ended, scenario, uuid_of
@@ -51,14 +53,8 @@ def systems() -> Iterator[Pair]:
 
 @pytest.fixture
 def both(systems: Pair) -> Iterator[Pair]:
-    """The two, of which nothing is left that was not there before."""
-    before = systems.counts()
-    yield systems
-    for system in systems.systems:
-        for name in system.vmbusctl(ALICE, "list", "--names").stdout.split():
-            system.vmbusctl(ALICE, "kill", name)
-            system.vmbusctl(ALICE, "undefine", name)
-    assert systems.settle(before) == before
+    with nothing_left(systems):
+        yield systems
 
 
 async def running(both: Pair, here: Caller, there: Caller, mode: str, **changes: Any) -> str:
@@ -67,11 +63,6 @@ async def running(both: Pair, here: Caller, there: Caller, mode: str, **changes:
     await here(machine, "Machine.Start", {}, {})
     await says(here, machine, "\n")
     return machine
-
-
-async def state(caller: Caller, machine: str) -> tuple[str, str]:
-    found = await caller.client.get_all(machine, "Machine")
-    return found["State"], found["StateReason"]
 
 
 async def runs_on_one_side(here: Caller, there: Caller, machine: str) -> Caller:

@@ -290,11 +290,19 @@ class MachineApi:
     ) -> str:
         """Receive."""
         disks, others = lists(options, "copy", "separate")
-        wanted = booleans(others, paused=False)
+        paused = booleans(others, paused=False)["paused"]
         item.machine.require("Receive", "stopped", "crashed")
         everything = self._with_parked(caller, item, files)
         socket.claimed = True
-        job = self._migration.receive(item.machine, caller.name, socket, everything, **disks, **wanted)
+        job = self._migration.receive(
+            item.machine,
+            caller.name,
+            socket,
+            everything,
+            copy=disks["copy"],
+            separate=disks["separate"],
+            paused=paused,
+        )
         return job_path(job.number)
 
     def create_snapshot(self, caller: Caller, item: MachineObject, name: str, options: dict[str, Any]) -> str:

@@ -36,9 +36,7 @@ def booleans(options: Mapping[str, object], **defaults: bool) -> dict[str, bool]
     return found
 
 
-def lists(
-    options: Mapping[str, object], *known: str
-) -> tuple[dict[str, list[str]], dict[str, object]]:
+def lists(options: Mapping[str, object], *known: str) -> tuple[dict[str, list[str]], dict[str, object]]:
     """The values of options that are lists of words, empty where there is none; and the other options. Raises
     InvalidArgument."""
     found: dict[str, list[str]] = {key: [] for key in known}

@@ -109,6 +109,10 @@ class ClientConnection:
         """Numbers and words as an ``a{sv}``."""
         return {key: Variant("s" if isinstance(value, str) else "x", value) for key, value in values.items()}
 
+    def lists(self, lists: Mapping[str, list[str]]) -> dict[str, Any]:
+        """Lists of words as an ``a{sv}``; not those that are empty, which an older vmbusd may not know."""
+        return {key: Variant("as", words) for key, words in lists.items() if words}
+
     def flags(self, **flags: bool) -> dict[str, Any]:
         """Boolean options as an ``a{sv}``."""
         return {key: Variant("b", value) for key, value in flags.items()}

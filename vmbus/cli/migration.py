@@ -3,7 +3,8 @@
 
 | step | when it fails |
 |---|---|
-| the machine is defined there, with its UUID, unless it is | nothing has changed |
+| images are made for disks that are copied, unless they are there (``copies``) | they go again |
+| the machine is defined there, with its UUID, unless it is | the same |
 | the one there receives | it is undefined again, if it was defined here |
 | the one here sends | the other job ends with the connection; undefined again |
 | both jobs are done | the error is that of the side which knows why |
@@ -24,7 +25,7 @@ from typing import Any, Final
 
 import msgspec
 
-from vmbus.cli import description, files, output
+from vmbus.cli import copies, description, files, output
 from vmbus.cli.remote import Outcome, Remote
 from vmbus.wire import dbus_form
 from vmbus.wire.definition import Definition, Disk, slots
@@ -43,16 +44,23 @@ async def migrate(remote: Remote, arguments: argparse.Namespace) -> int:
         raise VmbusError("NotAuthorized", "its definition is its owner's", argument="MACHINE")
     definition = dbus_form.parse(machine.properties["Definition"])
     passed, paths = _files(definition, arguments.files)
-    passed |= files.secrets(slots(definition), arguments.secrets)
+    copied = copies.wanted(definition, arguments.copied)
+    disks = {
+        "copy": [f"disk/{one.disk.id}" for one in copied],
+        "separate": [f"disk/{_separate(definition, name).id}" for name in arguments.separate],
+    }
     async with contextlib.AsyncExitStack() as stack:
         there = await stack.enter_async_context(_other(arguments))
+        images = stack.enter_context(copies.made(copied))
+        changed = _with_disks(_with_paths(definition, paths), images)
+        passed |= files.secrets(slots(changed), arguments.secrets)
         fds = stack.enter_context(files.opened(passed))
-        with_paths = _with_paths(definition, paths)
+        moved = "--file" if paths else "--copy-disk" if images else ""
         target = await stack.enter_async_context(
-            _defined(there, str(machine.properties["Uuid"]), with_paths, moved=bool(paths))
+            _defined(there, str(machine.properties["Uuid"]), changed, moved=moved)
         )
-        options = {"downtime": arguments.downtime, "bandwidth": bandwidth}
-        outcome = await _move(remote, path, there, target, fds, options, paused=arguments.paused)
+        pace = {"downtime": arguments.downtime, "bandwidth": bandwidth}
+        outcome = await _move(remote, path, there, target, fds, disks, pace, paused=arguments.paused)
     if arguments.undefine_source:
         await remote.act(path, "Undefine")
     _report(arguments, outcome.result)
@@ -74,8 +82,9 @@ async def _other(arguments: argparse.Namespace) -> AsyncIterator[Remote]:
 
 
 @contextlib.asynccontextmanager
-async def _defined(there: Remote, uuid: str, definition: Definition, *, moved: bool) -> AsyncIterator[str]:
-    """The machine there; if it was made for this, it goes again when this fails."""
+async def _defined(there: Remote, uuid: str, definition: Definition, *, moved: str) -> AsyncIterator[str]:
+    """The machine there; if it was made for this, it goes again when this fails. ``moved``: the option that
+    says that it has other paths, if one does."""
     try:
         path = await there.find(uuid)
     except VmbusError as error:
@@ -84,7 +93,7 @@ async def _defined(there: Remote, uuid: str, definition: Definition, *, moved: b
     else:
         if moved:
             text = "the machine is defined there, with paths of its own; undefine it there, or leave this out"
-            raise VmbusError("AlreadyExists", text, argument="--file")
+            raise VmbusError("AlreadyExists", text, argument=moved)
         yield path
         return
     defining = asyncio.ensure_future(there.define_as(uuid, definition))
@@ -102,18 +111,20 @@ async def _move(
     there: Remote,
     target: str,
     fds: Mapping[str, int],
-    options: Mapping[str, int],
+    disks: Mapping[str, list[str]],
+    pace: Mapping[str, int],
     *,
     paused: bool,
 ) -> Outcome:
-    """What the job here has found, when the machine runs there."""
+    """What the job here has found, when the machine runs there. ``disks``: Receive's options ``copy`` and
+    ``separate``."""
     ours, theirs = socket.socketpair()
     begun: list[tuple[Remote, asyncio.Future[str]]] = []
     try:
-        receive = asyncio.ensure_future(there.receive(target, theirs.fileno(), fds, paused=paused))
+        receive = asyncio.ensure_future(there.receive(target, theirs.fileno(), fds, disks, paused=paused))
         begun.append((there, receive))
         jobs = [(there, await asyncio.shield(receive))]
-        migrate = asyncio.ensure_future(here.migrate(path, ours.fileno(), options))
+        migrate = asyncio.ensure_future(here.migrate(path, ours.fileno(), disks["copy"], pace))
         begun.append((here, migrate))
         jobs.append((here, await asyncio.shield(migrate)))
         ours.close()  # each side sees the other's end when nobody else has a copy
@@ -173,6 +184,8 @@ def _show(result: Mapping[str, Any]) -> None:
     line = ""
     if "remaining" in result:
         line = f"round {result.get('round', 0)}: {output.size(result['remaining'])} of memory left, "
+        if result.get("disk-total"):
+            line += f"{output.size(result.get('disk-remaining', 0))} of disks, "
         line += f"{output.size(result.get('throughput', 0))}/s"
         if result.get("slowed"):
             line += f", the guest slowed by {result['slowed']:.0f} %"
@@ -188,6 +201,8 @@ def _report(arguments: argparse.Namespace, result: Mapping[str, Any]) -> None:
     if "downtime" in result:
         text += f": it stood still for {result['downtime']:.0f} ms; {output.size(result.get('sent', 0))} in "
         text += f"{result.get('rounds', 0)} rounds, {output.size(result.get('throughput', 0))}/s"
+        if result.get("disk-sent"):
+            text += f", {output.size(result['disk-sent'])} of disks"
     print(output.printable(text))
 
 
@@ -206,6 +221,15 @@ def _files(
         if not path.startswith("/"):
             raise VmbusError("InvalidArgument", f"{path!r} is no absolute path", argument=name)
     return files.given(definition, [word for word, (name, _, _) in split if name not in moved]), moved
+
+
+def _separate(definition: Definition, name: str) -> Disk:
+    return copies.writable(definition, name, argument="--separate-disk")
+
+
+def _with_disks(definition: Definition, others: Mapping[str, Disk]) -> Definition:
+    """The definition with other disks, by their ids."""
+    return msgspec.structs.replace(definition, disks=[others.get(disk.id, disk) for disk in definition.disks])
 
 
 def _with_paths(definition: Definition, paths: Mapping[str, str]) -> Definition:

@@ -59,6 +59,9 @@ class Connection(Protocol):
         """Numbers and words as an ``a{sv}``."""
         ...
 
+    def lists(self, lists: Mapping[str, list[str]]) -> dict[str, Any]:
+        """Lists of words as an ``a{sv}``; not those that are empty, which an older vmbusd may not know."""
+
     def flags(self, **flags: bool) -> dict[str, Any]:
         """Boolean options as an ``a{sv}``."""
         ...
@@ -165,13 +168,23 @@ class Remote:
         options = self._connection.flags(**{"paused": paused, "changed-disks": changed_disks})
         await self._call(path, "Machine.Restore", file, options, dict(files))
 
-    async def migrate(self, path: str, end: int, options: Mapping[str, int]) -> str:
+    async def migrate(self, path: str, end: int, copy: list[str], pace: Mapping[str, int]) -> str:
         """Machine.Migrate; the path of its job. ``end``, a socket, stays the caller's."""
-        return str(await self._call(path, "Machine.Migrate", end, self._connection.values(options)))
+        options = self._connection.values(pace) | self._connection.lists({"copy": copy})
+        return str(await self._call(path, "Machine.Migrate", end, options))
 
-    async def receive(self, path: str, end: int, files: Mapping[str, int], *, paused: bool) -> str:
-        """Machine.Receive; the path of its job. ``end``, the other socket, stays the caller's."""
-        options = self._connection.flags(paused=paused)
+    async def receive(
+        self,
+        path: str,
+        end: int,
+        files: Mapping[str, int],
+        disks: Mapping[str, list[str]],
+        *,
+        paused: bool,
+    ) -> str:
+        """Machine.Receive; the path of its job. ``end``, the other socket, stays the caller's. ``disks``: its
+        options ``copy`` and ``separate``."""
+        options = self._connection.flags(paused=paused) | self._connection.lists(disks)
         return str(await self._call(path, "Machine.Receive", end, options, dict(files)))
 
     async def create_snapshot(self, path: str, name: str) -> str:

@@ -48,6 +48,24 @@ def _migrate(to: argparse.ArgumentParser) -> None:
     to.add_argument("--paused", action="store_true", help="stop there, where it was sent")
     to.add_argument("--undefine-source", action="store_true", help="forget it here when it runs there")
     files(to, ", or that is another path there")
+    copied = to.add_argument(
+        "--copy-disk",
+        metavar="DISK[=PATH]",
+        action="append",
+        default=[],
+        dest="copied",
+        help="send what is on the disk, and what the guest writes to it meanwhile, to an image of its own "
+        "there: at PATH, which is made here if there is none (qcow2, or raw with ',format=raw' behind it)",
+    )
+    completed(copied, "file")
+    to.add_argument(
+        "--separate-disk",
+        metavar="DISK",
+        action="append",
+        default=[],
+        dest="separate",
+        help="the disk's file there is another, and something else sees to it that both hold the same",
+    )
     secrets(to)
 
 
@@ -97,8 +115,9 @@ COMMANDS: Final[Sequence[Command]] = (
         "migrate",
         "have a running machine go on in another vmbusd",
         "The machine is defined there, with its UUID and addresses, unless it is; its disks are the same\n"
-        "files there, or copies of files that nobody writes to. The guest runs until little is left to be\n"
-        "sent, and is slowed if it writes faster than that. ^C, or whatever fails, leaves it running here.",
+        "files there, copies of files that nobody writes to, or go along (--copy-disk). The guest runs\n"
+        "until little is left to be sent, and is slowed if it writes faster than that. ^C, or whatever\n"
+        "fails, leaves it running here.",
         (
             ("vmbusctl migrate web --to unix:path=/run/other/bus", "on shared disks"),
             (
@@ -108,6 +127,10 @@ COMMANDS: Final[Sequence[Command]] = (
             (
                 "vmbusctl migrate web --to unix:path=/run/other/bus --file disk/cd/0=/srv/copy.iso",
                 "with a copy of a disk that is only read",
+            ),
+            (
+                "vmbusctl migrate web --to unix:path=/run/other/bus --copy-disk root=/srv/there/web.qcow2",
+                "to a disk of its own there",
             ),
         ),
         _migrate,

@@ -100,6 +100,15 @@ impl Speed {
     }
 }
 
+/// A machine that stands for the last part.
+struct Stood {
+    since: Instant,
+    /// What its parts remember: JSON of [`super::Last`].
+    last: Vec<u8>,
+    /// The firmware's.
+    variables: Option<Vec<u8>>,
+}
+
 /// How the vCPUs are held back: for so long, after they ran, that the part of the time is right, however late this is.
 pub(super) struct Pace {
     percent: u64,
@@ -213,7 +222,11 @@ impl Sender {
             self.link.put(*kind, (0, 0), bytes);
         }
         let (mut left, blocks) = self.rounds()?;
-        let (stood, last, variables) = self.halt(blocks)?;
+        let Stood {
+            since: stood,
+            last,
+            variables,
+        } = self.halt(blocks)?;
         self.tools.slots.harvest()?;
         left.add(&marks::take(&self.tools.memory));
         self.pages(&left)?;
@@ -279,12 +292,8 @@ impl Sender {
         }
     }
 
-    /// The machine stands: since when, what its parts remember, the firmware's variables. What is left of disks is sent before these
-    /// are let go.
-    fn halt(
-        &mut self,
-        mut blocks: Vec<Blocks>,
-    ) -> std::result::Result<(Instant, Vec<u8>, Option<Vec<u8>>), Failure> {
+    /// Has the machine stand. What is left of disks is sent before these are let go.
+    fn halt(&mut self, mut blocks: Vec<Blocks>) -> std::result::Result<Stood, Failure> {
         self.pace.percent = 0;
         let stood = Instant::now();
         self.tools.tell(Step::Halt);
@@ -299,7 +308,11 @@ impl Sender {
                 }
                 Some(Order::Last(last)) => {
                     let (last, variables) = last?;
-                    return Ok((stood, last, variables));
+                    return Ok(Stood {
+                        since: stood,
+                        last,
+                        variables,
+                    });
                 }
                 Some(_) => {}
                 None if stood.elapsed() >= STILL => {

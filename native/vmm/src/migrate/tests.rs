@@ -409,12 +409,9 @@ fn an_error_of_a_disk_is_told_by_its_name() {
     let file = nameless_file();
     let image = image(file.try_clone().unwrap(), false);
     let targets = Targets::of(vec![("disk/root".to_owned(), image)]).unwrap();
-    let limit = libc::F_SEAL_WRITE;
     // SAFETY: a number for a file of ours.
-    assert_eq!(
-        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, limit) },
-        0
-    );
+    let sealed = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+    assert_eq!(sealed, 0);
     let error = take_with(&memory(), targets, COPIES, &stream).unwrap_err();
     assert_eq!(
         (error.kind, error.argument.as_str()),
