@@ -162,7 +162,8 @@ fn copied_while_it_changes(from: Arc<Image>, to: Arc<Image>, seed: u64) {
     }
     stop.store(true, Ordering::SeqCst);
     guest.join().unwrap();
-    // It stands.
+    // The last before it stands.
+    scribble(&from, &changed, &mut Random(seed ^ 0x5555), 1);
     let blocks = source.take();
     assert!(blocks.bytes() > 0);
     send(&mut source, &mut targets, &blocks, &mut room);
