@@ -60,7 +60,7 @@ def main() -> int:
         with (CACHE / "setup.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             space()
-            packages()
+            packages("distribution", "backports")
             users()
             python()
             core()
@@ -101,21 +101,23 @@ def wanted(section: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def packages() -> None:
-    """Install what is missing, by name."""
-    plain, newer = wanted("distribution"), wanted("backports")
-    here = installed([*plain, *newer])
-    missing = [name for name in plain if name not in here]
-    old = [name for name, (version, _) in newer.items() if not at_least(here.get(name, ""), version)]
+def packages(*sections: str) -> None:
+    """Install what is missing, by name; what has a least version comes from the backports if it is older."""
+    named = {name: told for section in sections for name, told in wanted(section).items()}
+    here = installed(named)
+    missing = [name for name, (version, _) in named.items() if not version and name not in here]
+    old = [
+        name for name, (version, _) in named.items() if version and not at_least(here.get(name, ""), version)
+    ]
     if not missing and not old:
-        say("packages", f"all {len(plain) + len(newer)} are there")
+        say("packages", f"all {len(named)} are there")
         return
     for name in missing:
-        say("packages", f"installing {name}: {plain[name][1]}")
+        say("packages", f"installing {name}: {named[name][1]}")
     install(missing)
     if old:
         for name in old:
-            say("packages", f"installing {name} {newer[name][0]} or newer: {newer[name][1]}")
+            say("packages", f"installing {name} {named[name][0]} or newer: {named[name][1]}")
         install(old, suite=backports())
 
 

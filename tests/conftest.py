@@ -4,8 +4,8 @@
 Markers: ``requires("capability", …)`` (tests/lab/capabilities.py), ``nested`` (runs in the nested host
 wherever the run was started), ``ahead`` (tests/lab/ahead.py), ``long`` (not in make test-fast), ``soak``,
 ``fuzz``. An item runs here if all that it requires is here; else in the nested host, beside all others, if
-that has it; else it is skipped. The terminal summary lists by name what was absent and what became of the
-tests that required it.
+that has it; else, after all others, in a nested host with the mended emulator, if that has it; else it is
+skipped. The terminal summary lists by name what was absent and what became of the tests that required it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.lab import capabilities, namespace, scratch, system
 from tests.lab.remote import RemoteSession, ReportWriter
 from tests.lab.system import System
 
-REMOTE = pytest.StashKey[RemoteSession]()
+REMOTE = pytest.StashKey[list[RemoteSession]]()
 WHERE_NESTED = pytest.StashKey[dict[str, list[str]]]()
 SKIPPED = pytest.StashKey[dict[str, list[str]]]()
 AHEAD = pytest.StashKey[running_ahead.Ahead]()
@@ -65,35 +65,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(kept) != len(items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    here: list[pytest.Item] = []
-    there: list[pytest.Item] = []
+    places: dict[str, list[pytest.Item]] = {"here": [], "nested": [], "mended": []}
     for item in kept:
-        (there if _belongs_there(item, config) else here).append(item)
-    running_ahead.move_behind(here)
-    items[:] = here + there
-    if there:
-        config.stash[REMOTE] = RemoteSession(config, there)
+        places[_place(item, config)].append(item)
+    running_ahead.move_behind(places["here"])
+    items[:] = [item for chosen in places.values() for item in chosen]
+    config.stash[REMOTE] = [
+        RemoteSession(config, places[place], with_mended_emulator=place == "mended")
+        for place in ("nested", "mended")
+        if places[place]
+    ]
 
 
-def _belongs_there(item: pytest.Item, config: pytest.Config) -> bool:
-    """Whether the nested host shall run ``item``; an item that nothing can run is marked to be skipped."""
+def _place(item: pytest.Item, config: pytest.Config) -> str:
+    """Where ``item`` runs; "here" for one that nothing can run, which is marked to be skipped."""
     if IN_NESTED_HOST:
         _skip_if_absent(item, _required(item))
-        return False
+        return "here"
     missing = [name for name in _required(item) if capabilities.absent(name)]
     if not missing and not item.get_closest_marker("nested"):
-        return False
-    nowhere = [name for name in missing if name not in capabilities.NESTED]
+        return "here"
+    nowhere = [name for name in missing if name not in capabilities.MENDED]
     if nowhere or config.getoption("--no-nested"):
         _skip_if_absent(item, nowhere or missing)
-        return False
+        return "here"
     if capabilities.absent("nested-host"):
         _skip_if_absent(item, [*missing, "nested-host"])
-        return False
+        return "here"
+    place = "nested" if capabilities.NESTED.issuperset(missing) else "mended"
+    if place == "mended" and capabilities.absent("mended-emulator"):
+        _skip_if_absent(item, ["mended-emulator"])
+        return "here"
     for name in missing:
         config.stash[WHERE_NESTED].setdefault(name, []).append(item.nodeid)
     item.add_marker(pytest.mark.timeout(0), append=False)  # it has its deadline there
-    return True
+    return place
 
 
 def _required(item: pytest.Item) -> list[str]:
@@ -111,8 +117,8 @@ def _skip_if_absent(item: pytest.Item, names: list[str]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.option.collectonly:
         return
-    if remote := session.config.stash.get(REMOTE, None):
-        remote.begin()
+    if remotes := session.config.stash.get(REMOTE, []):
+        remotes[0].begin()
     if commands := running_ahead.commands(session.items):
         session.config.stash[AHEAD] = running_ahead.Ahead()
         session.config.stash[AHEAD].begin(commands)
@@ -121,13 +127,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Items of the nested host: their reports are those from there."""
-    remote = item.config.stash.get(REMOTE, None)
-    if remote is None or not remote.has(item):
+    remote = next((each for each in item.config.stash.get(REMOTE, []) if each.has(item)), None)
+    if remote is None:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in remote.reports(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    if nextitem is None or not remote.has(nextitem):
+        remote.close()
     return True
 
 
@@ -135,8 +143,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     running = session.config.stash.get(AHEAD, None)
     if running:
         running.close()
-    remote = session.config.stash.get(REMOTE, None)
-    if remote:
+    for remote in session.config.stash.get(REMOTE, []):
         remote.close()
 
 
@@ -151,8 +158,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    remote = config.stash.get(REMOTE, None)
-    for name, why in remote.spent if remote else ():
+    for name, why in (spent for remote in config.stash.get(REMOTE, []) for spent in remote.spent):
         terminalreporter.section("a nested host was given up; the rest ran in a new one", sep="-")
         terminalreporter.write_line(f"during {name}\n{why}")
     skipped: dict[str, tuple[str, list[str]]] = {}

@@ -21,14 +21,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from tests.lab import nested
-from tests.lab.kernels import CACHE
+from tests.lab import guest_disk, mended, nested
+from tests.lab.emulator import EmulatorUnavailable
 
 NESTED: Final = frozenset(
     {"bridge", "cgroup-v2-controllers", "fuse", "hugepages", "io-uring", "ksm", "kvm", "kvm-hardware"}
     | {"landlock", "macvtap", "numa", "psi", "root", "systemd-in-namespaces", "tap"}
 )
 """What the nested host has."""
+MENDED: Final = NESTED | {"guest-cr8"}
+"""What it has where its emulator is the mended one (tests/lab/mended.py)."""
 
 KVM_GET_API_VERSION: Final = 0xAE00
 KVM_CREATE_VM: Final = 0xAE01
@@ -95,6 +97,15 @@ def _kvm_hardware() -> str:
     return (
         f"KVM here emulates: {speed:.1f} million guest instructions a second, a stock kernel does not get up"
     )
+
+
+def _guest_cr8() -> str:
+    """A guest may write CR8 while an interrupt waits for it: on a processor, and on one that QEMU emulates if
+    it was mended."""
+    emulated = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+    if not emulated or os.environ.get("VMBUS_LAB_EMULATOR") == "mended":
+        return absent("kvm-hardware")
+    return "the processor is emulated by a QEMU that aborts when a guest writes CR8"
 
 
 def time_guest_loop(loops: int) -> float:
@@ -247,14 +258,28 @@ def _program(name: str) -> Callable[[], str]:
 
 
 def _guest_disk() -> str:
-    made = any((CACHE / "guest-disks").glob("*.raw"))
-    return "" if made else "no disk in the cache: python -m tests.lab.guest_disk makes one"
+    """It is made the first time that it is asked for; in the nested host there is what was made outside."""
+    try:
+        guest_disk.image()
+    except (guest_disk.GuestDiskFailed, OSError) as error:
+        return f"it cannot be made: {error}"
+    return ""
+
+
+def _mended_emulator() -> str:
+    """Built the first time that it is asked for."""
+    try:
+        mended.command()
+    except EmulatorUnavailable as error:
+        return str(error)
+    return ""
 
 
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "bridge": _bridge,
     "cgroup-v2-controllers": _cgroup,
     "fuse": _fuse,
+    "guest-cr8": _guest_cr8,
     "guest-disk": _guest_disk,
     "hugepages": _hugepages,
     "io-uring": _io_uring,
@@ -265,6 +290,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "landlock": _landlock,
     "libvirt": _program("virsh"),
     "macvtap": _macvtap,
+    "mended-emulator": _mended_emulator,
     "nested-host": _nested_host,
     "numa": _numa,
     "psi": _psi,

@@ -78,12 +78,12 @@ def _tree() -> Path:
 
 
 def _unpack(tree: Path) -> Path:
-    archive = _archive()
-    _run(
+    mirror = archive()
+    run(
         *("mmdebstrap", "--quiet", "--mode=root", "--variant=extract", "--architectures=amd64"),
         *("--aptopt=APT::Install-Recommends false", f"--aptopt=APT::Default-Release {SUITE}"),
         *(f"--include={PACKAGE}", RELEASE, str(tree)),
-        *(f"deb {archive} {suite} main" for suite in (RELEASE, SUITE)),
+        *(f"deb {mirror} {suite} main" for suite in (RELEASE, SUITE)),
     )
     for name in UNNEEDED:
         shutil.rmtree(tree / name, ignore_errors=True)
@@ -93,9 +93,10 @@ def _unpack(tree: Path) -> Path:
     return tree
 
 
-def _archive() -> str:
-    """Where this machine gets its own Debian packages from; every release is there."""
-    shown = _run(
+def archive() -> str:
+    """Where this machine gets its own Debian packages from; every release is there. Raises
+    EmulatorUnavailable."""
+    shown = run(
         *("apt-get", "indextargets", "--format", "$(REPO_URI) $(LABEL)"),
         *("Created-By: Packages", "Origin: Debian", "Component: main"),
     )
@@ -105,9 +106,10 @@ def _archive() -> str:
     return found[0]
 
 
-def _run(*words: str) -> str:
+def run(*words: str, place: Path | None = None, deadline: float = 600) -> str:
+    """What a command says; ``place`` is its directory. Raises EmulatorUnavailable unless its code is 0."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
+        done = subprocess.run(words, cwd=place, capture_output=True, text=True, check=False, timeout=deadline)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EmulatorUnavailable(str(error)) from error
     if done.returncode:

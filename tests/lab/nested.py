@@ -53,7 +53,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final
 
-from tests.lab import emulator, initramfs, kernels
+from tests.lab import emulator, initramfs, kernels, mended
 from tests.lab.kernels import CACHE, CHECKOUT
 
 BOOT_MODULES: Final = ("virtio_pci", "virtio_console", "virtio_rng", "9pnet_virtio", "9p", "overlay")
@@ -207,7 +207,8 @@ class NestedHost:
     """One L1. A context manager; ``start`` and ``stop`` may also be called alone.
 
     ``memory`` is in MiB, ``qemu`` further arguments to QEMU, ``append`` further words of the kernel command
-    line. Raises NestedHostFailed and KernelUnavailable from ``start``.
+    line, ``program`` the words that start QEMU (those of emulator.py). Raises NestedHostFailed and
+    KernelUnavailable from ``start``.
     """
 
     def __init__(
@@ -219,6 +220,7 @@ class NestedHost:
         append: str = "",
         machine: str = "q35",
         boot_timeout: float = 600,
+        program: Sequence[str] = (),
     ) -> None:
         self._memory = memory
         self._cpus = cpus
@@ -226,6 +228,7 @@ class NestedHost:
         self._append = append
         self._machine = machine
         self._boot_timeout = boot_timeout
+        self._program = list(program)
         self._process: subprocess.Popen[bytes] | None = None
         self._port: socket.socket | None = None
         self._pending = b""
@@ -365,7 +368,7 @@ class NestedHost:
             f"{'hugepagesz=1G hugepages=1' if self._memory >= MEMORY else ''}"
         )
         return [
-            *emulator.command(),
+            *(self._program or emulator.command()),
             *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
             *("-M", self._machine, "-accel", "tcg,thread=multi", "-cpu", "max"),
             *("-smp", str(self._cpus), "-m", str(self._memory)),
@@ -484,6 +487,7 @@ def main() -> int:
         sub.add_argument("--qemu", default="", help="further arguments to QEMU, in one word")
         sub.add_argument("--machine", default="q35", help="QEMU's -M (default q35)")
         sub.add_argument("--append", default="", help="further kernel command line")
+        sub.add_argument("--mended", action="store_true", help="in the emulator of tests/lab/mended.py")
         sub.add_argument("--console", action="store_true", help="show L1's kernel console at the end")
         if verb == "run":
             sub.add_argument("command", nargs="+", metavar="CMD")
@@ -497,6 +501,7 @@ def main() -> int:
         qemu=shlex.split(options.qemu),
         append=options.append,
         machine=options.machine,
+        program=mended.command() if options.mended else (),
     )
     with _ended_by_signals():
         try:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a part of pytest's items in the nested host, as if they had run here.
 
-One nested host and one pytest session in it serve all of them. That session (``--reports FILE``) writes
-each test report as a line of JSON to the share as it is made; here the item of that name waits for its
-three reports (set-up, call, tear-down) and hands them to pytest, so that the final report, the counts and
-junit files are those of one run. It begins when the items are known and runs beside those that run here,
-which come first: the nested host has one processor, and most of them need one. When the nested host says
-nothing for ``SILENCE`` seconds, the items that are left fail with what is known.
+One nested host and one pytest session in it serve all of them; items that need the mended emulator have
+another. That session (``--reports FILE``) writes each test report as a line of JSON to the share as it is
+made; here the item of that name waits for its three reports (set-up, call, tear-down) and hands them to
+pytest, so that the final report, the counts and junit files are those of one run. It begins when the items
+are known and runs beside those that run here, which come first: the nested host has one processor, and most
+of them need one. When the nested host says nothing for ``SILENCE`` seconds, the items that are left fail
+with what is known.
 
 The emulator that the nested host is goes wrong now and then (tests/lab/emulator.py), and a test with many
 processors may wait too long when the machine is busy. So an item that failed, or that was running when QEMU
@@ -26,7 +27,7 @@ from typing import Any, Final
 
 import pytest
 
-from tests.lab import initramfs, kernels
+from tests.lab import initramfs, kernels, mended
 from tests.lab.kernels import CHECKOUT
 from tests.lab.nested import Command, NestedHost, NestedHostDied, NestedHostFailed
 
@@ -39,8 +40,11 @@ OPTIONS: Final = ("--soak", "--fuzz")
 class RemoteSession:
     """The pytest session in the nested host. ``begin`` once, ``reports`` for each item, ``close``."""
 
-    def __init__(self, config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    def __init__(
+        self, config: pytest.Config, items: Sequence[pytest.Item], *, with_mended_emulator: bool = False
+    ) -> None:
         self._config = config
+        self._mended = with_mended_emulator
         self._items = dict.fromkeys(item.nodeid for item in items)
         self._host: NestedHost | None = None
         self._command: Command | None = None
@@ -125,13 +129,14 @@ class RemoteSession:
     def _start(self) -> None:
         for series in kernels.SERIES:
             initramfs.base(kernels.stock(series))  # quick here, slow there
-        self._host = NestedHost()
+        self._host = NestedHost(program=mended.command() if self._mended else ())
         self._host.start()
         left = [name for name in self._items if not self._complete(name) and self._spent_on(name) < TRIES]
         (self._host.out / "items").write_text("".join(f"{name}\n" for name in left))
         words = [sys.executable, "-m", "pytest", "--reports", "/out/reports", "-p", "no:cacheprovider", "-q"]
         words += [option for option in OPTIONS if self._config.getoption(option)]
-        self._command = self._host.spawn(shlex.join([*words, "@/out/items"]), cwd=CHECKOUT)
+        told = {"VMBUS_LAB_EMULATOR": "mended"} if self._mended else {}
+        self._command = self._host.spawn(shlex.join([*words, "@/out/items"]), cwd=CHECKOUT, env=told)
 
     def _wait_for(self, name: str) -> None:
         assert self._host and self._command

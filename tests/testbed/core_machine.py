@@ -97,6 +97,10 @@ class CoreMachine:
         self._ids += 1
         core.call(lib.vmbus_machine_request(self._machine, core.OPERATIONS[operation], argument, self._ids))
 
+    def say(self, line: str) -> None:
+        """Type a line on the console."""
+        self._console.sendall(f"{line}\n".encode())
+
     def until(self, text: str) -> str:
         """All that was printed, once ``text`` was."""
         self._pump(lambda: text.encode() in self.printed or "ended" in self.seen)

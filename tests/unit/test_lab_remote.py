@@ -35,8 +35,8 @@ class Host:
     def stop(self) -> None:
         pass
 
-    def spawn(self, _command: str, *, cwd: Path) -> Host:
-        assert cwd.is_dir()
+    def spawn(self, _command: str, *, cwd: Path, env: dict[str, str]) -> Host:
+        assert cwd.is_dir() and not env
         items = (self.out / "items").read_text().split()
         self.begun.append(items)
         with (self.out / "reports").open("w") as file:
@@ -59,7 +59,7 @@ class Host:
 def session(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> remote.RemoteSession:
     places = iter(tmp_path / str(number) for number in range(9))
     Host.begun = []
-    monkeypatch.setattr(remote, "NestedHost", lambda: Host(next(places)))
+    monkeypatch.setattr(remote, "NestedHost", lambda program: Host(next(places)))
     monkeypatch.setattr(remote, "LIVES", 3)
     monkeypatch.setattr(remote, "TRIES", 2)
     monkeypatch.setattr(kernels, "SERIES", ())
