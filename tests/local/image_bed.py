@@ -8,12 +8,14 @@ import io
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from vmbus.cli import img
 
 MIB: Final = 1 << 20
+LISTENS: Final = "00010000"  # __SO_ACCEPTCON, include/linux/net.h
 
 
 def qemu(*words: str | Path, code: int = 0) -> str:
@@ -33,6 +35,20 @@ def clean(path: Path) -> None:
     found = json.loads(qemu("qemu-img", "check", "-f", "qcow2", "--output=json", path))
     assert found["check-errors"] == 0 and "corruptions" not in found and "leaks" not in found, found
     ours("check", "-q", path)
+
+
+def serves(process: subprocess.Popen[Any], path: Path, within: float = 60) -> bool:
+    """Wait until ``process`` listens on the socket ``path``, which exists a moment before that; False when it
+    has ended. Nobody connects: some servers serve one client only."""
+    deadline = time.monotonic() + within
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"nobody listens on {path}"
+        lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+        # Ours listens before it gives the socket its name.
+        if path.exists() and all(line[3] == LISTENS for line in lines if line[-1] == str(path)):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 class Ran(NamedTuple):

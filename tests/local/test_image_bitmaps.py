@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.local.image_bed import MIB, clean, ours, qemu
+from tests.local.image_bed import MIB, clean, ours, qemu, serves
 from vmbus import image
 from vmbus.wire.errors import VmbusError
 
@@ -54,13 +54,11 @@ def served(path: Path, bitmap: str, *words: str) -> Iterator[str]:
     ]
     server = subprocess.Popen([*command])
     try:
-        while not socket.exists():
-            assert server.poll() is None
-            time.sleep(0.01)
+        assert serves(server, socket)
         yield f"nbd+unix:///?socket={socket}"
     finally:
         server.terminate()
-        server.wait()
+        server.wait(60)
         socket.unlink(missing_ok=True)
 
 

@@ -10,13 +10,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.local.image_bed import MIB, clean, mine, ours, plain, qemu, theirs
+from tests.local.image_bed import MIB, clean, mine, ours, plain, qemu, serves, theirs
 from vmbus import image
 from vmbus.wire.errors import VmbusError
 
@@ -172,9 +171,7 @@ def test_an_image_on_a_device_is_served(disk: Path, cache: str) -> None:
     socket = disk.parent / "socket"
     words = ["serve", "-f", "qcow2", "--cache", cache, "-k", str(socket), str(disk)]
     with subprocess.Popen([sys.executable, "-m", "vmbus.cli.img", *words]) as serving:
-        deadline = time.monotonic() + 20
-        while not socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        assert serves(serving, socket)
         io = ["-c", "write -P 7 3M 1M", "-c", "write -P 8 20M 4k", "-c", "flush", "-c", "read -P 7 3M 1M"]
         assert "failed" not in qemu("qemu-io", "-f", "raw", *io, f"nbd+unix:///?socket={socket}")
         serving.wait(timeout=20)

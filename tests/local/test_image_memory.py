@@ -7,11 +7,12 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.local.image_bed import serves
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -145,10 +146,7 @@ def test_serving_an_image_that_claims_absurd_sizes_takes_little_memory(
     words = ["-m", "vmbus.cli.img", "serve", "-r", "-t", "-f", "qcow2", "-k", str(socket), str(path)]
     with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE) as serving:
         assert serving.stderr is not None
-        deadline = time.monotonic() + 60
-        while not socket.exists() and serving.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if serving.poll() is None:
+        if serves(serving, socket):
             reads = ["-c", "read 0 64k", "-c", "read 512M 1M", "-c", "map"][: 6 if make is not huge_l1 else 4]
             client = ["qemu-io", "-r", "-f", "raw", *reads, f"nbd+unix:///?socket={socket}"]
             subprocess.run(client, capture_output=True, timeout=60, check=False)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.local.image_bed import serves
 from vmbus import image
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io (package qemu-utils)")
@@ -47,10 +48,7 @@ class Server:
 
     def start(self) -> None:
         self.process = subprocess.Popen([str(word) for word in self.command])
-        deadline = time.monotonic() + 20
-        while not self.socket.exists():
-            assert self.process.poll() is None and time.monotonic() < deadline, "the server does not come up"
-            time.sleep(0.02)
+        assert serves(self.process, self.socket), "the server does not come up"
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
