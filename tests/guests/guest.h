@@ -131,6 +131,8 @@ void mode_net_serve(void);
 void mode_plug(void);
 void mode_net_spoof(void);
 void mode_net_hear(void);
+void mode_net_sort(void);
+void mode_net_break(void);
 void mode_net_ping(void);
 void mode_scsi(void);
 void mode_scsi_hostile(void);

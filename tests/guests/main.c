@@ -47,6 +47,8 @@ static const struct mode modes[] = {
     { "plug", mode_plug },
     { "net-spoof", mode_net_spoof },
     { "net-hear", mode_net_hear },
+    { "net-sort", mode_net_sort },
+    { "net-break", mode_net_break },
     { "net-ping", mode_net_ping },
     { "scsi", mode_scsi },
     { "scsi-hostile", mode_scsi_hostile },

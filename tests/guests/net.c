@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A driver for network interface 0: one buffer a frame, one queue pair, no offloads, polled. */
+/* A driver for network interface 0: one buffer a frame, one queue pair, no offloads, polled. It takes mergeable buffers,
+ * as those do for which a kernel may receive, and has no frame that needs more than one. */
 
 #include "net.h"
 #include "virtio.h"
 
 enum { RX = 0, TX = 1, CONTROL = 2, FRAME = 2048, HEADER = 12 };
-enum { OFFLOADS = 1 << 0 | 1 << 1 | 0x7f << 7 | 1 << 15 | 1 << 22 };
+enum { OFFLOADS = 1 << 0 | 1 << 1 | 0x7f << 7 | 1 << 22 };
 
 static volatile struct rings receive, transmit;
 static volatile u8 frames[SIZE][FRAME] __attribute__((aligned(4096)));
@@ -13,10 +14,10 @@ static volatile u8 answer[FRAME] __attribute__((aligned(4096)));
 static u16 sent;
 static u16 seen;
 u8 net_mac[6];
-int net_promiscuous;
+int net_control;
 static volatile struct rings control;
-/* virtio 1.2, 5.1.6.5.1: class VIRTIO_NET_CTRL_RX, command PROMISC, on; and the device's answer. */
-static volatile u8 order[4] = { 0, 0, 1, 0xff };
+static volatile u8 order[64];
+static u16 orders;
 volatile u8 *const net_out = answer + HEADER;
 
 static void queue(u16 index, volatile struct rings *rings)
@@ -39,22 +40,25 @@ static void give(u16 buffer)
     receive.available.index++;
 }
 
-static void hear_all(void)
+u32 net_command(const u8 *bytes, u32 len)
 {
+    volatile u8 *ack = order + len;
+    copy(order, bytes, len);
+    *ack = 0xff;
     control.descriptors[0].address = (u64)order;
-    control.descriptors[0].len = 3;
+    control.descriptors[0].len = len;
     control.descriptors[0].flags = DESCRIPTOR_NEXT;
     control.descriptors[0].next = 1;
-    control.descriptors[1].address = (u64)(order + 3);
+    control.descriptors[1].address = (u64)ack;
     control.descriptors[1].len = 1;
     control.descriptors[1].flags = DESCRIPTOR_WRITE;
-    control.available.ring[0] = 0;
+    control.available.ring[orders % SIZE] = 0;
     barrier();
-    control.available.index = 1;
+    control.available.index = ++orders;
     virtio_kick(CONTROL);
-    while (control.used.index != 1 && !(virtio_status() & NEEDS_RESET))
+    while (control.used.index != orders && !(virtio_status() & NEEDS_RESET))
         pause();
-    print("net: promiscuous: %u\n", (u32)order[3]);
+    return *ack;
 }
 
 int net_start(void)
@@ -80,7 +84,7 @@ int net_start(void)
         net_mac[i] = *(volatile u8 *)(virtio.device + i);
     queue(RX, &receive);
     queue(TX, &transmit);
-    if (net_promiscuous)
+    if (net_control)
         queue(CONTROL, &control);
     for (u16 buffer = 0; buffer < SIZE; buffer++)
         give(buffer);
@@ -88,8 +92,6 @@ int net_start(void)
     virtio_kick(RX);
     print("net: mac %x:%x:%x:%x:%x:%x mtu %u\n", net_mac[0], net_mac[1], net_mac[2], net_mac[3], net_mac[4], net_mac[5],
           (u32)*(volatile u16 *)(virtio.device + 10));
-    if (net_promiscuous)
-        hear_all();
     return 1;
 }
 
@@ -140,4 +142,12 @@ void net_done(void)
 int net_broken(void)
 {
     return (virtio_status() & NEEDS_RESET) != 0;
+}
+
+void net_break(void)
+{
+    transmit.available.ring[sent % SIZE] = 300;
+    barrier();
+    transmit.available.index = ++sent;
+    virtio_kick(TX);
 }

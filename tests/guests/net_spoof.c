@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A guest that says it is somebody else, and one that listens to others.
  *
+ * net-break: offers a descriptor that does not exist, and says when the device needs a reset.
+ * net-sort: is in the group 01:00:5e:00:00:05, and says the same of what is for that, for itself and for all.
  * net-hear: is promiscuous, and says the letter of each frame of 60 bytes that ends so, whoever it was for.
  * net-spoof: sends frames to everybody, of 60 bytes each, that end with "vmbus" and a letter: a capital for what its
  * own address, 10.99.0.2 and its MAC, may say. */
@@ -113,12 +115,9 @@ void mode_net_spoof(void)
         pause();
 }
 
-void mode_net_hear(void)
+static void hear(void)
 {
     static const u8 mark[5] = { 'v', 'm', 'b', 'u', 's' };
-    net_promiscuous = 1;
-    if (!net_start())
-        return;
     for (;;) {
         u32 len;
         const volatile u8 *frame = net_receive(&len);
@@ -130,4 +129,38 @@ void mode_net_hear(void)
             print("net: heard %c\n", frame[59]);
         net_done();
     }
+}
+
+/* virtio 1.2, 5.1.6.5: class 0 is VIRTIO_NET_CTRL_RX, its command 0 PROMISC; class 1 VIRTIO_NET_CTRL_MAC, its command
+ * 0 TABLE_SET: a count and addresses of hosts, and of groups. */
+void mode_net_hear(void)
+{
+    static const u8 promiscuous[3] = { 0, 0, 1 };
+    net_control = 1;
+    if (!net_start())
+        return;
+    print("net: promiscuous: %u\n", net_command(promiscuous, 3));
+    hear();
+}
+
+void mode_net_sort(void)
+{
+    static const u8 sober[3] = { 0, 0, 0 };
+    static const u8 table[16] = { 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0x01, 0x00, 0x5e, 0x00, 0x00, 0x05 };
+    net_control = 1;
+    if (!net_start())
+        return;
+    u32 quiet = net_command(sober, 3);
+    print("net: sorted: %u %u\n", quiet, net_command(table, 16));
+    hear();
+}
+
+void mode_net_break(void)
+{
+    if (!net_start())
+        return;
+    net_break();
+    while (!net_broken())
+        pause();
+    print("net: needs a reset\n");
 }

@@ -26,7 +26,7 @@ from tests.lab.emulator import EmulatorUnavailable
 
 NESTED: Final = frozenset(
     {"bridge", "cgroup-v2-controllers", "fuse", "hugepages", "io-uring", "ksm", "kvm", "kvm-hardware"}
-    | {"landlock", "macvtap", "numa", "psi", "root", "systemd-in-namespaces", "tap"}
+    | {"landlock", "macvtap", "numa", "psi", "root", "systemd-in-namespaces", "tap", "vhost-net"}
 )
 """What the nested host has."""
 MENDED: Final = NESTED | {"guest-cr8"}
@@ -205,6 +205,14 @@ def _macvtap() -> str:
     return _in_a_network_of_its_own("sh", "-c", script)
 
 
+def _vhost_net() -> str:
+    """The device, or a module that makes it."""
+    if Path("/dev/vhost-net").exists() or shutil.which("modprobe") is None:
+        return "" if Path("/dev/vhost-net").exists() else "no /dev/vhost-net"
+    done = subprocess.run(["modprobe", "-n", "-q", "vhost_net"], check=False)
+    return "no vhost_net" if done.returncode else ""
+
+
 def _selinux() -> str:
     return "" if Path("/sys/fs/selinux/enforce").exists() else "SELinux is off"
 
@@ -301,4 +309,5 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "systemd-in-namespaces": _systemd_in_namespaces,
     "systemd-analyze": _program("systemd-analyze"),
     "tap": _tap,
+    "vhost-net": _vhost_net,
 }

@@ -136,6 +136,36 @@ def test_the_counters_and_a_pause(system: System) -> None:
     wait_until(lambda: ports() == [])
 
 
+def say_to_some(bridge: str, own: str) -> None:
+    """To a guest in mode net-sort whose address is ``own``: X, Y, Z are for it, the small letters are not."""
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as mouth:
+        mouth.bind((bridge, 0))
+        for to, letter in (
+            ("52:54:00:99:99:99", "a"),  # somebody else
+            ("01:00:5e:00:00:07", "b"),  # groups that it is not in
+            ("33:33:00:00:00:01", "c"),
+            (own, "X"),
+            ("01:00:5e:00:00:05", "Y"),  # the one that it is in
+            ("ff:ff:ff:ff:ff:ff", "Z"),
+        ):
+            frame = bytes(int(part, 16) for part in to.split(":")) + bytes(6) + b"\x88\xb5"
+            mouth.send(frame.ljust(54, b"\0") + b"vmbus" + letter.encode())
+
+
+def test_a_guest_hears_what_it_said_it_wants(system: System) -> None:
+    system.rule(RULE)
+    ctl(system, *definition(system, ALICE, "--cmdline", "net-sort", "--nic", BRIDGE))
+    start(system)
+    console = Console(system, ALICE, "net", "--read-only")
+    own = console.wait_for("net: mac ([0-9a-f:]+) ", 30)[1]
+    console.wait_for("net: sorted: 0 0\n", 30)
+    say_to_some(BRIDGE, own)
+    console.wait_for("heard Z\n", 30)
+    assert re.findall("heard (.)\n", console.text) == ["X", "Y", "Z"]
+    console.close()
+    ctl(system, "kill", "net")
+
+
 @pytest.mark.parametrize(("address", "heard"), [("", "cefhijJKLMN"), (",address=10.99.0.2", "JKLMN")])
 def test_a_guest_that_says_it_is_somebody_else_is_not_heard(system: System, address: str, heard: str) -> None:
     system.rule(RULE)

@@ -28,6 +28,9 @@ BRIDGE = f"vmbl{os.getpid()}"
 HOST = "10.98.0.1"
 BYTES = 8 << 20
 DOWN, UP, PARK = 7000, 7001, 7002
+FEATURES = {0, 1, 3, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 18, 22, 23, 28, 29, 32}
+"""CSUM, GUEST_CSUM, MTU, MAC, GUEST_TSO4/6, GUEST_ECN, HOST_TSO4/6, HOST_ECN, MRG_RXBUF, STATUS, CTRL_VQ,
+CTRL_RX, MQ, CTRL_MAC_ADDR, and the rings': what the kernel takes is what there is."""
 FEWER = 1 << 20
 """For passt's stream, on which each segment is cut in software."""
 
@@ -98,10 +101,10 @@ def elsewhere() -> Iterator[subprocess.Popen[str]]:
 class Server(threading.Thread):
     """Takes one connection to a port of the bridge's address."""
 
-    def __init__(self, port: int, serve: Callable[[socket.socket], None]) -> None:
+    def __init__(self, port: int, serve: Callable[[socket.socket], None], address: str = HOST) -> None:
         super().__init__(daemon=True)
         self._serve = serve
-        self._listener = socket.create_server((HOST, port))
+        self._listener = socket.create_server((address, port))
         self._listener.settimeout(120 * SLOW)
         self.start()
 
@@ -169,12 +172,10 @@ def test_bulk_data_goes_both_ways_unharmed(
     assert "small pings answered" in text and "fragmented pings answered" in text
     assert f"address {nic['mac']} mtu 1500\n" in text
     assert f"queues {vcpus}\n" in text
-    # CSUM, GUEST_CSUM, MTU, MAC, GUEST_TSO4/6, GUEST_ECN, HOST_TSO4/6, HOST_ECN, MRG_RXBUF, STATUS, CTRL_VQ,
-    # CTRL_RX, MQ, CTRL_MAC_ADDR, and the rings': what the kernel took is what there is.
     features = re.search(r"features ([01]{64})\n", text)
     assert features
     taken = {bit for bit, one in enumerate(features[1]) if one == "1"}
-    assert taken == {0, 1, 3, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 18, 22, 23, 28, 29, 32}
+    assert taken == FEATURES
     for direction in ("received", "transmitted"):
         assert moved[direction]["bytes"] > BYTES
         # Segments of many frames each go through: that is what the offloads are for.

@@ -127,6 +127,19 @@ def test_grants_and_quotas_are_for_those_they_name() -> None:
     assert as_nobody(granted, text, "bob", []) == ([], [1 << 30, 8, 1, 0, 0])
 
 
+@pytest.mark.parametrize(
+    ("text", "granted"),
+    [(b"", False), (b'[vhost-net]\nusers = ["alice"]', True), (b'[vhost-net]\nusers = ["bob"]', False)],
+)
+def test_vhost_net_is_for_those_it_names(text: bytes, granted: bool) -> None:
+    def asked() -> list[str]:
+        from vmbus.broker.dropped import policy
+
+        return policy.load(text).grants(policy.Account("alice", "/home/alice", []))
+
+    assert ("vhost-net" in as_nobody(asked)) == granted
+
+
 def test_a_home_directory_that_is_the_root_grants_nothing() -> None:
     def asked(home: str) -> list[str]:
         from vmbus.broker.dropped import policy

@@ -202,8 +202,7 @@ class Crew:
             self._left(user)
             raise
         child.gone.when_settled(lambda: self._left(user))
-        value = yield from child.reported
-        return value
+        return (yield from child.reported)
 
     def _admit(self) -> None:
         for entry in list(self._queue):

@@ -43,9 +43,8 @@ class Requests:
 
     def answer(self, asker: str, request: Any) -> Task[Answer]:
         """Carry out ``request``; never raises. ``asker`` is for the audit log."""
-        names = [name for name in request.__struct_fields__ if name != "id"]
-        # Cut, so that the outcome has room in the line.
-        fields = [f"{name}={getattr(request, name)!r:.1000}" for name in names]
+        # All but the id, which comes first; cut, so that the outcome has room in the line.
+        fields = [f"{name}={getattr(request, name)!r:.1000}" for name in request.__struct_fields__[1:]]
         whom = f"for {self._owners.known(request.uuid)}:" if hasattr(request, "uuid") else "for itself:"
         what = " ".join([asker, whom, type(request).__name__.lower(), *fields])
         fds: list[int] = []
@@ -122,7 +121,7 @@ class Requests:
         if request.interface:
             node = f"/dev/tap{(yield from self._crew.run(0, tap.prepare(request, name, mark), int, []))}"
         with worker.directory.connect(Greeting(role="inlet")) as inlet:
-            work = tap.make(request, name, mark, [node] * request.queues)
+            work = tap.make(request, name, mark, [node] * request.queues, "vhost-net" in rights.grants)
             log((yield from self._crew.run(0, work, str, [inlet.fileno()])))
         return wire.Reply(id=request.id), []
 

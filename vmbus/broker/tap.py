@@ -12,9 +12,13 @@ def prepare(request: Tap, name: str, mark: str) -> Work:
     return dropped("macvtaps", "prepare", request, name, mark, caps=[prctl.CAP_NET_ADMIN])
 
 
-def make(request: Tap, name: str, mark: str, opened: list[str]) -> Work:
-    """The same, for a tap; or hand over macvtap ``name``, which ``opened`` is. Reports what was made."""
+def make(request: Tap, name: str, mark: str, opened: list[str], helped: bool) -> Work:
+    """The same, for a tap; or hand over macvtap ``name``, which ``opened`` is. Reports what was made.
+
+    One that is ``helped`` comes with /dev/vhost-net, once a queue.
+    """
     module = "macvtaps" if request.interface else "taps"
+    opened = opened + ["/dev/vhost-net"] * (len(opened) if helped else 0)
     return dropped(module, "make", request, name, mark, caps=[prctl.CAP_NET_ADMIN], opened=opened)
 
 

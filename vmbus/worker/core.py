@@ -100,6 +100,8 @@ class CoreEvent(msgspec.Struct):
     json: bytes
 
 
+# include/linux/miscdevice.h, /dev/vhost-net
+_VHOST_NET: Final = os.makedev(10, 238)
 # native/vmm/src/config/devices.rs, LinkKind
 _LINKS: Final = {"bridge": "tap", "macvtap": "tap", "user": "stream", "isolated": "hub"}
 # native/capi/src/event.rs
@@ -235,12 +237,15 @@ def disk_configuration(disk: Disk, files: Files) -> dict[str, Any]:
 
 def nic_configuration(nic: Nic, files: Files) -> dict[str, Any]:
     """The core's ``Nic``. Raises InvalidArgument for a slot that is not filled."""
+    fds = [fd for slot in nic_slots(nic) for fd in files.all(slot)]
+    helpers = [fd for fd in fds if os.fstat(fd).st_rdev == _VHOST_NET]
     return {
         "id": nic.id,
         "mac": nic.mac,
         "queues": nic.queues,
         "link": _LINKS[nic.kind],
-        "tap_fds": [fd for slot in nic_slots(nic) for fd in files.all(slot)],
+        "tap_fds": [fd for fd in fds if fd not in helpers],
+        "vhost_fds": helpers,
         "slot": nic.slot or None,
         "carrier": nic.carrier,
     }

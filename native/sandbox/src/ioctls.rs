@@ -112,6 +112,24 @@ pub const TAP: &[u32] = &[
     0x4004_54d8, // TUNSETVNETHDRSZ
 ];
 
+/// The queues of a tap that the kernel serves, vhost-net, and which frames it takes for them. Not here: everything else
+/// of vhost (logs, the IOTLB, workers, busy loops), and the tap's programs that choose a queue (TUNSETSTEERINGEBPF).
+pub const VHOST: &[u32] = &[
+    0x4010_54d5, // TUNATTACHFILTER
+    0x4010_54d6, // TUNDETACHFILTER
+    0x4008_af00, // VHOST_SET_FEATURES
+    0x0000_af01, // VHOST_SET_OWNER
+    0x4008_af03, // VHOST_SET_MEM_TABLE
+    0x4008_af10, // VHOST_SET_VRING_NUM
+    0x4028_af11, // VHOST_SET_VRING_ADDR
+    0x4008_af12, // VHOST_SET_VRING_BASE
+    0xc008_af12, // VHOST_GET_VRING_BASE
+    0x4008_af20, // VHOST_SET_VRING_KICK
+    0x4008_af21, // VHOST_SET_VRING_CALL
+    0x4008_af22, // VHOST_SET_VRING_ERR
+    0x4008_af30, // VHOST_NET_SET_BACKEND
+];
+
 /// Flags of the worker's own descriptors.
 pub const DESCRIPTOR: &[u32] = &[
     0x0000_5421, // FIONBIO

@@ -374,7 +374,11 @@ pub(crate) fn of_role(role: Role, profile: Profile) -> Result<Allowed, Error> {
         Role::Control => control(&mut allowed, profile)?,
         Role::Main => main(&mut allowed)?,
         Role::Block => block(&mut allowed)?,
-        Role::Network => network(&mut allowed)?,
+        Role::Network => {
+            network(&mut allowed)?;
+            // Its alone: not the control thread's, which does what all others do.
+            allowed.ioctls(ioctls::VHOST)?;
+        }
         Role::Memory => allowed.always(&[libc::SYS_epoll_create1, libc::SYS_epoll_ctl]),
         Role::Crew => crew(&mut allowed)?,
         Role::Migration => migration(&mut allowed)?,
@@ -387,6 +391,7 @@ pub(crate) fn of_role(role: Role, profile: Profile) -> Result<Allowed, Error> {
 pub(crate) fn base(profile: Profile) -> Result<Allowed, Error> {
     let mut allowed = Allowed::new();
     control(&mut allowed, profile)?;
+    allowed.ioctls(ioctls::VHOST)?;
     migration(&mut allowed)?;
     build(&mut allowed)?;
     main(&mut allowed)?;

@@ -28,11 +28,16 @@
 //!
 //! While the cable is pulled, everything is dropped in both directions, whatever the driver makes of the news.
 //!
-//! Left out: vhost-net, which could serve the same tap; see [`crate::virtio::net`]. No io_uring either: a tap
-//! never makes its reader wait, so there is nothing to have in flight, and a call moves a whole packet.
+//! Where the broker gives /dev/vhost-net too, the kernel serves the queues of a tap ([`vhost`]) whenever nothing else is
+//! to be done with them and it can do so exactly ([`engage`]); without it, this thread.
+//!
+//! Left out: io_uring. A tap never makes its reader wait, so there is nothing to have in flight, and a call moves a
+//! whole packet.
 
 mod announce;
 mod counters;
+mod engage;
+mod filter;
 mod frames;
 mod hub;
 mod interface;
@@ -44,6 +49,7 @@ mod stream;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod vhost;
 
 use std::sync::Arc;
 

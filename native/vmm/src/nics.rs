@@ -19,7 +19,8 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
     nics.iter()
         .zip(files)
         .enumerate()
-        .map(|(index, (nic, files))| {
+        .map(|(index, (nic, mut files))| {
+            let helpers = files.split_off(files.len().saturating_sub(nic.vhost_fds.len()));
             if !ids.insert(&nic.id) {
                 return Err(Error::invalid(
                     format!("nics[{index}].id"),
@@ -37,6 +38,13 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
                     "a tap has at least one descriptor, a stream exactly one, a hub none",
                 ));
             }
+            let fit = nic.link == LinkKind::Tap && helpers.len() == files.len();
+            if !helpers.is_empty() && !fit {
+                return Err(Error::invalid(
+                    format!("nics[{index}].vhost_fds"),
+                    "one for each queue of a tap, or none",
+                ));
+            }
             Ok(NicSpec {
                 id: nic.id.clone(),
                 mac: address(&nic.mac).ok_or_else(|| {
@@ -48,7 +56,7 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
                 queues: nic.queues,
                 slot: nic.slot,
                 carrier: nic.carrier,
-                link: link(nic.link, files).map_err(|e| {
+                link: link(nic.link, files, helpers).map_err(|e| {
                     let message = format!("not a {:?} that can be used: {e}", nic.link);
                     Error::new(Kind::InvalidArgument, format!("nic/{}", nic.id), message)
                 })?,
@@ -57,13 +65,13 @@ pub fn open(nics: &[Nic], files: Vec<Vec<OwnedFd>>) -> Result<Vec<NicSpec>> {
         .collect()
 }
 
-fn link(kind: LinkKind, mut files: Vec<OwnedFd>) -> std::io::Result<Link> {
+fn link(kind: LinkKind, mut files: Vec<OwnedFd>, helpers: Vec<OwnedFd>) -> std::io::Result<Link> {
     Ok(match (kind, files.pop()) {
         (LinkKind::Stream, Some(socket)) => Link::Stream(Box::new(Stream::new(socket)?)),
         (LinkKind::Hub, _) => Link::Hub(Box::default()),
         (_, last) => {
             files.extend(last);
-            Link::Tap(Tap::new(files)?)
+            Link::Tap(Tap::new(files)?.helped(helpers))
         }
     })
 }
@@ -95,6 +103,7 @@ mod tests {
             carrier: true,
             link: LinkKind::Tap,
             tap_fds: Vec::new(),
+            vhost_fds: Vec::new(),
         }
     }
 
@@ -130,5 +139,23 @@ mod tests {
         );
         let without = open(&[nic("net", "52:54:00:00:00:01")], vec![Vec::new()]);
         assert_eq!(without.err().unwrap().argument, "nics[0].tap_fds");
+    }
+
+    #[test]
+    fn a_tap_has_a_helper_for_each_queue_or_none() {
+        let helped = |vhost_fds, link| Nic {
+            vhost_fds,
+            link,
+            ..nic("net", "52:54:00:00:00:01")
+        };
+        for (nic, files) in [
+            (helped(vec![7, 8], LinkKind::Tap), 3),
+            (helped(vec![7], LinkKind::Tap), 1),
+            (helped(vec![7], LinkKind::Stream), 2),
+        ] {
+            let files = (0..files).flat_map(|_| null()).collect();
+            let refused = open(&[nic], vec![files]).err().unwrap();
+            assert!(["nics[0].vhost_fds", "nics[0].tap_fds"].contains(&refused.argument.as_str()));
+        }
     }
 }

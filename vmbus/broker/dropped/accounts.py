@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who a uid is (NSS), and what broker.toml grants that user.
+"""Who a uid is (NSS), and what broker.toml grants that user, as far as the host has it.
 
 NSS may hang as long as an LDAP server does, and its modules have no business as root.
 """
@@ -8,12 +8,15 @@ import grp
 import os
 import pwd
 import re
+from pathlib import Path
 
 from vmbus.broker.children import Channel
 from vmbus.broker.dropped import policy
 from vmbus.broker.policy import Rights, Survey
 from vmbus.wire.errors import VmbusError
 
+_VHOST_NET = Path("/sys/class/misc/vhost-net")
+"""There if the kernel has it; a device node alone may be one whose module cannot be loaded."""
 _DYNAMIC = range(61184, 65536)  # systemd's DynamicUser= range, nobody, 16-bit -1
 
 
@@ -48,7 +51,7 @@ def look_up(uid: int, text: bytes, survey: Survey) -> Rights:
         name=entry.pw_name,
         gids=[entry.pw_gid, *gids],
         prefixes=granted.prefixes(account),
-        grants=granted.grants(account),
+        grants=[name for name in granted.grants(account) if name != "vhost-net" or _VHOST_NET.exists()],
         limits=granted.limits(account),
     )
 

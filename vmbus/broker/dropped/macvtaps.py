@@ -113,8 +113,10 @@ def prepare(request: Tap, name: str, mark: str, channel: Channel) -> None:
 
 
 def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
-    """Kept: the inlet, and the interface's device once a queue. Reports what was made."""
-    inlet, *queues = channel.fds
+    """Kept: the inlet, the interface's device once a queue, and /dev/vhost-net as often or never. Reports
+    what was made."""
+    inlet, *opened = channel.fds
+    queues = opened[: request.queues]
     made = _steps(request, name, mark)
     try:
         for queue in queues:
@@ -122,8 +124,9 @@ def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
                 raise OSError(errno.ENOTTY, "its device is none")
             os.set_blocking(queue, False)
             fcntl.ioctl(queue, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _FLAGS))
-        packet.send(socket.socket(fileno=inlet), Delivery(slot=request.slot), queues)
+        packet.send(socket.socket(fileno=inlet), Delivery(slot=request.slot), opened)
     except OSError as error:
         take_back(made)
         raise VmbusError("Disconnected", f"the macvtap is not handed over: {error.strerror}") from None
-    channel.report("; ".join([*(step.describe() for step in made), f"{len(queues)} queue(s)"]))
+    helped = ["vhost-net"] if opened[request.queues :] else []
+    channel.report("; ".join([*(step.describe() for step in made), f"{len(queues)} queue(s)", *helped]))

@@ -91,6 +91,10 @@ class UserNetwork(_Whom, frozen=True, kw_only=True):
     """``[user-network]``: who may have interfaces of kind ``user``, for which a process of the host sends."""
 
 
+class VhostNet(_Whom, frozen=True, kw_only=True):
+    """``[vhost-net]``: for whose guests the host's kernel moves frames by itself, where it can."""
+
+
 class UserNetworkHost(_Whom, frozen=True, kw_only=True):
     """``[user-network-host]``: whose guests may, by such an interface, reach what listens on this host."""
 
@@ -155,6 +159,7 @@ class Policy(_Strict, frozen=True, kw_only=True, rename="kebab"):
     interfaces: dict[str, Interface] = {}
     user_network: UserNetwork = UserNetwork()
     user_network_host: UserNetworkHost = UserNetworkHost()
+    vhost_net: VhostNet = VhostNet()
     ksm: Ksm = Ksm()
     hugepages: HugePages = HugePages()
     workers: Workers = Workers()
@@ -173,6 +178,7 @@ class Policy(_Strict, frozen=True, kw_only=True, rename="kebab"):
             **{f"interfaces.{name}": interface for name, interface in self.interfaces.items()},
             "user-network": self.user_network,
             "user-network-host": self.user_network_host,
+            "vhost-net": self.vhost_net,
         }
 
     def grants(self, account: Account) -> list[str]:

@@ -76,8 +76,12 @@ def address_of(mac: str) -> bytes:
 
 
 def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
-    """Kept: the inlet, and /dev/net/tun once a queue. Reports what was made. Raises VmbusError."""
-    inlet, *queues = channel.fds
+    """Kept: the inlet, /dev/net/tun once a queue, and /dev/vhost-net as often or never.
+
+    Reports what was made. Raises VmbusError.
+    """
+    inlet, *opened = channel.fds
+    queues = opened[: request.queues]
     for queue in queues:
         os.set_blocking(queue, False)
     bridge = request.bridge
@@ -92,8 +96,9 @@ def make(request: Tap, name: str, mark: str, channel: Channel) -> None:
         raise VmbusError("Unavailable", message, argument="bridge") from None
     try:
         index = socket.if_nametoindex(name)
-        packet.send(socket.socket(fileno=inlet), Delivery(slot=request.slot), queues)
+        packet.send(socket.socket(fileno=inlet), Delivery(slot=request.slot), opened)
     except OSError as error:
         take_back(steps)
         raise VmbusError("Disconnected", f"the worker does not take the tap: {error.strerror}") from None
-    channel.report("; ".join([*(step.describe() for step in steps), f"index {index}"]))
+    helped = ["vhost-net"] if opened[request.queues :] else []
+    channel.report("; ".join([*(step.describe() for step in steps), *helped, f"index {index}"]))

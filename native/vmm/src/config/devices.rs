@@ -92,6 +92,9 @@ pub struct Nic {
     pub link: LinkKind,
     /// The host's end: a tap's queues, at least one; a stream's socket.
     pub tap_fds: Vec<RawFd>,
+    /// An opened /dev/vhost-net for each queue of a tap, or none.
+    #[serde(default)]
+    pub vhost_fds: Vec<RawFd>,
 }
 
 /// What an interface's descriptors are.

@@ -143,12 +143,17 @@ impl Nic {
     }
 
     fn own_files(&self) -> Vec<OwnedFd> {
-        self.tap_fds.iter().map(|fd| own(*fd)).collect()
+        let all = self.tap_fds.iter().chain(&self.vhost_fds);
+        all.map(|fd| own(*fd)).collect()
     }
 
     fn fds(&self, prefix: &str) -> Vec<(String, RawFd)> {
-        let named = |(index, fd): (usize, &RawFd)| (format!("{prefix}tap_fds[{index}]"), *fd);
-        self.tap_fds.iter().enumerate().map(named).collect()
+        let mut fds = Vec::new();
+        for (name, numbers) in [("tap_fds", &self.tap_fds), ("vhost_fds", &self.vhost_fds)] {
+            let named = |(index, fd): (usize, &RawFd)| (format!("{prefix}{name}[{index}]"), *fd);
+            fds.extend(numbers.iter().enumerate().map(named));
+        }
+        fds
     }
 }
 

@@ -336,6 +336,10 @@ impl Control {
             return;
         };
         self.forget(&copies);
+        if self.state == State::Running {
+            // Networks leave to the kernel again what they did themselves for the marks.
+            let _ = self.while_it_stands(|_| Ok(()));
+        }
         let stood = ran.is_some() && self.state == State::Paused;
         match sent {
             Sent::Away(statistics) => {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use super::vhost::Engaged;
 use super::{Counters, Link};
 use crate::memory::GuestMemoryMmap;
 use crate::virtio::chain::Chain;
@@ -86,31 +87,36 @@ struct Buffer {
 }
 
 /// A packet that fills all buffers there are and needs more: its length, and what is not in them.
-struct Held {
+pub(super) struct Held {
     len: usize,
     rest: Vec<u8>,
 }
 
-struct ServedQueue {
-    inner: ActiveQueue,
-    purpose: Purpose,
+pub(super) struct ServedQueue {
+    pub(super) inner: ActiveQueue,
+    pub(super) purpose: Purpose,
+    /// The kernel serves it.
+    pub(super) engaged: Option<Engaged>,
     /// Buffers to be filled, in the ring's order, and their bytes and pieces.
     buffers: VecDeque<Buffer>,
     room: usize,
     pieces: usize,
-    held: Option<Held>,
+    pub(super) held: Option<Held>,
 }
 
 /// From DRIVER_OK to the reset.
 pub(super) struct Active {
-    queues: Vec<ServedQueue>,
-    settings: Settings,
-    interrupt: Arc<Interrupt>,
-    mergeable: bool,
+    pub(super) queues: Vec<ServedQueue>,
+    pub(super) settings: Settings,
+    pub(super) features: u64,
+    pub(super) interrupt: Arc<Interrupt>,
+    pub(super) mergeable: bool,
+    /// The tap filters as the settings say, and what it has for the driver may be left to the kernel.
+    pub(super) armed: bool,
     /// Bytes of buffers that a packet may be expected to need.
     expected: usize,
     /// The driver broke the rules: nothing is done any more.
-    halted: bool,
+    pub(super) halted: bool,
 }
 
 impl Active {
@@ -124,6 +130,7 @@ impl Active {
                 .map(|inner| ServedQueue {
                     purpose: purpose(inner.index, pairs, features),
                     inner,
+                    engaged: None,
                     buffers: VecDeque::new(),
                     room: 0,
                     pieces: 0,
@@ -136,7 +143,9 @@ impl Active {
                 .unwrap_or_else(|| Settings::new(mac, pairs, features)),
             halted: activation.interrupt.is_broken(),
             interrupt: activation.interrupt,
+            features,
             mergeable,
+            armed: false,
             expected: match (mergeable, segments) {
                 (false, _) => 1,
                 (true, false) => FRAME,
@@ -170,6 +179,12 @@ impl Active {
         queue.is_some_and(|queue| matches!(queue.purpose, Purpose::Receive(_)))
     }
 
+    /// Whether the queue at `place` is the one for commands.
+    pub(super) fn commands(&self, place: usize) -> bool {
+        let queue = self.queues.get(place);
+        queue.is_some_and(|queue| queue.purpose == Purpose::Control)
+    }
+
     /// What is known of the queues, and what the driver has set by commands.
     pub(super) fn saved(&self) -> Served {
         let queues = self.queues.iter().map(|queue| &queue.inner);
@@ -199,10 +214,7 @@ impl Active {
             if let (Some(_), Purpose::Receive(pair)) = (queue.held.take(), queue.purpose) {
                 counters.receive_dropped(pair);
             }
-            queue.inner.queue.unpop(queue.buffers.len() as u16);
-            queue.buffers.clear();
-            queue.room = 0;
-            queue.pieces = 0;
+            queue.put_back();
         }
     }
 
@@ -221,6 +233,9 @@ impl Active {
         let (Some(queue), Some(ready), false) = (queue, ready.get_mut(source), self.halted) else {
             return Ok(false);
         };
+        if queue.engaged.is_some() {
+            return Ok(false);
+        }
         queue.inner.queue.disable_notifications()?;
         let mut budget = queue.inner.queue.size().max(16);
         let mut again = false;
@@ -323,7 +338,7 @@ impl Active {
             return Ok(false);
         };
         let purpose = queue.purpose;
-        if matches!(purpose, Purpose::Unused | Purpose::Receive(_)) {
+        if matches!(purpose, Purpose::Unused | Purpose::Receive(_)) || queue.engaged.is_some() {
             return Ok(false);
         }
         let index = queue.inner.index;
@@ -371,6 +386,14 @@ impl Active {
 }
 
 impl ServedQueue {
+    /// What was taken off the ring and not filled is as if it never had been.
+    pub(super) fn put_back(&mut self) {
+        self.inner.queue.unpop(self.buffers.len() as u16);
+        self.buffers.clear();
+        self.room = 0;
+        self.pieces = 0;
+    }
+
     /// Takes buffers off the ring until there is room for `wanted` bytes, or there are no more.
     fn gather(&mut self, wanted: usize) -> Result<(), Fault> {
         while self.room < wanted && self.pieces <= PIECES_MAX {

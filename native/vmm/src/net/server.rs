@@ -11,13 +11,16 @@ use std::sync::Arc;
 use vmm_sys_util::epoll::{Epoll, EpollEvent, EventSet};
 
 use super::announce::{self, Announcement, Clock};
+use super::engage::Left;
 use super::interface::{Active, Scratch};
+use super::vhost::Way;
 use super::{Counters, Link, Served};
 use crate::error::{Error, Kind, Result};
 use crate::io::{Change, Command, Mailbox, Newcomer, Serve};
 use crate::poll::{self, unwatch, watch};
 use crate::virtio::live::ChangingConfig;
 use crate::virtio::net::{self, MAC};
+use crate::virtio::queue::Fault;
 use crate::virtio::Activation;
 
 /// Epoll's data for the mailbox.
@@ -25,11 +28,17 @@ const WAKE: u64 = u64::MAX;
 /// Set in the data of a tap's queue, clear in that of a virtqueue.
 const OF_TAP: u64 = 1 << 31;
 
+/// Set in the data of what is heard of a queue that the kernel serves: it has used requests, it found a broken ring.
+const OF_CALL: u64 = 1 << 30;
+const OF_ERROR: u64 = 1 << 29;
+
 /// What there is to do: a device, and the place of its queue or of its tap's in the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Job {
     Queue(usize, usize),
     Tap(usize, usize),
+    Call(usize, usize),
+    Error(usize, usize),
 }
 
 impl Job {
@@ -37,22 +46,28 @@ impl Job {
         match self {
             Job::Queue(device, place) => (device as u64) << 32 | place as u64,
             Job::Tap(device, place) => (device as u64) << 32 | OF_TAP | place as u64,
+            Job::Call(device, place) => (device as u64) << 32 | OF_CALL | place as u64,
+            Job::Error(device, place) => (device as u64) << 32 | OF_ERROR | place as u64,
         }
     }
 
     fn of(data: u64) -> Job {
         let device = (data >> 32) as usize;
-        let place = (data & (OF_TAP - 1)) as usize;
-        if data & OF_TAP == 0 {
-            Job::Queue(device, place)
-        } else {
-            Job::Tap(device, place)
+        let place = (data & (OF_ERROR - 1)) as usize;
+        match data & (OF_TAP | OF_CALL | OF_ERROR) {
+            OF_TAP => Job::Tap(device, place),
+            OF_CALL => Job::Call(device, place),
+            OF_ERROR => Job::Error(device, place),
+            _ => Job::Queue(device, place),
         }
     }
 
     fn device(self) -> usize {
         match self {
-            Job::Queue(device, _) | Job::Tap(device, _) => device,
+            Job::Queue(device, _)
+            | Job::Tap(device, _)
+            | Job::Call(device, _)
+            | Job::Error(device, _) => device,
         }
     }
 }
@@ -154,12 +169,12 @@ impl Serve for Server {
                         self.obey(command)?;
                     }
                 } else {
-                    self.rung(Job::of(event.data()));
+                    self.rung(Job::of(event.data()))?;
                 }
             }
             for _ in 0..self.again.len() {
                 if let Some(job) = self.again.pop_front() {
-                    self.serve(job);
+                    self.serve(job)?;
                 }
             }
             if self.clock.has_struck() {
@@ -175,6 +190,7 @@ impl Server {
         match command {
             Command::Start(device, activation) => self.activate(device, activation)?,
             Command::Stop(device, sender) => {
+                self.disengage(device, None)?;
                 let active = self.devices.get_mut(device).and_then(|d| d.active.take());
                 for kick in active.iter().flat_map(Active::kicks) {
                     unwatch(&self.epoll, kick);
@@ -190,6 +206,7 @@ impl Server {
                 let _ = sender.send(active.map(Active::saved));
             }
             Command::Pause(device, sender) => {
+                self.disengage(device, None)?;
                 if let Some(interface) = self.devices.get_mut(device) {
                     interface.paused = true;
                     if let Some(active) = &mut interface.active {
@@ -202,10 +219,12 @@ impl Server {
                 if let Some(interface) = self.devices.get_mut(device) {
                     interface.paused = false;
                 }
+                self.engage(device)?;
                 self.look_at_all(device);
                 self.clock.now();
             }
             Command::Close(device, sender) => {
+                self.disengage(device, None)?;
                 if let Some(interface) = self.devices.get_mut(device) {
                     interface.paused = true;
                     interface.link.close();
@@ -225,7 +244,9 @@ impl Server {
                 let _ = sender.send(self.link(device, peer, socket));
             }
             Command::Change(device, _, Change::Carrier(up), answer) => {
+                self.disengage(device, None)?;
                 self.set_carrier(device, up);
+                self.engage(device)?;
                 answer.give(Ok(()));
             }
             other @ Command::Change(..) => other.refuse(),
@@ -290,8 +311,102 @@ impl Server {
             interface.announcement.begin();
         }
         interface.active = Some(Active::new(activation, interface.mac, interface.pairs));
+        self.engage(device)?;
         // The driver may have made requests available before it was ready.
         self.look_at_all(device);
+        Ok(())
+    }
+
+    /// Leaves to the kernel what it can do, if it is to be done now.
+    fn engage(&mut self, device: usize) -> Result<()> {
+        let Some(Interface {
+            link: Link::Tap(tap),
+            active: Some(active),
+            counters,
+            ready,
+            carrier: true,
+            paused: false,
+            ..
+        }) = self.devices.get_mut(device)
+        else {
+            return Ok(());
+        };
+        let left = active.engage(tap);
+        counters.helped(active.engaged());
+        if active.is_armed() {
+            // As far as is known, each of its queues has something from before the filter.
+            for (place, ready) in ready.iter_mut().enumerate() {
+                *ready = true;
+                soon(&mut self.again, Job::Tap(device, place));
+            }
+        }
+        left.into_iter()
+            .try_for_each(|left| self.leave(device, &left))
+    }
+
+    /// Leaves the kernel what comes from a source that is empty, if it may be.
+    fn engage_receiving(&mut self, device: usize, source: usize) -> Result<()> {
+        let Some(Interface {
+            link: Link::Tap(tap),
+            active: Some(active),
+            counters,
+            carrier: true,
+            paused: false,
+            ..
+        }) = self.devices.get_mut(device)
+        else {
+            return Ok(());
+        };
+        let left = active.engage_receiving(source, tap);
+        counters.helped(active.engaged());
+        left.map_or(Ok(()), |left| self.leave(device, &left))
+    }
+
+    /// Watches what is heard of a ring that the kernel serves, and nothing else of it.
+    fn leave(&self, device: usize, left: &Left) -> Result<()> {
+        let place = left.shift.place;
+        unwatch(&self.epoll, left.shift.kick);
+        if let Some((_, fd)) = left.shift.source {
+            unwatch(&self.epoll, fd);
+        }
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let (call, error) = (Job::Call(device, place), Job::Error(device, place));
+        watch(&self.epoll, left.call, events, call.data())?;
+        watch(&self.epoll, left.error, events, error.data())
+    }
+
+    /// Takes all of that back, or what goes one way.
+    fn disengage(&mut self, device: usize, only: Option<Way>) -> Result<()> {
+        let Some(Interface {
+            link: Link::Tap(tap),
+            active: Some(active),
+            counters,
+            ready,
+            ..
+        }) = self.devices.get_mut(device)
+        else {
+            return Ok(());
+        };
+        let (shifts, outcome) = active.disengage(only, tap);
+        counters.helped(active.engaged());
+        if outcome.is_err() {
+            counters.broken();
+            active.fail();
+        }
+        let events = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for shift in shifts {
+            let job = Job::Queue(device, shift.place);
+            watch(&self.epoll, shift.kick, events, job.data())?;
+            soon(&mut self.again, job);
+            if let Some((source, fd)) = shift.source {
+                let job = Job::Tap(device, source);
+                watch(&self.epoll, fd, events, job.data())?;
+                if let Some(ready) = ready.get_mut(source) {
+                    *ready = true;
+                }
+                soon(&mut self.again, job);
+            }
+        }
         Ok(())
     }
 
@@ -323,7 +438,7 @@ impl Server {
         self.clock.later(more);
     }
 
-    fn rung(&mut self, job: Job) {
+    fn rung(&mut self, job: Job) -> Result<()> {
         if let Some(interface) = self.devices.get_mut(job.device()) {
             if let Job::Tap(device, place) = job {
                 if let Some(ready) = interface.ready.get_mut(place) {
@@ -338,12 +453,27 @@ impl Server {
                 }
             }
         }
-        self.serve(job);
+        self.serve(job)
     }
 
-    fn serve(&mut self, job: Job) {
+    fn serve(&mut self, job: Job) -> Result<()> {
+        let Job::Queue(device, place) = job else {
+            return self.attend(job);
+        };
+        let interface = self.devices.get(device);
+        let active = interface.and_then(|interface| interface.active.as_ref());
+        if !active.is_some_and(|active| active.commands(place)) {
+            return self.attend(job);
+        }
+        // What the driver says holds for all that it gets after the answer, whoever serves it.
+        self.disengage(device, Some(Way::Receive))?;
+        self.attend(job)?;
+        self.engage(device)
+    }
+
+    fn attend(&mut self, job: Job) -> Result<()> {
         let Some(interface) = self.devices.get_mut(job.device()) else {
-            return;
+            return Ok(());
         };
         let Interface {
             link,
@@ -355,9 +485,16 @@ impl Server {
             ..
         } = interface
         else {
-            return;
+            return Ok(());
         };
         let outcome = match job {
+            Job::Call(_, place) => {
+                active.called(place);
+                Ok(false)
+            }
+            // One that was taken back meanwhile is looked at here.
+            Job::Error(_, place) if !active.is_engaged(place) => Ok(false),
+            Job::Error(..) => Err(Fault::Request),
             Job::Tap(_, place) if !*carrier => {
                 let (more, ready) = (self.scratch.empty_source(link, place), ready.get_mut(place));
                 if let Some(ready) = ready {
@@ -384,14 +521,26 @@ impl Server {
                 outcome
             }
         };
+        let emptied = match job {
+            Job::Tap(_, place) if active.is_armed() && ready.get(place) == Some(&false) => {
+                Some(place)
+            }
+            _ => None,
+        };
         match outcome {
             Ok(true) => soon(&mut self.again, job),
-            Ok(false) => {}
+            Ok(false) => {
+                if let Some(source) = emptied {
+                    self.engage_receiving(job.device(), source)?;
+                }
+            }
             Err(_fault) => {
                 counters.broken();
                 active.fail();
+                self.disengage(job.device(), None)?;
             }
         }
+        Ok(())
     }
 }
 

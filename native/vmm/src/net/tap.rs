@@ -2,17 +2,20 @@
 //! The host's end of an interface: a tap, with a descriptor for each of its queues.
 //!
 //! The broker made it (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR, several queues), put it on its bridge and deletes it. All
-//! that is set here is what frames look like: the length of the header, and what the driver lets the host
-//! leave to it. Source: linux/if_tun.h.
+//! that is set here is what frames look like (the length of the header, and what the driver lets the host
+//! leave to it) and, where the kernel serves the driver, which of them it gets. Source: linux/if_tun.h.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use super::vhost::Vhost;
 use crate::virtio::net::{F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, HEADER};
 
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNATTACHFILTER: libc::c_ulong = 0x4010_54d5;
+const TUNDETACHFILTER: libc::c_ulong = 0x4010_54d6;
 const TUN_F_CSUM: libc::c_ulong = 1;
 const TUN_F_TSO4: libc::c_ulong = 2;
 const TUN_F_TSO6: libc::c_ulong = 4;
@@ -35,6 +38,10 @@ pub struct Tap {
     queues: Vec<File>,
     /// Whether it is one; in tests it may be a socket, which has nothing to set.
     real: bool,
+    /// One for each queue, or none.
+    helpers: Vec<Vhost>,
+    /// There may be a filter on it.
+    filtered: bool,
 }
 
 impl Tap {
@@ -56,6 +63,53 @@ impl Tap {
         Ok(tap)
     }
 
+    /// With `helpers`, an opened /dev/vhost-net for each of its queues.
+    pub fn helped(mut self, helpers: Vec<OwnedFd>) -> Tap {
+        self.helpers = helpers.into_iter().map(Vhost::new).collect();
+        self
+    }
+
+    /// The helper of a queue, and the queue.
+    pub(super) fn helper(&mut self, queue: usize) -> Option<(&mut Vhost, RawFd)> {
+        let fd = self.queues.get(queue)?.as_raw_fd();
+        Some((self.helpers.get_mut(queue)?, fd))
+    }
+
+    /// Whether it has helpers.
+    pub(super) fn is_helped(&self) -> bool {
+        !self.helpers.is_empty()
+    }
+
+    /// What comes for the driver goes through this program first, on all queues.
+    ///
+    /// # Errors
+    /// What the kernel says, such as that a macvtap has none.
+    pub(super) fn filter(&mut self, program: &[libc::sock_filter]) -> io::Result<()> {
+        let program = libc::sock_fprog {
+            len: u16::try_from(program.len()).unwrap_or_default(),
+            filter: program.as_ptr().cast_mut(),
+        };
+        let queue = self.fd(0)?;
+        // SAFETY: the request reads the program, which outlives the call.
+        let result = unsafe { libc::ioctl(queue, TUNATTACHFILTER as _, &program) };
+        // One that was refused may be on some queues.
+        self.filtered = true;
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Everything comes through again.
+    pub(super) fn unfilter(&mut self) {
+        let (Ok(queue), true) = (self.fd(0), self.filtered) else {
+            return;
+        };
+        self.filtered = false;
+        // SAFETY: the request ignores its argument. It fails for one that has none, and that is as well.
+        unsafe { libc::ioctl(queue, TUNDETACHFILTER as _, 0) };
+    }
+
     /// Datagram sockets in the place of a tap.
     #[cfg(test)]
     pub fn sockets(queues: Vec<OwnedFd>) -> Tap {
@@ -67,7 +121,12 @@ impl Tap {
         for queue in &queues {
             non_blocking(queue)?;
         }
-        Ok(Tap { queues, real })
+        Ok(Tap {
+            queues,
+            real,
+            helpers: Vec::new(),
+            filtered: false,
+        })
     }
 
     /// What a driver that accepted `features` takes: frames without a checksum, TCP segments longer than a frame.
@@ -121,6 +180,7 @@ impl Tap {
 
     /// Lets it go.
     pub fn close(&mut self) {
+        self.helpers.clear();
         self.queues.clear();
     }
 

@@ -4,9 +4,8 @@
 //!
 //! This file does no I/O. The feature list is the machine type's, whatever the host: checksums and TCP
 //! segmentation both ways, mergeable buffers, several queues, and a control queue for what the interface takes.
-//! A tap of any kernel that vmbus supports carries all of it out, and so would vhost-net on the same tap, which
-//! can therefore be put behind the device later without the guest seeing it (the filter would become
-//! TUNSETTXFILTER, the pairs in use TUNSETQUEUE). Today there is [`crate::net`].
+//! A tap of any kernel that vmbus supports carries all of it out, served by [`crate::net`] with or without
+//! vhost-net.
 //!
 //! | queue | what |
 //! |---|---|
@@ -194,6 +193,16 @@ struct Saved {
     multicast: Table,
 }
 
+/// Which frames a driver takes, by the address that they are for.
+pub struct Taken {
+    /// Whatever the rest says.
+    pub everything: bool,
+    /// Those of one host; None for all of them.
+    pub hosts: Option<Vec<[u8; MAC]>>,
+    /// Those of groups, everybody's among them; None for all of them.
+    pub groups: Option<Vec<[u8; MAC]>>,
+}
+
 /// What a driver has set by commands: which frames it wants, and on how many pairs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -271,6 +280,22 @@ impl Settings {
             }
     }
 
+    /// The same, spelt out.
+    pub fn taken(&self) -> Taken {
+        let sort = |table: &Table, own: [u8; MAC], group: bool| {
+            let mut addresses = vec![own];
+            addresses.extend(&table.addresses);
+            addresses.retain(|[first, ..]| (first & 1 != 0) == group);
+            (!table.all).then_some(addresses)
+        };
+        let groups = sort(&self.multicast, [0xff; MAC], true);
+        Taken {
+            everything: self.promiscuous,
+            hosts: sort(&self.unicast, self.mac, false),
+            groups: groups.filter(|_| !self.all_multicast),
+        }
+    }
+
     /// Carries a command out and writes its answer; returns how many bytes were written.
     ///
     /// # Errors
@@ -294,7 +319,7 @@ impl Settings {
     }
 
     /// None for a command that does not exist, was not negotiated or does not have what belongs to it.
-    fn obey(&mut self, command: &[u8]) -> Option<()> {
+    pub(crate) fn obey(&mut self, command: &[u8]) -> Option<()> {
         let ([class, command], data) = command.split_first_chunk::<2>()?;
         match (class, command) {
             (0, 0 | 1) if self.features & F_CTRL_RX != 0 => {

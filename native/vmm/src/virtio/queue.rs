@@ -159,6 +159,31 @@ impl Queue {
         self.told = position.told;
     }
 
+    /// Where it is.
+    pub fn rings(&self) -> Rings {
+        self.rings
+    }
+
+    /// The available entry to look at next.
+    pub fn next_available(&self) -> u16 {
+        self.next_available
+    }
+
+    /// Somebody else has served the queue meanwhile, and looks at `next_available` next. The used ring, which that one
+    /// has written to, is written once more: so the pages that it is in are known to have changed.
+    ///
+    /// # Errors
+    /// `Fault::Memory` when the used ring is not RAM.
+    pub fn taken_back(&mut self, next_available: u16) -> Result<(), Fault> {
+        let mut ring = vec![0; 6 + 8 * usize::from(self.rings.size)];
+        self.memory.read_slice(&mut ring, at(self.rings.used, 0))?;
+        self.memory.write_slice(&ring, at(self.rings.used, 0))?;
+        self.next_available = next_available;
+        self.next_used = self.load(self.rings.used, 2, Ordering::Acquire)?;
+        self.told = self.next_used;
+        Ok(())
+    }
+
     /// Entries.
     pub fn size(&self) -> u16 {
         self.rings.size
@@ -635,6 +660,29 @@ mod tests {
         queue.pop().unwrap();
         assert!(!queue.enable_notifications().unwrap());
         assert_eq!(driver.get(driver.rings.used + 4 + 64), 1);
+    }
+
+    #[test]
+    fn what_somebody_else_has_served_is_gone_on_with_and_marked() {
+        let (mut driver, mut queue) = pair(RingFeatures::default());
+        for head in 0..3 {
+            driver.descriptor(head, 0x8000, 16, DESCRIPTOR_WRITE, 0);
+            driver.offer(head);
+        }
+        // Somebody else has taken two and given them back, and nobody saw it write.
+        let used = queue.rings().used;
+        driver
+            .memory
+            .write_obj(2u16, GuestAddress(used + 2))
+            .unwrap();
+        marks::switch(&driver.memory, true);
+        queue.taken_back(2).unwrap();
+        let marked = marks::take(&driver.memory).run(0, 1 << 20).unwrap();
+        assert_eq!(marked, (used & !0xfff, 0x1000));
+        assert_eq!(queue.pop().unwrap().unwrap().head, 2);
+        queue.push(2, 16).unwrap();
+        assert_eq!(driver.used_index(), 3);
+        assert!(queue.pop().unwrap().is_none());
     }
 
     #[test]
