@@ -5,6 +5,7 @@
 //! |----------|------------------------------------------------------------------------|
 //! | `image`  | a damaged image, and what is done to it                                |
 //! | `nbd`    | what a hostile client sends to the server                              |
+//! | `migration` | what a hostile source sends to a machine that is received            |
 //! | –        | a LUKS header: `vmbus_qcow2::fuzz_luks_header`                         |
 //! | `input`  | numbers out of libFuzzer's bytes                                       |
 //! | `memory` | an allocator that counts: memory is bounded whatever the input says    |
@@ -18,4 +19,5 @@ pub mod disk;
 pub mod image;
 pub mod input;
 pub mod memory;
+pub mod migration;
 pub mod nbd;

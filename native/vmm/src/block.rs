@@ -13,6 +13,8 @@
 //! (which is a matter of metadata) and the driver told.
 
 #[cfg(test)]
+mod changed_tests;
+#[cfg(test)]
 mod coded_tests;
 mod counters;
 mod scsi;

@@ -7,6 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::error::Kind;
 use crate::io::Change;
+use crate::migrate::changes::Blocks;
 use crate::pci::Place;
 use crate::virtio::queue::testing::{rings, Driver};
 use crate::virtio::rig::{image, nameless_file, until, Guest, Rig, ALL_FEATURES, DISK_BYTES};
@@ -152,12 +153,17 @@ fn a_disk_is_written_and_read() {
     for ring in [None, vmbus_qcow2::Ring::new(64, 8).ok()] {
         let rig = Rig::new(ring);
         let mut scsi = Scsi::start(&rig);
+        let content = rig.device("disk/system").content().unwrap();
+        content.changed.watch(DISK_BYTES);
         let write = [0x2a, 0, 0, 0, 0, 5, 0, 0, 2, 0];
         rig.memory
             .write_slice(&[0x5a; 1024], GuestAddress(DATA))
             .unwrap();
         let done = scsi.command(0, &write, 1024, 0);
         assert_eq!((done.status, done.left, done.used), (GOOD, 0, 108));
+        // A migration hears of it.
+        let changed = content.changed.take(DISK_BYTES);
+        assert_eq!(changed.run(0, DISK_BYTES), Some((0, Blocks::UNIT)));
         rig.memory
             .write_slice(&[0; 2048], GuestAddress(DATA))
             .unwrap();
@@ -168,6 +174,7 @@ fn a_disk_is_written_and_read() {
             (GOOD, 1024, 108 + 1024)
         );
         let data = scsi.data(2048);
+        assert_eq!(content.changed.take(DISK_BYTES).bytes(), 0);
         assert_eq!(data[..512], [0x5a; 512]);
         assert_eq!(data[512..], [0; 1536]);
         let flush = scsi.command(0, &[0x35], 0, 0);

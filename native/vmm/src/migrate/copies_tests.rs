@@ -5,9 +5,12 @@ use std::fs::File;
 use std::os::fd::{AsFd, FromRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
-use vmbus_qcow2::{compare, create_qcow2, CreateOptions, Disk, Format, Image, LayerFiles, Op};
-use vmbus_qcow2::{OpenOptions, Progress};
+use vmbus_qcow2::{
+    compare, copy, create_qcow2, CopyOptions, CreateOptions, Disk, EncryptOptions, Format, Image,
+    LayerFiles, Op, OpenOptions, Progress, Secret,
+};
 
 use super::changes::{Blocks, Changed};
 use super::copies::{grains, list, Copied, Piece, Source, Still, Targets};
@@ -194,6 +197,39 @@ fn layers_below_are_seen_at_the_source_and_covered_at_the_destination() {
         copied_while_it_changes(disk(Format::Qcow2, true), disk(Format::Raw, false), seed);
         copied_while_it_changes(disk(Format::Qcow2, true), disk(Format::Qcow2, true), seed);
     }
+}
+
+#[test]
+fn compressed_and_encrypted_images_are_read_and_written_as_what_they_hold() {
+    let raw = disk(Format::Raw, false);
+    scribble(&raw, &Changed::default(), &mut Random(5), 60);
+    let packed = disk(Format::Qcow2, false);
+    let how = CopyOptions {
+        compress: true,
+        ..CopyOptions::default()
+    };
+    copy(&raw, &packed, &how, &Progress::default()).unwrap();
+    copied_while_it_changes(packed, disk(Format::Raw, false), 200);
+    copied_while_it_changes(encrypted(), disk(Format::Raw, false), 201);
+    copied_while_it_changes(disk(Format::Raw, false), encrypted(), 202);
+}
+
+fn encrypted() -> Arc<Image> {
+    let secret = Secret::new(b"passphrase".to_vec()).unwrap();
+    let top = file();
+    let options = CreateOptions {
+        size: SIZE,
+        encryption: Some(EncryptOptions {
+            iteration_time: Duration::from_millis(1),
+            ..EncryptOptions::new(secret.clone())
+        }),
+        ..CreateOptions::default()
+    };
+    create_qcow2(&top, None, &options).unwrap();
+    open(vec![LayerFiles {
+        secret: Some(secret),
+        ..layer(&top, Format::Qcow2, None)
+    }])
 }
 
 #[test]
