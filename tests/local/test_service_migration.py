@@ -204,6 +204,57 @@ def test_a_machine_that_arrives_is_in_the_state_in_which_it_came(bed: Bed, state
     test()
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("state", ["running", "paused"])
+def test_one_whose_worker_is_not_heard_as_it_arrives_stays(bed: Bed, state: Any, when: str) -> None:
+    """It arrives before the connection breaks, and the word of it is lost; or before it is made again."""
+
+    @scenario
+    async def test() -> None:
+        async with bed.caller() as alice, receiving(alice, bed) as (machine, job, worker):
+            if when == "before":
+                worker.state, worker.moving = state, 0
+                worker.hang_up()
+            else:
+                worker.hang_up()
+                await come(lambda: worker.asked.count("hello") > 1)
+                worker.enter(state)
+                worker.moving = 0
+            assert (await ended(alice, job))["State"] == "done"
+            assert await alice.state(machine) == state
+            assert not any(isinstance(one, broker.Kill) for one in bed.broker.asked)
+            await alice(machine, "Machine.Pause" if state == "running" else "Machine.Resume")
+            await alice(machine, "Machine.Kill")
+
+    test()
+
+
+@pytest.mark.parametrize("how", ["ended", "never heard of it", "cancelled", "killed", "gone"])
+def test_one_whose_worker_is_not_heard_and_that_does_not_arrive_leaves_nothing(bed: Bed, how: str) -> None:
+    @scenario
+    async def test() -> None:
+        async with bed.caller() as alice, receiving(alice, bed) as (machine, job, worker):
+            if how == "never heard of it":
+                worker.moving = 0
+            worker.hang_up()
+            if how == "ended":
+                worker.end("error", "it broke off")
+            elif how == "cancelled":
+                with contextlib.suppress(VmbusError):  # on a busy host it came when all was over
+                    await alice(job, "Job.Cancel")
+            elif how == "killed":
+                await alice(machine, "Machine.Kill")
+            elif how == "gone":
+                bed.broker.ended(uuid_of(machine))
+            wanted = {"cancelled", "failed"} if how in ("cancelled", "killed") else {"failed"}
+            assert (await ended(alice, job))["State"] in wanted
+            await alice.until(machine, "stopped")
+            assert uuid_of(machine) not in bed.broker.workers
+            await alice(machine, "Machine.Undefine")
+
+    test()
+
+
 @scenario
 async def test_one_that_fails_is_undone_whole_though_it_is_cancelled_meanwhile(bed: Bed) -> None:
     async with bed.caller() as alice, receiving(alice, bed) as (machine, job, worker):

@@ -10,6 +10,7 @@ watches two jobs. Each end goes straight to a worker, and the two cores have the
 | it is done | stopped, ``migrated`` | running, or paused as the source was |
 | it is refused or cancelled, or breaks before it was handed on | as it was | stopped, nothing left |
 | it breaks after that, and nobody can know | paused, ``migration-unsure`` | as it has got |
+| the worker there and its vmbusd lose each other | the same | as the worker says, once it is reached |
 | a vmbusd dies in the middle | goes on by itself; the next vmbusd sees what came of it | the same |
 
 Disks that both sides name go along; the worker at the destination refuses others that its guest may write

@@ -11,12 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
 
 from vmbus.service import descriptors
+from vmbus.service.arrivals import Arrival
 from vmbus.service.broker_client import BrokerClient
 from vmbus.service.files import OwnFile, PassedFile, PassedSocket
 from vmbus.service.handover import Handover, check_passed, close_all
@@ -27,6 +29,8 @@ from vmbus.service.registry import Registry
 from vmbus.service.workers import Workers
 from vmbus.wire.definition import check_machine_type, slots
 from vmbus.wire.errors import VmbusError
+
+log = logging.getLogger("vmbus.starts")
 
 AT_ONCE: Final = 8
 """Starts of one owner that the broker is asked about at a time: more would not be quicker, and would wait
@@ -129,7 +133,7 @@ class Starts:
             async with self._turns.setdefault(machine.owner, asyncio.Semaphore(AT_ONCE)):
                 await _take(machine, self._first_steps(machine, files, saved))
             await _take(machine, self._further_steps(machine, saved, paused=paused))
-            self._registry.write_run(machine, machine.recorded().begun(first_run=paused and not saved))
+            self._note_begun(machine, saved, paused=paused)
         except BaseException as error:
             await self._undo_start(machine, error)
             raise
@@ -140,6 +144,15 @@ class Starts:
             self._workers.finish_by_record(machine)
         else:
             self._workers.store_quietly(machine)
+
+    def _note_begun(self, machine: Machine, saved: Resumption | None, *, paused: bool) -> None:
+        try:
+            self._registry.write_run(machine, machine.recorded().begun(first_run=paused and not saved))
+        except VmbusError as error:
+            if saved is None or not saved.moving:
+                raise
+            # It is nowhere else: whoever finds it later believes its worker.
+            log.error("%s: that it has arrived is not stored: %s", machine.uuid, error)
 
     def _first_steps(
         self, machine: Machine, files: dict[str, PassedFile], saved: Resumption | None
@@ -236,8 +249,9 @@ class Starts:
         self._registry.write_run(machine, msgspec.structs.replace(machine.recorded(), receiving=True))
         worker = machine.connection()
         disks = {"copy": saved.copy, "separate": saved.separate}
-        work = worker.receive(saved.file.fd, disks, paused=paused, on_sent=saved.file.close)
-        await watched(work, worker.cancel_save, worker, self.on_moving(machine.job))
+        asked = worker.receive(saved.file.fd, disks, paused=paused, on_sent=saved.file.close)
+        arrival = Arrival(machine, self._workers)
+        await watched(arrival.wait(asked), arrival.cancel, worker, self.on_moving(machine.job))
         machine.set_memory(machine.definition.memory, machine.definition.memory)
         machine.set_state(machine.guest)
 

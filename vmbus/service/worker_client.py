@@ -66,6 +66,8 @@ class WorkerClient:
         self._events = 0
         self.told_state = False
         """Whether an event on this connection told a state, which is then newer than Hello's."""
+        self.state: str = ""
+        """What the worker said last on this connection: ready, configured, running, paused or ended."""
         self._channel: Channel[wire.Result, wire.Event] = Channel(
             socket.socket(fileno=fds[0]),
             _decoder,
@@ -100,6 +102,7 @@ class WorkerClient:
         if result.lifeline != wire.LIFELINE:
             raise VmbusError("Restricted", f"the worker's lifeline is version {result.lifeline}")
         self.restricted = result.version not in SUPPORTED
+        self.state = result.state or ""
         return result
 
     def acknowledge(self, seq: int) -> None:
@@ -311,4 +314,6 @@ class WorkerClient:
             self.acknowledge(self._seq)
             return
         self.told_state |= event.kind in ("state", "ended")
+        if event.kind in ("state", "ended"):
+            self.state = "ended" if event.kind == "ended" else event.state or ""
         self._on_event(event)

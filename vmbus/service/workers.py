@@ -127,6 +127,21 @@ class Workers:
         if not _being_started(machine):
             self._spin(self._reconnect(machine))
 
+    async def reach_again(self, machine: Machine) -> WorkerClient:
+        """Connect to the worker of a machine that is being started, whose connection was lost. Raises
+        VmbusError."""
+        fds = await self._broker.connect_worker(machine.uuid)
+        if machine.gone.is_set():
+            descriptors.close_all(fds)
+            raise VmbusError("Disconnected", "the worker has ended")
+        self.connect(machine, fds)
+        worker = machine.connection()
+        said = await worker.hello()
+        machine.set_flag("restricted", on=worker.restricted)
+        if not worker.told_state and said.state in ("running", "paused"):
+            machine.guest = "running" if said.state == "running" else "paused"
+        return worker
+
     async def _reconnect(self, machine: Machine) -> None:
         """Until it is reached, or its end is known. The end may come in a pause, and the next start after it:
         that has its own connection, which another one would replace."""
