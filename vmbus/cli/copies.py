@@ -3,8 +3,8 @@
 images made where they are not there yet.
 
 An image that is made here is a qcow2 (or raw, if that is said) of the disk's size, the caller's own file; it
-goes again when the migration fails. What is in an image that is there already is overwritten; its format is
-stated, since a raw disk may hold what looks like anything.
+goes again when the migration fails, unless a machine may run on it (``Images.keep``). What is in an image
+that is there already is overwritten; its format is stated, for a raw disk may hold what looks like anything.
 """
 
 from __future__ import annotations
@@ -62,21 +62,39 @@ def writable(definition: Definition, name: str, *, argument: str) -> Disk:
     return disk
 
 
-@contextlib.contextmanager
-def made(copies: list[Copy]) -> Iterator[dict[str, Disk]]:
-    """The disks of a definition there, by their ids; images that were made for them go if this fails."""
-    with contextlib.ExitStack() as stack:
-        disks = {copy.disk.id: stack.enter_context(_made(copy)) for copy in copies if copy.path is not None}
-        yield disks
+class Images:
+    """The disks of a definition there, by their ids, and the images that were made for them."""
+
+    def __init__(self) -> None:
+        self.disks: dict[str, Disk] = {}
+        self.new: list[str] = []
+
+    def keep(self) -> None:
+        """Whatever happens: somebody may use them."""
+        self.new.clear()
 
 
 @contextlib.contextmanager
-def _made(copy: Copy) -> Iterator[Disk]:
-    path = copy.path or ""
+def made(copies: list[Copy]) -> Iterator[Images]:
+    """They are made; if this fails, what was made goes again."""
+    images = Images()
+    try:
+        for copy in copies:
+            if copy.path is not None:
+                images.disks[copy.disk.id] = _image(copy, copy.path, images.new)
+        yield images
+    except BaseException:
+        for path in images.new:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+
+
+def _image(copy: Copy, path: str, new: list[str]) -> Disk:
+    """The disk with the image at ``path``, which is made, and then among ``new``, if it is not there."""
     if os.path.lexists(path):
         layers = chain.resolve(path, copy.format, argument=_FLAG)
-        yield msgspec.structs.replace(copy.disk, layers=layers, source="path")
-        return
+        return msgspec.structs.replace(copy.disk, layers=layers, source="path")
     size = _size(copy.disk)
     # The core is loaded for this alone.
     from vmbus import image  # noqa: PLC0415
@@ -85,14 +103,10 @@ def _made(copy: Copy) -> Iterator[Disk]:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise VmbusError("InvalidArgument", f"{path}: {error.strerror}", argument=_FLAG) from None
-    try:
-        image.create(path, copy.format, size=size)
-        layer = Layer(format=copy.format, path=path)
-        yield msgspec.structs.replace(copy.disk, layers=[layer], source="path")
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
+    new.append(path)
+    image.create(path, copy.format, size=size)
+    layer = Layer(format=copy.format, path=path)
+    return msgspec.structs.replace(copy.disk, layers=[layer], source="path")
 
 
 def _size(disk: Disk) -> int:
@@ -112,4 +126,5 @@ def _size(disk: Disk) -> int:
     except qcow2_header.HeaderError as error:
         raise VmbusError("ImageInvalid", f"{layer.path}: {error}", argument=_FLAG) from None
     except OSError as error:
-        raise VmbusError("AccessDenied", f"{layer.path}: {error.strerror}", argument=_FLAG) from None
+        kind = "NotFound" if isinstance(error, FileNotFoundError) else "AccessDenied"
+        raise VmbusError(kind, f"{layer.path}: {error.strerror}", argument=_FLAG) from None

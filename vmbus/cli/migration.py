@@ -3,7 +3,7 @@
 
 | step | when it fails |
 |---|---|
-| images are made for disks that are copied, unless they are there (``copies``) | they go again |
+| images are made for disks that are copied (``copies``) | they go again, if the machine there does |
 | the machine is defined there, with its UUID, unless it is | the same |
 | the one there receives | it is undefined again, if it was defined here |
 | the one here sends | the other job ends with the connection; undefined again |
@@ -20,7 +20,7 @@ import asyncio
 import contextlib
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -52,12 +52,12 @@ async def migrate(remote: Remote, arguments: argparse.Namespace) -> int:
     async with contextlib.AsyncExitStack() as stack:
         there = await stack.enter_async_context(_other(arguments))
         images = stack.enter_context(copies.made(copied))
-        changed = _with_disks(_with_paths(definition, paths), images)
+        changed = _with_disks(_with_paths(definition, paths), images.disks)
         passed |= files.secrets(slots(changed), arguments.secrets)
         fds = stack.enter_context(files.opened(passed))
-        moved = "--file" if paths else "--copy-disk" if images else ""
+        moved = "--file" if paths else "--copy-disk" if images.disks else ""
         target = await stack.enter_async_context(
-            _defined(there, str(machine.properties["Uuid"]), changed, moved=moved)
+            _defined(there, str(machine.properties["Uuid"]), changed, moved=moved, stays=images.keep)
         )
         pace = {"downtime": arguments.downtime, "bandwidth": bandwidth}
         outcome = await _move(remote, path, there, target, fds, disks, pace, paused=arguments.paused)
@@ -82,9 +82,12 @@ async def _other(arguments: argparse.Namespace) -> AsyncIterator[Remote]:
 
 
 @contextlib.asynccontextmanager
-async def _defined(there: Remote, uuid: str, definition: Definition, *, moved: str) -> AsyncIterator[str]:
+async def _defined(
+    there: Remote, uuid: str, definition: Definition, *, moved: str, stays: Callable[[], None]
+) -> AsyncIterator[str]:
     """The machine there; if it was made for this, it goes again when this fails. ``moved``: the option that
-    says that it has other paths, if one does."""
+    says that it has other paths, if one does. ``stays``: called when it does not go, as one that runs does
+    not."""
     try:
         path = await there.find(uuid)
     except VmbusError as error:
@@ -101,7 +104,12 @@ async def _defined(there: Remote, uuid: str, definition: Definition, *, moved: s
         yield await asyncio.shield(defining)
     except BaseException:
         with contextlib.suppress(VmbusError):
-            await there.act(await defining, "Undefine")
+            path = await defining
+            try:
+                await there.act(path, "Undefine")
+            except BaseException:
+                stays()
+                raise
         raise
 
 
