@@ -160,6 +160,9 @@ struct Target {
     id: String,
     disk: Disk,
     size: u64,
+    /// Bytes of the source's disk, once they are known; what is behind them is made zeros, and new to the guest.
+    sent: u64,
+    whole: bool,
 }
 
 /// The disks that are written to at the destination.
@@ -181,6 +184,8 @@ impl Targets {
                 size: copied.image.size(),
                 disk: Disk::blocking(copied.image).map_err(about)?,
                 id: copied.id,
+                sent: 0,
+                whole: false,
             })
         });
         Ok(Targets {
@@ -221,19 +226,20 @@ impl Targets {
         let mut ordered = Vec::with_capacity(self.list.len());
         for listed in &list.disks {
             let place = self.list.iter().position(|target| target.id == listed.id);
-            let Some(target) = place.map(|place| self.list.remove(place)) else {
+            let Some(mut target) = place.map(|place| self.list.remove(place)) else {
                 let id: String = listed.id.chars().take(64).collect();
                 return refuse(format!(
                     "the source sends what is on {id:?}, and the destination was not told to write that"
                 ));
             };
-            if target.size != listed.size {
+            if target.size < listed.size {
                 let message = format!(
-                    "is a disk of {} bytes, and its image at the destination is one of {}",
+                    "is a disk of {} bytes, and its image at the destination has no more than {}",
                     listed.size, target.size
                 );
                 return Err(Error::invalid(target.id, message));
             }
+            target.sent = listed.size;
             ordered.push(target);
         }
         if let Some(left) = self.list.first() {
@@ -258,7 +264,7 @@ impl Targets {
         let chosen = self.chosen.and_then(|chosen| self.list.get_mut(chosen));
         let target = chosen.ok_or_else(|| damaged("what is on a disk, and not on which"))?;
         match place.checked_add(len) {
-            Some(end) if end <= target.size => Ok(target),
+            Some(end) if end <= target.sent => Ok(target),
             _ => Err(damaged(format!("{} has no byte {place:#x}", target.id))),
         }
     }
@@ -293,6 +299,12 @@ impl Targets {
     pub(super) fn sync(&mut self) -> Result<()> {
         let still = self.still.clone();
         let _held = still.hold();
+        for target in self.list.iter_mut().filter(|target| !target.whole) {
+            let behind = target.size.saturating_sub(target.sent);
+            let cleared = clear(&mut target.disk, target.sent, behind);
+            cleared.map_err(|error| error_of(&target.id, error))?;
+            target.whole = true;
+        }
         self.flush()
     }
 
@@ -306,12 +318,12 @@ impl Targets {
     }
 }
 
-/// Makes a range zeros, where it is not; how many bytes it was asked for.
+/// Makes a range zeros, where it is not; how many bytes it was asked for. In pieces, so that no request is endless.
 fn clear(disk: &mut Disk, place: u64, len: u64) -> vmbus_qcow2::Result<u64> {
     let end = place.saturating_add(len);
     let (mut at, mut cleared) = (place, 0u64);
     while at < end {
-        let range = range_at(disk.image(), at, end.saturating_sub(at))?;
+        let range = range_at(disk.image(), at, end.saturating_sub(at).min(HOLE_MAX))?;
         let now = range.len.clamp(1, end.saturating_sub(at));
         if !range.zero {
             disk.write_zeroes(at, now, true)?;

@@ -140,6 +140,8 @@ impl<'a> Intake<'a> {
     fn facts(&self, body: &[u8]) -> Result<()> {
         let facts = serde_json::from_slice::<Facts>(body);
         let facts = facts.map_err(|e| damaged(format!("its facts: {e}")))?;
+        let copied = |id: &str| self.targets.has(id);
+        let facts = facts.with_grown(self.own, copied);
         facts.check(self.own, Disks::Any)?;
         let right = |id: &str| self.targets.has(id) || self.separate.iter().any(|one| one == id);
         facts.check_shared(self.own, right)

@@ -110,8 +110,10 @@ fn take_with(
         };
         header.check(number, body)?;
         stream = &rest[body.len()..];
-        if let Next::Go = intake.take(&header, body)? {
-            return Ok(true);
+        match intake.take(&header, body)? {
+            Next::Go => return Ok(true),
+            Next::Sync | Next::Load(..) => intake.sync()?,
+            Next::More | Next::Accept => {}
         }
     }
     unreachable!("a stream has an end")
@@ -285,6 +287,27 @@ fn what_is_on_a_disk_comes_where_it_belongs() {
 }
 
 #[test]
+fn what_is_behind_a_smaller_disk_becomes_zeros() {
+    let (file, targets) = old_disk();
+    let mut records = lawful_with_a_disk();
+    let half = DISK_BYTES / 2;
+    let list = json!({ "disks": [{ "id": "disk/root", "size": half }] });
+    records[1].2 = list.to_string().into_bytes();
+    records[9].1 = (half - 512, 512);
+    assert!(take_with(&memory(), targets, COPIES, &bytes(&records)).unwrap());
+    let mut found = vec![7; DISK_BYTES as usize];
+    file.read_exact_at(&mut found, 0).unwrap();
+    let (disk, behind) = found.split_at(half as usize);
+    assert!(disk.ends_with(&[6; 512]));
+    assert!(behind.iter().all(|byte| *byte == 0));
+    // It has no byte there.
+    records[9].1 = (half - 256, 512);
+    let (_file, targets) = old_disk();
+    let error = take_with(&memory(), targets, COPIES, &bytes(&records)).unwrap_err();
+    assert_eq!(error.kind, Trouble::ImageInvalid);
+}
+
+#[test]
 fn what_does_not_belong_on_a_disk_is_refused() {
     let refused = |version: u32, change: Change| {
         let (_file, targets) = old_disk();
@@ -329,6 +352,7 @@ fn what_does_not_belong_on_a_disk_is_refused() {
     assert_eq!(about(&|r| r[1] = listed(twice.clone())), invalid("copy"));
     let other = json!([{ "id": "disk/data", "size": size }]);
     assert_eq!(about(&|r| r[1] = listed(other.clone())), invalid("copy"));
+    // Larger than the image here, and smaller than what comes then.
     let larger = json!([{ "id": "disk/root", "size": size + 512 }]);
     assert_eq!(
         about(&|r| r[1] = listed(larger.clone())),

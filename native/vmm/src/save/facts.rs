@@ -180,6 +180,20 @@ impl Facts {
         Ok(())
     }
 
+    /// The same with those of its disks that have `grown` as large as those of `own` are, where these are larger: as if they
+    /// had grown before.
+    #[must_use]
+    pub fn with_grown(mut self, own: &Facts, grown: impl Fn(&str) -> bool) -> Facts {
+        for (id, device) in self.devices.iter_mut().filter(|(id, _)| grown(id)) {
+            let here = own.devices.get(id).and_then(Device::size);
+            let larger = here.filter(|here| device.size().is_some_and(|size| size < *here));
+            if let (Some(size), Some(same)) = (larger, device.same.as_object_mut()) {
+                same.insert("size".to_owned(), size.into());
+            }
+        }
+        self
+    }
+
     /// Whether what the guest of `self` writes to its disks is written to those of `own`: whether they are the same files. Of some
     /// (`right`) it need not be so.
     ///
@@ -278,6 +292,24 @@ mod tests {
         let error = facts().check(&own, Disks::Same).unwrap_err();
         assert_eq!(error.kind, Kind::Changed);
         facts().check(&own, Disks::Any).unwrap();
+    }
+
+    #[test]
+    fn a_disk_may_be_larger_where_it_is_said_to_have_grown_and_never_smaller() {
+        let of = |size: u64| {
+            let mut facts = facts();
+            facts.devices.get_mut("disk/root").unwrap().same = serde_json::json!({ "size": size });
+            facts
+        };
+        let (small, large) = (of(4096), of(8192));
+        let grown = |facts: &Facts, own: &Facts, has| {
+            let facts = facts.clone().with_grown(own, |id| has && id == "disk/root");
+            facts.check(own, Disks::Any)
+        };
+        grown(&small, &large, true).unwrap();
+        grown(&small, &small, true).unwrap();
+        grown(&small, &large, false).unwrap_err();
+        grown(&large, &small, true).unwrap_err();
     }
 
     #[test]

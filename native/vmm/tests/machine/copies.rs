@@ -140,6 +140,39 @@ fn what_a_guest_writes_meanwhile_is_in_the_copy() {
 }
 
 #[test]
+fn a_larger_disk_at_the_destination_has_grown_for_its_guest_and_a_smaller_one_is_refused() {
+    requires_kvm!();
+    let mode = format!("{WRITES} sizes");
+    let here = disk(3);
+    let mut source = run(&mode, with(&here));
+    source.until(&format!("loop: {} sectors", SIZE / 512));
+    let small = disk(0);
+    small.set_len(SIZE / 2).unwrap();
+    let destination = waiting(&mode, with(&small));
+    let (sent, received) = between(&source, &destination, |_, _, _| Fate::Pass);
+    for error in [sent.unwrap_err(), received.unwrap_err()] {
+        assert_eq!(
+            (error.kind, error.argument.as_str()),
+            (Kind::InvalidArgument, "disk/root")
+        );
+    }
+    goes_on(&mut source, &here);
+    let large = disk(0);
+    large.set_len(2 * SIZE).unwrap();
+    large.write_all_at(&[1; 4096], SIZE).unwrap();
+    let mut destination = waiting(&mode, with(&large));
+    let (sent, received) = between(&source, &destination, |_, _, _| Fate::Pass);
+    sent.unwrap();
+    received.unwrap();
+    assert!(content(&here) == content(&large));
+    let mut behind = [7; 4096];
+    large.read_exact_at(&mut behind, SIZE).unwrap();
+    assert_eq!(behind, [0; 4096]);
+    destination.must(Request::Resume);
+    destination.until(&format!("loop: {} sectors", 2 * SIZE / 512));
+}
+
+#[test]
 fn statistics_tell_of_disks() {
     requires_kvm!();
     let (here, there) = (disk(3), disk(0));
