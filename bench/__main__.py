@@ -19,6 +19,7 @@ NAMES = (
     "prefault",
     "save",
     "migration",
+    "migration_disk",
     "images",
     "encrypted",
     "nbd",
