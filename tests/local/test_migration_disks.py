@@ -196,6 +196,40 @@ async def test_a_copy_has_what_the_guest_sees_of_all_layers(both: Pair) -> None:
         assert images.damage() == ""
 
 
+@scenario
+async def test_some_disks_go_along_whatever_they_are_on_and_others_are_shared(both: Pair) -> None:
+    moved = {
+        name: Images(image(both, f"here-{name}", "raw", full(number)), image(both, f"there-{name}", "qcow2"))
+        for number, name in enumerate(("root", "data"))
+    }
+    shared = image(both, "common", "raw", full(9))
+
+    def disk(name: str, at: tuple[str, str], **more: str) -> dict[str, Any]:
+        return {"id": name, "layers": [{"format": at[1], "path": at[0]}], **more}
+
+    async with both.callers() as (here, there):
+        common = disk("common", shared)
+        fits = {"cpu_model": model(), "memory": MEMORY}
+        ours = [disk("root", moved["root"].here), disk("data", moved["data"].here, bus="scsi"), common]
+        theirs = [disk("root", moved["root"].there), disk("data", moved["data"].there, bus="scsi"), common]
+        machine = await here(ROOT, "Manager.DefineMachine", both.here.guest(LOOP, disks=ours, **fits))
+        form = both.here.guest(LOOP, disks=theirs, **fits)
+        await there(ROOT, "Manager.DefineMachineAs", form, uuid_of(machine))
+        await here(machine, "Machine.Start", {}, {})
+        await says(here, machine, "loop: beat")
+        both_go = {"copy": Variant("as", ["disk/data", "disk/root"])}
+        received, sent = await move(
+            here, there, machine, receive={**both_go, "paused": Variant("b", True)}, **both_go
+        )
+        result = (await done(here, sent))["Result"]
+        await done(there, received)
+        assert result["disk-total"] == 2 * SIZE
+        await stop(there, machine)
+        for images in moved.values():
+            assert images.differ() == ""
+            assert images.damage() == ""
+
+
 async def length(both: Pair) -> int:
     """How many bytes it takes to move such a machine, at the least."""
     if both.length == 0:
