@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -16,20 +18,47 @@ from typing import Any
 import pytest
 
 from tests.lab.bridge import RULE, bridge, grant
-from tests.lab.guest import Console
+from tests.lab.guest import Console, StockGuest
 from tests.lab.system import ALICE, SLOW, System
 from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, place_guest
 from tests.local.test_network import say_to_some
+from tests.testbed.test_network import FEATURES, Server
 
 pytestmark = [
-    pytest.mark.requires("root", "kvm", "tap", "bridge", "vhost-net"),
+    pytest.mark.requires("root", "kvm", "kvm-hardware", "tap", "bridge", "vhost-net"),
     pytest.mark.timeout(900),
 ]
 
 BRIDGE = f"vmbv{os.getpid()}"
 DEVICE = Path("/dev/vhost-net")
 GIVEN, DENIED = f'[vhost-net]\nusers = ["{ALICE}"]\n', "[vhost-net]\nusers = []\n"
+HOST = "10.98.0.1"
+BYTES = 8 << 20
+DOWN, UP = 7010, 7011
+
+DEBIAN = f"""\
+carrier() {{ cat /sys/class/net/eth0/carrier; }}
+echo "ready"
+while [ ! -e /sys/class/net/eth0 ]; do sleep 0.1; done
+ip link set eth0 up
+ip address add 10.98.0.2/24 dev eth0
+echo "queues $(ls -d /sys/class/net/eth0/queues/rx-* | wc -l)"
+echo "features $(cat /sys/class/net/eth0/device/features)"
+ping -c 3 -W 20 -s 8000 {HOST} >/dev/null && echo "fragmented pings answered"
+nc {HOST} {DOWN} >/tmp/data
+echo "got $(sha256sum </tmp/data)"
+nc {HOST} {UP} </tmp/data
+echo "sent"
+while [ "$(carrier)" != 0 ]; do sleep 0.1; done
+echo "unplugged"
+while [ "$(carrier)" != 1 ]; do sleep 0.1; done
+ping -c 2 -W 20 {HOST} >/dev/null && echo "plugged in again"
+ping {HOST} >/dev/null 2>&1 &
+while [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+echo "gone"
+poweroff -f
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,6 +76,7 @@ def module() -> Iterator[None]:
 def system() -> Iterator[System]:
     """A whole system with vhost-net, which broker.toml lets alice have, and a bridge."""
     with bridge(BRIDGE, "10.99.0.1/24"), System(policy=grant(BRIDGE) + GIVEN) as whole:
+        subprocess.run(["ip", "address", "add", f"{HOST}/24", "dev", BRIDGE], check=True)
         whole.rule(RULE)
         yield whole
 
@@ -76,19 +106,20 @@ def served(system: System, queues: int, name: str = "net", nic: str = "lan") -> 
     wait_until(lambda: figures(system, name, nic)["vhost"] == queues, 20 * SLOW)
 
 
-def answered(count: int, size: int = 1400) -> bool:
+def answered(count: int, by: str = BRIDGE, address: str = "10.99.0.2") -> bool:
     """Whether the guest answers so many echo requests."""
-    words = ["ping", "-i", "0.2", "-I", BRIDGE, "-W", str(10 * SLOW), "-c", str(count), "-s", str(size)]
-    command = ["busybox", *words, "10.99.0.2"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120 * SLOW)
-    return done.stdout.count("bytes from 10.99.0.2") == count
+    words = ["ping", "-i", "0.2", "-I", by, "-W", str(10 * SLOW), "-c", str(count), "-s", "1400", address]
+    done = subprocess.run(
+        ["busybox", *words], check=False, capture_output=True, text=True, timeout=120 * SLOW
+    )
+    return done.stdout.count(f"bytes from {address}") == count
 
 
-def started(system: System, mode: str, nic: str = "") -> Console:
-    """Our own guest; its console, once it has its network."""
+def started(system: System, mode: str, nic: str = BRIDGE, *words: str) -> Console:
+    """Our own guest; its console."""
     kernel = place_guest(system)
-    words = ["--name", "net", "--memory", "16M", "--kernel", str(kernel), "--cmdline", mode]
-    ctl(system, "define", *words, "--nic", f"{BRIDGE},id=lan{nic}")
+    given = ["--name", "net", "--memory", "16M", "--kernel", str(kernel), "--cmdline", mode, *words]
+    ctl(system, "define", *given, "--nic", f"{nic},id=lan")
     ctl(system, "start", "net", "--paused")
     console = Console(system, ALICE, "net", "--read-only")
     ctl(system, "resume", "net")
@@ -160,7 +191,7 @@ def test_a_guest_that_says_it_is_somebody_else_is_not_heard_through_the_kernel(s
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as ear:
         ear.bind((BRIDGE, 0))
         ear.settimeout(60 * SLOW)
-        console = started(system, "net-spoof", ",address=10.99.0.2")
+        console = started(system, "net-spoof", f"{BRIDGE},address=10.99.0.2")
         letters = set()
         while "M" not in letters:  # the last
             frame = ear.recv(2048)
@@ -171,3 +202,61 @@ def test_a_guest_that_says_it_is_somebody_else_is_not_heard_through_the_kernel(s
         console.close()
     assert letters == set("JKLMN")
     gone(system)
+
+
+def test_nothing_is_left_of_a_worker_that_is_killed(system: System) -> None:
+    allow(system, GIVEN)
+    before = system.counts()
+    links = set(os.listdir("/sys/class/net"))
+    started(system, "net-echo count=1000").close()
+    served(system, 2)
+    [pid] = system.workers()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: json.loads(ctl(system, "show", "net", "--json"))["state"] == "crashed", 20 * SLOW)
+    ctl(system, "undefine", "net")
+    assert system.settle(before) == before
+    assert set(os.listdir("/sys/class/net")) == links
+
+
+def test_debian_moves_data_loses_its_cable_and_its_interface_with_the_kernel_s_help(system: System) -> None:
+    """Two queue pairs, and the features that there are without."""
+    allow(system, GIVEN)
+    data = random.Random(7).randbytes(BYTES)
+    back = hashlib.sha256()
+
+    def take(connection: socket.socket) -> None:
+        while piece := connection.recv(1 << 16):
+            back.update(piece)
+
+    servers = [Server(DOWN, lambda to: to.sendall(data), HOST), Server(UP, take, HOST)]
+    before = system.counts()
+    with StockGuest(system, "debian", script=DEBIAN, vcpus=2) as guest:
+        guest.make_disk()
+        guest.define()
+        guest.start()
+        guest.console.wait_for("ready\n", 120)
+        guest.ctl("attach-nic", guest.name, f"{BRIDGE},id=lan", timeout=60 * SLOW)
+        guest.console.wait_for(f"got {hashlib.sha256(data).hexdigest()}", 120)
+        guest.console.wait_for("sent\n", 120)
+        found = figures(system, "debian")
+        guest.ctl("set-link", guest.name, "lan", "down")
+        guest.console.wait_for("unplugged\n", 60)
+        assert figures(system, guest.name)["vhost"] == 0
+        guest.ctl("set-link", guest.name, "lan", "up")
+        guest.console.wait_for("plugged in again\n", 60)
+        served(system, 4, guest.name)
+        guest.ctl("detach-nic", guest.name, "lan", "--deadline", str(60 * SLOW), timeout=90)
+        assert guest.wait_stopped()["state-reason"] == "guest-poweroff"
+        text = guest.console.text
+        guest.ctl("undefine", guest.name)
+    for server in servers:
+        server.join(10 * SLOW)
+        assert not server.is_alive()
+    assert back.hexdigest() == hashlib.sha256(data).hexdigest()
+    assert "fragmented pings answered" in text and "queues 2\n" in text and "gone\n" in text
+    features = re.search(r"features ([01]{64})\n", text)
+    assert features and {bit for bit, one in enumerate(features[1]) if one == "1"} == FEATURES
+    assert (found["vhost"], found["faults"]) == (4, 0)
+    ours = sum(found[f"pair-{n}"][way]["bytes"] for n in (0, 1) for way in ("received", "transmitted"))
+    assert ours < BYTES, "the kernel has moved it"
+    assert system.settle(before) == before

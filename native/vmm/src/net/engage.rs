@@ -14,8 +14,14 @@
 //!
 //! What the kernel does not serve is served here, by the same rules, and the driver cannot tell. Whenever one of this
 //! changes the rings are taken back first, and left to the kernel again afterwards.
+//!
+//! A tap's filter is changed under a lock that all of the host's network shares, so a driver that changes its mind
+//! [`BURST`] times and goes on more often than once a [`PAUSE`] is received for here.
+//!
+//! Left out: interrupts that go straight to the guest. The network thread hears of them first, for a vector may be masked.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
 
 use super::filter;
 use super::interface::Active;
@@ -24,6 +30,39 @@ use super::Tap;
 use crate::migrate::marks;
 use crate::virtio::net::Purpose;
 use crate::virtio::queue::Fault;
+
+/// How many changes of the filter are saved up, at most.
+const BURST: u32 = 64;
+/// How long it takes until there is one more.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// How often a driver may still change the filter of its tap.
+pub(super) struct Changes {
+    left: u32,
+    since: Instant,
+}
+
+impl Changes {
+    pub(super) fn new(now: Instant) -> Changes {
+        Changes {
+            left: BURST,
+            since: now,
+        }
+    }
+
+    /// Takes one, if there is one.
+    fn take(&mut self, now: Instant) -> bool {
+        let passed = now.saturating_duration_since(self.since).as_secs() / PAUSE.as_secs();
+        if passed > 0 {
+            self.since = now;
+            let passed = u32::try_from(passed).unwrap_or(BURST);
+            self.left = self.left.saturating_add(passed).min(BURST);
+        }
+        let left = self.left.checked_sub(1);
+        self.left = left.unwrap_or(0);
+        left.is_some()
+    }
+}
 
 /// A ring whose server changes, and what is watched while it is ours: its doorbell and, to receive, the tap's queue.
 pub(super) struct Shift {
@@ -62,10 +101,16 @@ impl Active {
             && !self.halted
             && !self.is_marked()
             && usize::from(self.settings.pairs) == tap.len()
-            && tap.filter(&filter::program(&self.settings)).is_ok();
+            && self.filter(tap);
         if !self.armed {
             tap.unfilter();
         }
+    }
+
+    fn filter(&mut self, tap: &mut Tap) -> bool {
+        let program = filter::program(&self.settings);
+        tap.has_filter(&program)
+            || (self.changes.take(Instant::now()) && tap.filter(program).is_ok())
     }
 
     /// Whether receiving may be left to the kernel once the tap is empty.
@@ -179,5 +224,23 @@ fn way(purpose: Purpose) -> Option<(Way, usize)> {
         Purpose::Receive(pair) => Some((Way::Receive, usize::from(pair))),
         Purpose::Transmit(pair) => Some((Way::Transmit, usize::from(pair))),
         Purpose::Control | Purpose::Unused => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_that_changes_its_mind_all_the_time_has_to_wait() {
+        let begun = Instant::now();
+        let mut changes = Changes::new(begun);
+        assert!((0..BURST).all(|_| changes.take(begun)));
+        assert!(!changes.take(begun));
+        assert!(changes.take(begun + PAUSE));
+        assert!(!changes.take(begun + PAUSE));
+        let later = begun + 1000 * PAUSE;
+        assert!((0..BURST).all(|_| changes.take(later)));
+        assert!(!changes.take(later));
     }
 }

@@ -7,9 +7,11 @@ use std::collections::VecDeque;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use smallvec::SmallVec;
 
+use super::engage::Changes;
 use super::vhost::Engaged;
 use super::{Counters, Link};
 use crate::memory::GuestMemoryMmap;
@@ -113,6 +115,7 @@ pub(super) struct Active {
     pub(super) mergeable: bool,
     /// The tap filters as the settings say, and what it has for the driver may be left to the kernel.
     pub(super) armed: bool,
+    pub(super) changes: Changes,
     /// Bytes of buffers that a packet may be expected to need.
     expected: usize,
     /// The driver broke the rules: nothing is done any more.
@@ -146,6 +149,7 @@ impl Active {
             features,
             mergeable,
             armed: false,
+            changes: Changes::new(Instant::now()),
             expected: match (mergeable, segments) {
                 (false, _) => 1,
                 (true, false) => FRAME,

@@ -40,8 +40,8 @@ pub struct Tap {
     real: bool,
     /// One for each queue, or none.
     helpers: Vec<Vhost>,
-    /// There may be a filter on it.
-    filtered: bool,
+    /// The filter on it; empty for none.
+    filter: Vec<libc::sock_filter>,
 }
 
 impl Tap {
@@ -80,20 +80,27 @@ impl Tap {
         !self.helpers.is_empty()
     }
 
+    /// Whether what comes for the driver goes through just this program.
+    pub(super) fn has_filter(&self, program: &[libc::sock_filter]) -> bool {
+        let same = |(a, b): (&libc::sock_filter, &libc::sock_filter)| {
+            (a.code, a.jt, a.jf, a.k) == (b.code, b.jt, b.jf, b.k)
+        };
+        self.filter.len() == program.len() && self.filter.iter().zip(program).all(same)
+    }
+
     /// What comes for the driver goes through this program first, on all queues.
     ///
     /// # Errors
-    /// What the kernel says, such as that a macvtap has none.
-    pub(super) fn filter(&mut self, program: &[libc::sock_filter]) -> io::Result<()> {
-        let program = libc::sock_fprog {
+    /// What the kernel says, such as that a macvtap has none. Then it may be on some queues.
+    pub(super) fn filter(&mut self, program: Vec<libc::sock_filter>) -> io::Result<()> {
+        let argument = libc::sock_fprog {
             len: u16::try_from(program.len()).unwrap_or_default(),
             filter: program.as_ptr().cast_mut(),
         };
         let queue = self.fd(0)?;
         // SAFETY: the request reads the program, which outlives the call.
-        let result = unsafe { libc::ioctl(queue, TUNATTACHFILTER as _, &program) };
-        // One that was refused may be on some queues.
-        self.filtered = true;
+        let result = unsafe { libc::ioctl(queue, TUNATTACHFILTER as _, &argument) };
+        self.filter = program;
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -102,10 +109,10 @@ impl Tap {
 
     /// Everything comes through again.
     pub(super) fn unfilter(&mut self) {
-        let (Ok(queue), true) = (self.fd(0), self.filtered) else {
+        let (Ok(queue), false) = (self.fd(0), self.filter.is_empty()) else {
             return;
         };
-        self.filtered = false;
+        self.filter.clear();
         // SAFETY: the request ignores its argument. It fails for one that has none, and that is as well.
         unsafe { libc::ioctl(queue, TUNDETACHFILTER as _, 0) };
     }
@@ -125,7 +132,7 @@ impl Tap {
             queues,
             real,
             helpers: Vec::new(),
-            filtered: false,
+            filter: Vec::new(),
         })
     }
 
