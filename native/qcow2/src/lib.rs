@@ -5,6 +5,7 @@
 //! |------------|------------------------------------------------------------------------|
 //! | `image`    | opened files in, activate and inactivate, the lock                     |
 //! | `state`    | what stands under the lock; the chain as a whole                       |
+//! | `resolve`  | where the bytes of a read come from                                    |
 //! | `cache`    | metadata blocks in memory                                              |
 //! | `commit`   | the order in which metadata reaches the disk (the proof against cuts)  |
 //! | `epoch`    | when a freed cluster may be used again                                 |
@@ -39,6 +40,7 @@ mod buffer;
 mod bytes;
 mod cache;
 mod commit;
+mod compare;
 mod compress;
 mod copy;
 mod crypt;
@@ -57,9 +59,11 @@ mod locks;
 mod mailbox;
 mod map;
 mod nbd;
+mod options;
 mod overlay;
 #[cfg(test)]
 mod overlay_cuts;
+mod pieces;
 mod plan;
 #[cfg(test)]
 mod powercut;
@@ -67,13 +71,15 @@ mod qcow2;
 #[cfg(test)]
 mod recorder;
 mod request;
+mod resolve;
 mod ring;
 mod slab;
 mod state;
 mod types;
 
 pub use bench::{bench, BenchOptions};
-pub use copy::{compare, copy, first_nonzero, CopyOptions, Progress};
+pub use compare::{compare, first_nonzero};
+pub use copy::{copy, CopyOptions};
 pub use crypt::amend::{amend_keys, KeyChange};
 pub use crypt::create::EncryptOptions;
 pub use crypt::info::{Encryption, LuksInfo};
@@ -82,11 +88,13 @@ pub use disk::Disk;
 pub use engine::{Engine, Pool, Slot};
 pub use error::{Error, Kind, Result};
 pub use file::Stamp;
-pub use image::{DetectZeroes, Image, LayerFiles, OpenOptions, MAX_LAYERS};
+pub use image::{Image, MAX_LAYERS};
 pub use info::{info, looks_like_qcow2, set_backing, ImageInfo, Qcow2Info};
 pub use map::{range_at, Range};
 pub use nbd::{serve, serve_client, ServeOptions};
+pub use options::{DetectZeroes, LayerFiles, OpenOptions};
 pub use overlay::{commit_into, rebase};
+pub use pieces::Progress;
 pub use qcow2::amend::{amend, set_refcount_bits, AmendOptions};
 pub use qcow2::bitmaps::{self, Bitmap, BitmapView};
 pub use qcow2::check::{check, check_within, CheckReport, Repair, CHECK_MEMORY};

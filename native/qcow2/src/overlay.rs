@@ -19,13 +19,12 @@
 use std::sync::Arc;
 
 use crate::compress::Packer;
-use crate::copy::{
-    copy, hole_at, is_zero, through, write_packed, CopyOptions, Piece, Pieces, Progress,
-};
+use crate::copy::{copy, is_zero, write_packed, CopyOptions};
 use crate::disk::Disk;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
 use crate::map::range_at;
+use crate::pieces::{hole_at, through, Piece, Pieces, Progress};
 use crate::qcow2::resize::resize;
 use crate::state::Layer;
 

@@ -9,19 +9,16 @@ use crate::commit::Commits;
 use crate::epoch::Epochs;
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
-use crate::image::OpenOptions;
 use crate::mailbox::Waiter;
-use crate::plan::{
-    push_extent, Extent, Extents, FileId, Planned, Source, Stop, WriteStep, ZeroStep,
-};
+use crate::options::OpenOptions;
+use crate::plan::{FileId, Planned, Stop, WriteStep, ZeroStep};
 use crate::qcow2::alloc::Writer;
 use crate::qcow2::bitmaps::tracking::Tracking;
 use crate::qcow2::check;
-use crate::qcow2::entry::{Mapping, Part};
-use crate::qcow2::header::{autoclear, field, incompatible, CryptMethod};
+use crate::qcow2::header::{autoclear, field, incompatible};
 use crate::qcow2::zero::Zeroing;
-use crate::qcow2::{snapshot, Geometry, Qcow2};
-use crate::types::{Format, GuestCluster, HostOffset};
+use crate::qcow2::{snapshot, Qcow2};
+use crate::types::{Format, HostOffset};
 
 /// A layer as the caller describes it.
 pub(crate) struct Described {
@@ -254,131 +251,6 @@ impl State {
                 u64::from(qcow2.header.l1_entries),
             )),
         }
-    }
-
-    pub(crate) fn plan_read(&mut self, at: u64, len: u64, waiter: &Waiter) -> Planned<Extents> {
-        let mut extents = Extents::new();
-        self.resolve(0, at, len, waiter, &mut extents)?;
-        Ok(extents)
-    }
-
-    /// Where `len` bytes from `at` come from, seen from `layer` downward.
-    pub(crate) fn resolve(
-        &mut self,
-        layer: usize,
-        at: u64,
-        len: u64,
-        waiter: &Waiter,
-        extents: &mut Extents,
-    ) -> Planned<()> {
-        let (size, geometry) = match self.layers.get(layer) {
-            None => {
-                push_extent(
-                    extents,
-                    Extent {
-                        len,
-                        source: Source::Zero,
-                    },
-                );
-                return Ok(());
-            }
-            Some(Layer::Raw(raw)) => {
-                let inside = raw.size.saturating_sub(at).min(len);
-                let source = Source::File {
-                    file: raw.file,
-                    offset: HostOffset(at),
-                };
-                push_extent(
-                    extents,
-                    Extent {
-                        len: inside,
-                        source,
-                    },
-                );
-                push_extent(
-                    extents,
-                    Extent {
-                        len: len - inside,
-                        source: Source::Zero,
-                    },
-                );
-                return Ok(());
-            }
-            Some(Layer::Qcow2(qcow2)) => (qcow2.header.size, qcow2.geometry),
-        };
-        let end = at + size.saturating_sub(at).min(len);
-        self.resolve_qcow2(&geometry, at, end, waiter, extents)?;
-        push_extent(
-            extents,
-            Extent {
-                len: at + len - end,
-                source: Source::Zero,
-            },
-        );
-        Ok(())
-    }
-
-    fn resolve_qcow2(
-        &mut self,
-        geometry: &Geometry,
-        start: u64,
-        end: u64,
-        waiter: &Waiter,
-        extents: &mut Extents,
-    ) -> Planned<()> {
-        let size = geometry.cluster();
-        let mut at = start;
-        // Neighbours that are not in this layer are looked up below in one go.
-        let mut below = None;
-        while at < end {
-            let cluster = GuestCluster(at >> geometry.cluster_bits);
-            let skip = at % size;
-            let mapping = self.lookup(geometry, cluster, waiter)?;
-            let (part, run) = mapping.run(geometry, skip);
-            let len = run.min(end - at);
-            if part == Part::Below {
-                below.get_or_insert(at);
-                at += len;
-                continue;
-            }
-            if let Some(from) = below.take() {
-                self.resolve(geometry.layer + 1, from, at - from, waiter, extents)?;
-            }
-            let source = match (part, mapping, mapping.host()) {
-                (Part::Data, Mapping::Compressed { host, stored }, _) => Source::Compressed {
-                    file: geometry.file,
-                    offset: host,
-                    stored,
-                    codec: geometry.codec,
-                    cluster_size: size,
-                    skip,
-                    era: self.era,
-                },
-                (Part::Data, _, Some((host, _))) => {
-                    let (file, offset) = (geometry.data, host.plus(skip));
-                    match geometry.crypt {
-                        CryptMethod::None => Source::File { file, offset },
-                        CryptMethod::Aes => Source::Sealed {
-                            file,
-                            offset,
-                            place: at,
-                        },
-                        CryptMethod::Luks { .. } => Source::Sealed {
-                            file,
-                            offset,
-                            place: offset.0,
-                        },
-                    }
-                }
-                _ => Source::Zero,
-            };
-            push_extent(extents, Extent { len, source });
-            at += len;
-        }
-        if let Some(from) = below {
-            self.resolve(geometry.layer + 1, from, end - from, waiter, extents)?;
-        }
-        Ok(())
     }
 
     pub(crate) fn plan_write(

@@ -9,7 +9,8 @@ use crate::crypt::create::EncryptOptions;
 use crate::crypt::keyslot::Area;
 use crate::error::{Error, Kind, Result};
 use crate::file::BlockFile;
-use crate::image::{Image, LayerFiles, OpenOptions};
+use crate::image::Image;
+use crate::options::{LayerFiles, OpenOptions};
 use crate::plan::{Codec, Stop};
 use crate::qcow2::entry::{L2Entry, Subclusters};
 use crate::qcow2::header::{

@@ -39,6 +39,7 @@ pub mod snapshot;
 pub(crate) mod switch;
 pub(crate) mod ticket;
 pub(crate) mod walk;
+mod walk_bitmaps;
 pub(crate) mod write;
 pub(crate) mod zero;
 

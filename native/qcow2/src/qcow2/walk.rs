@@ -9,19 +9,19 @@
 
 use std::collections::HashMap;
 
-use crate::bytes::{be16, be32, be64};
+use crate::bytes::be64;
 use crate::error::Result;
 use crate::qcow2::check::{CheckReport, Checker};
 use crate::qcow2::counts::{Window, FLAGGED, UNFLAGGED};
 use crate::qcow2::entry::{L2Entry, Mapping, COMPRESSED, COPIED, OFFSET};
-use crate::qcow2::header::{autoclear, extension, CryptMethod};
+use crate::qcow2::header::CryptMethod;
 use crate::qcow2::mapping::decode_l1;
 use crate::qcow2::snapshot;
 
 /// L2 tables that are noted.
 const NOTED: usize = 900_000;
-/// L1 entries that are read at once.
-const PIECE: u64 = 8192;
+/// Entries of a table that are read at once.
+pub(super) const PIECE: u64 = 8192;
 /// How far the host is told of tables ahead, in bytes of them.
 const AHEAD: u64 = 4 << 20;
 
@@ -352,7 +352,7 @@ impl Checker<'_> {
     }
 
     /// Count the clusters of a range; a range outside of the file is a corruption (once).
-    fn count(
+    pub(super) fn count(
         &self,
         window: &mut Window,
         report: &mut CheckReport,
@@ -373,77 +373,10 @@ impl Checker<'_> {
     }
 
     /// Structural findings are reported in the first pass only.
-    fn once(&self, report: &mut CheckReport, message: impl FnOnce() -> String) {
+    pub(super) fn once(&self, report: &mut CheckReport, message: impl FnOnce() -> String) {
         if self.first_pass {
             report.corrupt(message);
         }
-    }
-
-    /// Bitmaps: the directory, each bitmap's table, and the clusters that it names.
-    fn walk_bitmaps(&mut self, window: &mut Window, report: &mut CheckReport) -> Result<()> {
-        // Without its autoclear bit the extension does not count, and what it names is a leak.
-        let counts = self.header.autoclear & autoclear::BITMAPS != 0;
-        let extension = self.header.extension(extension::BITMAPS);
-        let Some(extension) = extension.filter(|_| counts) else {
-            return Ok(());
-        };
-        let number = be32(extension, 0).unwrap_or(0);
-        let (len, offset) = (
-            be64(extension, 8).unwrap_or(0),
-            be64(extension, 16).unwrap_or(0),
-        );
-        let cluster = self.geometry.cluster();
-        if number > 65535
-            || len > 64 << 20
-            || offset % cluster != 0
-            || offset.saturating_add(len) > self.file_len
-        {
-            self.once(report, || "the bitmap directory is impossible".to_owned());
-            return Ok(());
-        }
-        self.count(window, report, "bitmap directory", offset, len, 1);
-        let mut at = 0;
-        // Tables that overlap are wrong; they are not read more often than they can lie in the file.
-        let mut room = self.file_len;
-        for _ in 0..number {
-            let mut entry = [0u8; 24];
-            if at + 24 > len {
-                self.once(report, || "the bitmap directory is cut short".to_owned());
-                return Ok(());
-            }
-            self.file.read_at(&mut entry, offset + at)?;
-            let (table, entries) = (
-                be64(&entry, 0).unwrap_or(0),
-                u64::from(be32(&entry, 8).unwrap_or(0)),
-            );
-            let names =
-                u64::from(be16(&entry, 18).unwrap_or(0)) + u64::from(be32(&entry, 20).unwrap_or(0));
-            at += (24 + names).next_multiple_of(8);
-            if table % cluster != 0
-                || entries > 8 << 20
-                || table.saturating_add(entries * 8) > self.file_len
-                || entries * 8 > room
-            {
-                self.once(report, || {
-                    format!("a bitmap's table at {table:#x} is impossible")
-                });
-                continue;
-            }
-            room -= entries * 8;
-            self.count(window, report, "bitmap table", table, entries * 8, 1);
-            let mut piece = Vec::new();
-            for from in (0..entries).step_by(PIECE as usize) {
-                piece.resize(((entries - from).min(PIECE) * 8) as usize, 0);
-                self.file.read_at(&mut piece, table + from * 8)?;
-                for entry in piece.chunks_exact(8) {
-                    let data = be64(entry, 0).unwrap_or(0) & 0x00ff_ffff_ffff_fe00;
-                    if data != 0 {
-                        self.count(window, report, "bitmap data", data, cluster, 1);
-                    }
-                }
-            }
-        }
-        Ok(())
     }
 }
 
