@@ -25,8 +25,9 @@ from tests.lab import guest_disk, mended, nested
 from tests.lab.emulator import EmulatorUnavailable
 
 NESTED: Final = frozenset(
-    {"bridge", "cgroup-v2-controllers", "fuse", "hugepages", "io-uring", "ksm", "kvm", "kvm-hardware"}
-    | {"landlock", "macvtap", "numa", "psi", "root", "systemd-in-namespaces", "tap", "vhost-net"}
+    {"bridge", "cgroup-v2-controllers", "device-mapper", "fuse", "hugepages", "io-uring", "ksm", "kvm"}
+    | {"kvm-hardware", "landlock", "macvtap", "numa", "psi", "root", "systemd-in-namespaces", "tap"}
+    | {"vhost-net"}
 )
 """What the nested host has."""
 MENDED: Final = NESTED | {"guest-cr8"}
@@ -192,6 +193,18 @@ def _bridge() -> str:
     return _in_a_network_of_its_own("ip", "link", "add", "br0", "type", "bridge")
 
 
+def _device_mapper() -> str:
+    """Loop devices, and targets of the device mapper that go bad when they are told to."""
+    if not shutil.which("dmsetup"):
+        return "no dmsetup"
+    if shutil.which("modprobe"):
+        subprocess.run(["modprobe", "-a", "loop", "dm_flakey"], capture_output=True, check=False)
+    done = subprocess.run(["dmsetup", "targets"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return done.stderr.strip().replace("\n", "; ")
+    return "" if "flakey" in done.stdout else "the device mapper has no flakey target"
+
+
 def _tap() -> str:
     return _in_a_network_of_its_own("ip", "tuntap", "add", "tap0", "mode", "tap")
 
@@ -286,6 +299,7 @@ def _mended_emulator() -> str:
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "bridge": _bridge,
     "cgroup-v2-controllers": _cgroup,
+    "device-mapper": _device_mapper,
     "fuse": _fuse,
     "guest-cr8": _guest_cr8,
     "guest-disk": _guest_disk,
