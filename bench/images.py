@@ -117,11 +117,19 @@ def new_clusters(place: Path) -> None:
 
 
 def durable_pairs(place: Path) -> None:
-    """Durable 4 KiB writes, each into a cluster never written, beside a sparse raw file: many short pairs.
+    """Durable 4 KiB writes, each into a cluster never written, beside a sparse raw file; then two of those.
 
     What else the disk is asked to sync meanwhile, by this host or by others, changes from second to second:
-    only runs right behind each other can be compared. Who goes first takes turns.
+    only runs right behind each other can be compared, in many short pairs. Who goes first takes turns. Two
+    raw files cost the same, so what their pairs show is the disk, and how far a median can be believed.
     """
+    ours, raw = (OURS, "qcow2"), (QEMU, "raw")
+    pairs(place, "new clusters", {"ours": ours, "raw": raw})
+    pairs(place, "control", {"a raw file": raw, "raw": raw})
+
+
+def pairs(place: Path, name: str, works: dict[str, tuple[str, str]]) -> None:
+    """Run the two works, a program on a format each, in pairs and print their line."""
     path = place / "new"
     options = ("-w", "-c", PAIR_WRITES, "-d", 16, "-s", 4096, "-S", 65536, "-t", "directsync")
 
@@ -131,28 +139,27 @@ def durable_pairs(place: Path) -> None:
         run("sync", path)
         return load(program, path, format, *options)
 
-    pairs = []
+    samples: dict[str, list[float]] = {who: [] for who in works}
     for number in range(PAIRS):
-        works = {"ours": (OURS, "qcow2"), "raw": (QEMU, "raw")}
-        order = sorted(works, reverse=number % 2 == 1)
-        times = {who: seconds(*works[who]) for who in order}
-        pairs.append((times["ours"], times["raw"]))
+        for who in list(works) if number % 2 == 0 else reversed(works):
+            samples[who].append(seconds(*works[who]))
     path.unlink()
-    ratios = sorted(ours / raw for ours, raw in pairs)
+    first, second = works
+    ratios = sorted(one / other for one, other in zip(samples[first], samples[second], strict=True))
     figures: dict[str, object] = {
         who: {"least": round(min(times), 4), "median": round(statistics.median(times), 4)}
-        for who, times in zip(("ours", "raw"), zip(*pairs, strict=True), strict=True)
+        for who, times in samples.items()
     }
     quarters = statistics.quantiles(ratios)
-    figures["ours/raw, of a pair"] = {
+    figures[f"{first}/{second}, of a pair"] = {
         "least": round(ratios[0], 2),
         "quarter": round(quarters[0], 2),
         "median": round(quarters[1], 2),
         "three quarters": round(quarters[2], 2),
         "most": round(ratios[-1], 2),
     }
-    name = f"{PAIRS} pairs of {PAIR_WRITES} writes of 4 KiB, step 65536, depth 16, cache=directsync"
-    report.emit(f"images: {name}", unit="seconds", **figures)
+    shape = f"{PAIRS} pairs of {PAIR_WRITES} writes of 4 KiB, step 65536, depth 16, cache=directsync"
+    report.emit(f"images: {name}, {shape}", unit="seconds", **figures)
 
 
 def reads(place: Path, image: Path, name: str) -> None:

@@ -55,7 +55,7 @@ pub(crate) fn commit(image: &Image) -> Result<()> {
         mailbox: mailbox.clone(),
         task: 0,
     };
-    let begun = image.lock().join_commit(vec![waiter], Want::Data);
+    let begun = image.lock().join_commit(vec![waiter], Want::Commit);
     if let Some(step) = begun {
         drive(image, step);
     }
@@ -112,7 +112,6 @@ fn perform(image: &Image, io: &CommitIo) -> Result<()> {
             file,
             offset,
             blocks,
-            durable,
         } => {
             let bytes: Vec<u8> = blocks
                 .iter()
@@ -120,12 +119,7 @@ fn perform(image: &Image, io: &CommitIo) -> Result<()> {
                 .copied()
                 .collect();
             let file = image.files().get(*file).ok_or_else(missing)?;
-            file.write_at(&bytes, offset.0)?;
-            if !durable {
-                return Ok(());
-            }
-            file.sync()
-                .inspect_err(|error| image.durable_write_failed(error))
+            file.write_at(&bytes, offset.0)
         }
     }
 }

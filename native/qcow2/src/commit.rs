@@ -21,9 +21,6 @@
 //! cluster's last pointer off the disk, and only then, with no request under way that was planned
 //! before, the cluster can be allocated again (`Freed`).
 //!
-//! A commit of nothing but L2 entries for fresh clusters, asked for only by those whose data gets to the disk by itself
-//! (durable writes to O_DIRECT files, engine/mod.rs), has no sync: its blocks are written with RWF_DSYNC, beside the data.
-//!
 //! One commit runs at a time. Whoever asks during one gets the next, all together. A failed commit
 //! leaves its blocks dirty. After a failed fdatasync the kernel may have dropped data that was
 //! reported written, so from then on every commit fails, until the image is closed (`Image::close`).
@@ -41,13 +38,10 @@ use crate::types::HostOffset;
 const RUN: usize = 512;
 
 /// What somebody wants of a commit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
-    /// That what is dirty now gets to the disk; data sees to itself.
-    #[default]
-    Tables,
-    /// And all data that was written.
-    Data,
+    /// That what is dirty now gets to the disk, and all data that was written.
+    Commit,
     /// That less is dirty; the commit under way will do.
     Room,
 }
@@ -57,13 +51,11 @@ pub(crate) enum Want {
 pub(crate) struct Commits {
     running: Option<Running>,
     next: Vec<Waiter>,
-    next_want: Want,
 }
 
 #[derive(Default)]
 struct Running {
     waiters: Vec<Waiter>,
-    want: Want,
     taken: Vec<Dirty>,
     phases: VecDeque<Vec<CommitIo>>,
     syncing: bool,
@@ -77,7 +69,6 @@ impl State {
             None => {
                 self.commits.running = Some(Running {
                     waiters,
-                    want,
                     ..Running::default()
                 });
                 Some(self.commit_begin())
@@ -88,7 +79,6 @@ impl State {
             }
             Some(_) => {
                 self.commits.next.extend(waiters);
-                self.commits.next_want = self.commits.next_want.max(want);
                 None
             }
         }
@@ -110,12 +100,6 @@ impl State {
                 .map(|file| CommitIo::Sync { file: *file })
                 .collect()
         };
-        let wanted = self.commits.running.as_ref().map(|running| running.want);
-        let fresh = taken.iter().all(|dirty| dirty.class == Class::Fresh);
-        let alone = wanted == Some(Want::Tables) && fresh && given_back.is_empty() && self.sync;
-        if alone {
-            phases.push_back(writes(&taken, &[Class::Fresh], image.unwrap_or(0), true));
-        }
         if !given_back.is_empty() {
             let file = image.unwrap_or(0);
             let punch = |(offset, len)| CommitIo::Punch { file, offset, len };
@@ -127,10 +111,7 @@ impl State {
             &[Class::Header],
             &[Class::Mapping],
         ] {
-            if alone {
-                break;
-            }
-            let writes = writes(&taken, classes, image.unwrap_or(0), false);
+            let writes = writes(&taken, classes, image.unwrap_or(0));
             let first = classes.contains(&Class::Unreferenced);
             if writes.is_empty() && !first {
                 continue;
@@ -177,13 +158,11 @@ impl State {
             .into_iter()
             .for_each(|waiter| waiter.finish(result.clone()));
         let waiters = std::mem::take(&mut self.commits.next);
-        let want = std::mem::take(&mut self.commits.next_want);
         if waiters.is_empty() {
             return CommitStep::Done { again: false };
         }
         self.commits.running = Some(Running {
             waiters,
-            want,
             ..Running::default()
         });
         CommitStep::Done { again: true }
@@ -191,7 +170,7 @@ impl State {
 }
 
 /// The blocks of some classes, neighbours joined into one write.
-fn writes(taken: &[Dirty], classes: &[Class], file: usize, durable: bool) -> Vec<CommitIo> {
+fn writes(taken: &[Dirty], classes: &[Class], file: usize) -> Vec<CommitIo> {
     let mut result: Vec<CommitIo> = Vec::new();
     let mut end = None;
     for dirty in taken.iter().filter(|dirty| classes.contains(&dirty.class)) {
@@ -209,7 +188,6 @@ fn writes(taken: &[Dirty], classes: &[Class], file: usize, durable: bool) -> Vec
             file,
             offset: HostOffset(here),
             blocks,
-            durable,
         });
         end = Some(here + dirty.block.len() as u64);
     }

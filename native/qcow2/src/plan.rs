@@ -129,8 +129,6 @@ pub(crate) struct Allocation {
     pub(crate) len: u64,
     pub(crate) head: Extents,
     pub(crate) tail: Extents,
-    /// A durable write's data is made so by itself: the mapping needs no sync before it.
-    pub(crate) alone: bool,
 }
 
 /// The next step of a discard or write-zeroes.
@@ -202,8 +200,6 @@ pub(crate) enum CommitIo {
         file: FileId,
         offset: HostOffset,
         blocks: Vec<crate::cache::Block>,
-        /// They are on the disk when it has ended.
-        durable: bool,
     },
     /// fdatasync.
     Sync { file: FileId },

@@ -144,7 +144,7 @@ impl Engine {
         task.epoch = image.renew(task.epoch);
         if commit {
             let slot = task.slot;
-            self.join_commit(slot, image, vec![waiter], Want::Data);
+            self.join_commit(slot, image, vec![waiter], Want::Commit);
         }
     }
 
@@ -189,16 +189,11 @@ impl Engine {
         if !through || task.parked {
             return;
         }
-        let commit = task.wants_commit() && !task.committed && task.error.is_none();
-        if commit && task.alone > 0 && task.alone == task.len {
-            // Its data gets to the disk by itself; its mapping may do so meanwhile.
-            return self.wish_commit(key, Want::Tables);
-        }
         if task.pending > 0 {
             return;
         }
-        if commit {
-            return self.wish_commit(key, Want::Data);
+        if task.wants_commit() && !task.committed && task.error.is_none() {
+            return self.wish_commit(key);
         }
         if let Some(task) = self.tasks.remove(key) {
             image.leave(task.epoch);

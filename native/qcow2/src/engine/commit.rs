@@ -14,30 +14,45 @@ use crate::plan::{CommitIo, CommitStep};
 impl Engine {
     /// A task will wait for a commit that begins after now: it is asked for when all that can be planned now is
     /// planned, so that many share one.
-    pub(super) fn wish_commit(&mut self, key: u64, want: Want) {
+    pub(super) fn wish_commit(&mut self, key: u64) {
         self.park(key);
         if let Some(task) = self.tasks.get_mut(key) {
             task.committing = true;
-            self.wishes.push((task.slot, key, want));
+            if self.wishes.is_empty() {
+                self.wished_at = self.taken;
+            }
+            self.wishes.push((task.slot, key));
         }
+    }
+
+    /// Whether commits were wished for, and nobody is on the way who was there before and will wish for one, too: one
+    /// commit a little later costs half of what two do. (Who is parked may wait for one of these commits.)
+    pub(super) fn may_ask(&self) -> bool {
+        let comes = |key: &u64| {
+            let task = self.tasks.get(*key);
+            task.is_some_and(|task| task.number < self.wished_at && task.comes_to_commit())
+        };
+        !self.wishes.is_empty() && !self.tasks.keys().iter().any(comes)
     }
 
     /// Ask for the commits that were wished for.
     pub(super) fn ask_commits(&mut self) {
-        while let Some((slot, _, _)) = self.wishes.first().copied() {
+        if !self.may_ask() {
+            return;
+        }
+        while let Some((slot, _)) = self.wishes.first().copied() {
             let (now, later): (Vec<_>, Vec<_>) =
                 self.wishes.drain(..).partition(|wish| wish.0 == slot);
             self.wishes = later;
             let Some(image) = self.slots.get(slot).map(|attached| attached.image.clone()) else {
                 continue;
             };
-            let want = now.iter().map(|wish| wish.2).max().unwrap_or_default();
-            let waiters = now.into_iter().map(|(_, task, _)| Waiter {
+            let waiters = now.into_iter().map(|(_, task)| Waiter {
                 mailbox: self.mailbox.clone(),
                 task,
             });
             let waiters = waiters.collect();
-            self.join_commit(slot, &image, waiters, want);
+            self.join_commit(slot, &image, waiters, Want::Commit);
         }
     }
 
@@ -103,7 +118,6 @@ impl Engine {
                 file,
                 offset,
                 blocks,
-                durable,
             } => {
                 let piece = |block: &crate::cache::Block| {
                     let bytes = block.bytes();
@@ -119,7 +133,7 @@ impl Engine {
                     IoOp::Write {
                         pieces,
                         offset: offset.0,
-                        durable: *durable,
+                        durable: false,
                     },
                     expected,
                 )

@@ -19,9 +19,9 @@
 //! a regular image file is lengthened with ftruncate in steps of many clusters, which is a matter of
 //! the inode only.)
 //!
-//! A flush, and a write that is to be on the disk when it ends, end with a commit. But a durable write to an O_DIRECT
-//! file in place (a fresh cluster among them, write.rs) is written with RWF_DSYNC: where the disk has all that leads
-//! there it waits for nothing and nobody, else for the commit of the tables, which goes on meanwhile.
+//! A flush, and a write that is to be on the disk when it ends, end with a commit: one for all that were under way when
+//! the first of them had got so far. But a durable write to an O_DIRECT file in place, to where the disk has all that
+//! leads there, is written with RWF_DSYNC and waits for nothing and nobody.
 //!
 //! Requests on overlapping ranges are unordered, as on a disk. No guest memory is kept beyond a
 //! request's completion, and none is registered with the kernel.
@@ -57,7 +57,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use crate::buffer::{self, Buffer};
-use crate::commit::Want;
 use crate::crypt::cipher::SECTOR;
 use crate::error::{Error, Kind, Result};
 use crate::image::Image;
@@ -105,8 +104,12 @@ pub struct Engine {
     bounces: Bounces,
     workload: Workload,
     expanded: Expanded,
-    /// Tasks for which a commit is to be asked: slot, task, what of it.
-    wishes: Vec<(u64, u64, Want)>,
+    /// Tasks for which a commit is to be asked: slot and task.
+    wishes: Vec<(u64, u64)>,
+    /// How many tasks had been taken when the first of these wishes came.
+    wished_at: u64,
+    /// How many tasks have been taken.
+    taken: u64,
 }
 
 impl Engine {
@@ -151,6 +154,8 @@ impl Engine {
             workload: Workload::default(),
             expanded: Expanded::default(),
             wishes: Vec::new(),
+            wished_at: 0,
+            taken: 0,
         }
     }
 
@@ -213,7 +218,6 @@ impl Engine {
                 slot: slot.0,
                 op,
                 durable: matches!(request.op, Op::Flush | Op::Write { fua: true }),
-                alone: 0,
                 direct: 0,
                 offset: request.offset,
                 len: request.len,
@@ -224,9 +228,11 @@ impl Engine {
                 parked: false,
                 committing: false,
                 committed: false,
+                number: self.taken,
                 epoch,
                 error: None,
             };
+            self.taken += 1;
             let key = self.tasks.insert(task);
             self.runnable.push_back(key);
             self.run();
@@ -300,8 +306,7 @@ impl Engine {
         let letters = self.mailbox.take();
         let idle = letters.is_empty() && self.runnable.is_empty();
         self.deliver(letters);
-        let wishes = !self.wishes.is_empty();
-        if !idle || wishes || !self.done.is_empty() || self.backend.has_news() {
+        if !idle || self.may_ask() || !self.done.is_empty() || self.backend.has_news() {
             self.mailbox.ring();
         }
     }
@@ -352,7 +357,7 @@ impl Engine {
             let busy = self.work();
             worked |= busy;
             quiet &= !busy;
-            if quiet && self.runnable.is_empty() && self.wishes.is_empty() {
+            if quiet && self.runnable.is_empty() && !self.may_ask() {
                 return Ok(());
             }
         }

@@ -86,15 +86,11 @@ impl Engine {
                 self.give_bounce(buffer);
                 self.counted_off(Owner::Task(task), outcome);
             }
-            After::JobWritten {
-                job,
-                buffer,
-                durable,
-            } => {
+            After::JobWritten { job, buffer } => {
                 if let Some(buffer) = buffer {
                     self.give_bounce(buffer);
                 }
-                self.job_written(job, durable, outcome);
+                self.job_written(job, outcome);
             }
             After::Zeroed {
                 task,
@@ -130,7 +126,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn job_written(&mut self, key: u64, durable: bool, outcome: Result<()>) {
+    pub(super) fn job_written(&mut self, key: u64, outcome: Result<()>) {
         let Some(job) = self.jobs.remove(key) else {
             return;
         };
@@ -142,10 +138,6 @@ impl Engine {
             .and_then(|task| self.slots.get(task.slot));
         if let Some(attached) = attached {
             attached.image.finish(job.ticket, outcome.is_ok());
-        }
-        if let Some(task) = self.tasks.get_mut(job.task).filter(|_| durable) {
-            // Only now is there a mapping that a commit could take along.
-            task.alone += job.len;
         }
         self.counted_off(Owner::Task(job.task), outcome);
     }
@@ -203,7 +195,7 @@ impl Engine {
                 if job.pending == 0 {
                     match job.error.take() {
                         None => self.write_job(key),
-                        Some(error) => self.job_written(key, false, Err(error)),
+                        Some(error) => self.job_written(key, Err(error)),
                     }
                 }
             }

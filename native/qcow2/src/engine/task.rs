@@ -30,10 +30,10 @@ pub(crate) struct Task {
     pub(crate) committed: bool,
     /// It ends when all of it is on the disk.
     pub(crate) durable: bool,
-    /// Bytes of it that go there by themselves (RWF_DSYNC),
-    pub(crate) alone: u64,
-    /// and of these, those for which that is enough.
+    /// Bytes of it that go there by themselves (RWF_DSYNC), and need nothing else.
     pub(crate) direct: u64,
+    /// Which one it is of all that the engine has taken.
+    pub(crate) number: u64,
     /// What `Image::enter` gave.
     pub(crate) epoch: u64,
     pub(crate) error: Option<Error>,
@@ -43,6 +43,11 @@ impl Task {
     /// Remember the first error; the rest of the request is not begun any more.
     pub(crate) fn fail(&mut self, error: Error) {
         self.error.get_or_insert(error);
+    }
+
+    /// Whether its data is on its way, and it will ask for a commit when that has got there.
+    pub(crate) fn comes_to_commit(&self) -> bool {
+        self.wants_commit() && !self.parked && !self.committing && self.pending > 0
     }
 
     /// Whether the request ends with a commit.
@@ -60,10 +65,6 @@ pub(crate) struct Job {
     pub(crate) head: Buffer,
     pub(crate) tail: Buffer,
     pub(crate) pieces: IoVecs,
-    /// The request's bytes in it.
-    pub(crate) len: u64,
-    /// As in the [`Allocation`](crate::plan::Allocation).
-    pub(crate) alone: bool,
     pub(crate) pending: u32,
     pub(crate) error: Option<Error>,
 }
@@ -93,11 +94,7 @@ pub(crate) enum After {
     /// A bounced write, whose memory is kept until now.
     Bounced { task: u64, buffer: Buffer },
     /// The data of a [`Job`] is written; a bounce buffer may go.
-    JobWritten {
-        job: u64,
-        buffer: Option<Buffer>,
-        durable: bool,
-    },
+    JobWritten { job: u64, buffer: Option<Buffer> },
     /// fallocate ended; if the file system cannot, discards are done and zeroes are written instead.
     Zeroed {
         task: u64,

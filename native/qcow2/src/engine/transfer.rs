@@ -33,11 +33,10 @@ impl Engine {
                 let at = task.offset + task.planned;
                 let wanted = task.durable && matches!(task.op, Op::Write { .. });
                 task.planned += len;
-                let durable = wanted && self.direct(slot, file);
-                let enough = durable && self.on_disk(slot, at, len);
+                // What leads there is on the disk: so no commit is needed, only the data itself.
+                let durable = wanted && self.direct(slot, file) && self.on_disk(slot, at, len);
                 if let Some(task) = self.tasks.get_mut(key).filter(|_| durable) {
-                    task.alone += len;
-                    task.direct += if enough { len } else { 0 };
+                    task.direct += len;
                 }
                 let Some(alignment) = self.alignment(slot, file) else {
                     return;
@@ -136,8 +135,6 @@ impl Engine {
             head,
             tail,
             pieces,
-            len: allocation.len,
-            alone: allocation.alone,
             // One for this function itself, so that the job does not go on before all is started.
             pending: 1,
             error: None,
@@ -165,13 +162,8 @@ impl Engine {
         if job.tail.len() > 0 {
             pieces.push(job.tail.iovec(0, job.tail.len()));
         }
-        let (file, offset, task, alone) = (job.file, job.offset, job.task, job.alone);
+        let (file, offset) = (job.file, job.offset);
         let expected = buffer::total(&pieces).unwrap_or(0);
-        let wanted = self
-            .tasks
-            .get(task)
-            .is_some_and(|task| task.durable && matches!(task.op, Op::Write { .. }));
-        let durable = alone && wanted && self.direct(slot, file);
         if self.is_sealed(slot, file) {
             let plain = Plain {
                 slot,
@@ -179,7 +171,7 @@ impl Engine {
                 offset,
                 pieces,
                 buffer: self.take_bounce(expected as usize),
-                durable,
+                durable: false,
             };
             return self.seal(Owner::Job(key), plain);
         }
@@ -195,7 +187,6 @@ impl Engine {
         let after = After::JobWritten {
             job: key,
             buffer: bounce,
-            durable,
         };
         self.start(Io {
             slot,
@@ -203,7 +194,7 @@ impl Engine {
             op: IoOp::Write {
                 pieces,
                 offset,
-                durable,
+                durable: false,
             },
             expected,
             after,

@@ -250,7 +250,6 @@ impl Engine {
             Owner::Job(job) => After::JobWritten {
                 job,
                 buffer: Some(buffer),
-                durable,
             },
         };
         if result.is_err() {

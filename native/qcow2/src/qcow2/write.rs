@@ -296,7 +296,6 @@ impl State {
             len,
             head,
             tail,
-            alone: to_fill,
         })))
     }
 
