@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,9 +115,10 @@ def full(seed: int) -> bytes:
 
 @asynccontextmanager
 async def writing(
-    both: Pair, images: Images, backing: tuple[str, str] | None = None
+    both: Pair, images: Images, backing: tuple[str, str] | None = None, more: Sequence[dict[str, Any]] = ()
 ) -> AsyncIterator[tuple[Caller, Caller, str]]:
-    """A machine whose guest writes to its disk here; there it has an image of its own."""
+    """A machine whose guest writes to its disk here; there it has an image of its own. It has ``more`` disks,
+    the same on both sides."""
     async with both.callers() as (here, there):
         layers = [{"format": images.here[1], "path": images.here[0]}]
         if backing:
@@ -127,9 +128,9 @@ async def writing(
         machine = await here(
             ROOT,
             "Manager.DefineMachine",
-            both.here.guest(LOOP, disks=[{"id": "root", "layers": layers}], **fits),
+            both.here.guest(LOOP, disks=[{"id": "root", "layers": layers}, *more], **fits),
         )
-        other = [{"id": "root", "layers": [{"format": images.there[1], "path": images.there[0]}]}]
+        other = [{"id": "root", "layers": [{"format": images.there[1], "path": images.there[0]}]}, *more]
         await there(
             ROOT, "Manager.DefineMachineAs", both.here.guest(LOOP, disks=other, **fits), uuid_of(machine)
         )
@@ -381,8 +382,12 @@ async def test_a_disk_that_is_neither_shared_nor_copied_is_refused_unless_somebo
 @scenario
 async def test_devices_and_disks_stay_as_they_are_while_their_machine_moves(both: Pair) -> None:
     images = Images(image(both, "here", "raw", full(1)), image(both, "there", "qcow2"))
-    spare = image(both, "spare", "raw")
-    async with writing(both, images) as (here, there, machine):
+    spare, plugged = image(both, "spare", "raw"), image(both, "plugged", "raw")
+    more: list[dict[str, Any]] = [
+        {"id": "plugged", "slot": 2, "layers": [{"format": plugged[1], "path": plugged[0]}]},
+        {"id": "cd", "cdrom": True, "layers": []},
+    ]
+    async with writing(both, images, more=more) as (here, there, machine):
         loop, moment, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
         def reached() -> None:
@@ -401,10 +406,13 @@ async def test_devices_and_disks_stay_as_they_are_while_their_machine_moves(both
                 for method, arguments in (
                     ("ResizeDisk", ("root", 2 * SIZE)),
                     ("AttachDisk", (disk, {})),
+                    ("ChangeMedia", ("cd", {"layers": disk["layers"]}, {}, {})),
                 ):
                     with pytest.raises(VmbusError) as caught:
                         await here(machine, f"Machine.{method}", *arguments)
                     assert caught.value.kind == "InvalidState", (method, caught.value)
+                detached = await ended(here, await here(machine, "Machine.DetachDisk", "plugged", 1_000_000))
+                assert detached["Error"] == "org.vmbus1.Error.InvalidState"
             finally:
                 go_on.set()
             await done(here, sent)

@@ -173,6 +173,31 @@ fn a_larger_disk_at_the_destination_has_grown_for_its_guest_and_a_smaller_one_is
 }
 
 #[test]
+fn a_guest_that_writes_more_to_its_disk_than_goes_through_is_slowed_until_it_fits() {
+    requires_kvm!();
+    // Over 1 MiB, again and again.
+    let mode = "disk-loop sector=0 count=2048 beat=50";
+    let (here, there) = (disk(0), disk(0));
+    let mut source = run(mode, with(&here));
+    source.until("loop: beat");
+    let destination = waiting(mode, with(&there));
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    destination.receive_with(theirs, root(), Vec::new());
+    let to = SendTo {
+        fd: ours.into_raw_fd(),
+        downtime: 50,
+        bandwidth: 1 << 20,
+        copy: root(),
+    };
+    source.machine.send(SEND, &to).unwrap();
+    let sent = source.answer(SEND).0.unwrap();
+    destination.answer(RECEIVE).0.unwrap();
+    assert!(sent["slowed"].as_u64().unwrap() > 0, "{sent}");
+    assert!(sent["rounds"].as_u64().unwrap() > 1, "{sent}");
+    assert!(content(&here) == content(&there), "{sent}");
+}
+
+#[test]
 fn statistics_tell_of_disks() {
     requires_kvm!();
     let (here, there) = (disk(3), disk(0));
