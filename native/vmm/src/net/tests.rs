@@ -1,7 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The whole device against a driver of ours, with sockets for a tap.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+
 use vm_memory::{Bytes, GuestAddress};
+
+use super::{Link, Tap};
 
 use crate::io::Change;
 use crate::pci::Place;
@@ -150,6 +156,30 @@ fn a_frame_goes_out_as_it_is() {
         assert_eq!(nic.queue(queue).used(0), (0, 0));
     }
     assert_eq!(stats(&rig)["pair-1"]["transmitted"]["bytes"], 300);
+}
+
+#[test]
+fn a_tap_whose_helpers_refuse_is_served_all_the_same() {
+    let (ours, theirs): (Vec<_>, Vec<_>) = (0..2).map(|_| UnixDatagram::pair().unwrap()).unzip();
+    let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let tap = Tap::sockets(theirs.into_iter().map(Into::into).collect());
+    let link = Link::Tap(tap.helped(vec![null(), null()]));
+    let rig = Rig::linked(None, link, ours);
+    let mut nic = Nic::all(&rig);
+    for round in 1..3 {
+        assert_eq!(nic.command(&[4, 0, 2, 0]), 0);
+        nic.send(TX2, &packet([1; 6], 300));
+        let mut got = [0; 2000];
+        assert_eq!(rig.wire[1].recv(&mut got).unwrap(), HEADER + 300);
+        nic.wait(TX2, round);
+        rig.wire[1].send(&packet(MAC, 100)).unwrap();
+        nic.buffers(RX2, &[2048]);
+        nic.wait(RX2, round);
+        assert_eq!(stats(&rig)["vhost"], 0);
+        rig.device("nic/net").pause().unwrap();
+        rig.device("nic/net").resume();
+    }
+    assert_eq!(stats(&rig)["faults"], 0);
 }
 
 #[test]
