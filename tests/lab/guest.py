@@ -222,6 +222,13 @@ class StockGuest:
         found: dict[str, Any] = json.loads(self.ctl("show", self.name, "--json"))
         return found
 
+    def wait_for(self, pattern: str, timeout: float) -> None:
+        """Wait until ``pattern`` is on the console. Raises GuestFailed, with what became of the machine."""
+        try:
+            self.console.wait_for(pattern, timeout)
+        except GuestFailed as error:
+            raise GuestFailed(f"{error}\n{self.show()}\n{self.system.logs()}") from None
+
     def wait_stopped(self, timeout: float = 60) -> dict[str, Any]:
         """Wait until it is stopped (or crashed); what ``show`` says then."""
         limit = str(timeout * SLOW)
