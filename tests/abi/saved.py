@@ -29,10 +29,11 @@ BEAT: Final = re.compile(rb"loop: beat (\d+)\n")
 DEVICES: Final[dict[str, Any]] = {"memory": 4 << 20, "vcpus": 1, "watchdog": "none"}
 
 
-def machine(cpu_model: str, disk: Path, restore: int = -1) -> Guest:
+def machine(cpu_model: str, disk: Path, machine_type: str = NEWEST_TYPE, restore: int = -1) -> Guest:
     """Such a machine, which goes on from ``restore``."""
     disks = {"root": ([Layer("raw")], [disk])}
-    return Guest(MODE, disks=disks, restore=restore, cpu_model=cpu_model, **DEVICES)
+    told: dict[str, Any] = {"machine_type": machine_type, "cpu_model": cpu_model}
+    return Guest(MODE, disks=disks, restore=restore, **told, **DEVICES)
 
 
 def empty_disk(place: Path) -> Path:

@@ -29,7 +29,8 @@ def test_a_kept_machine_goes_on(kept: Path, tmp_path: Path) -> None:
     copy = shutil.copyfile(kept, tmp_path / "saved")
     file = os.open(copy, os.O_RDWR)
     try:
-        with machine(told["cpu-model"], empty_disk(tmp_path), restore=file) as guest:
+        machine_type = kept.stem.partition(f"-{told['cpu-model']}")[0]
+        with machine(told["cpu-model"], empty_disk(tmp_path), machine_type, restore=file) as guest:
             if guest.configured.error == "NotSupported":
                 pytest.skip(f"needs kvm: one that runs the model ({guest.configured.message})")
             assert guest.configured.error is None, guest.configured

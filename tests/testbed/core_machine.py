@@ -25,7 +25,8 @@ KINDS: Final = {1: "done", 2: "failed", 3: "running", 4: "paused", 5: "reset", 6
 
 
 class CoreMachine:
-    """Built, not yet running. ``disks`` are raw files, ``overlays`` qcow2 files on a raw one each.
+    """Built, not yet running. ``disks`` are raw files, ``overlays`` qcow2 files on a raw one each, ``cds``
+    media, which firmware tries before the disks.
 
     ``firmware`` instead of ``kernel`` and ``initrd`` is the path of its code; ``variables`` may belong to it.
     Raises VmbusError as the core does.
@@ -39,6 +40,7 @@ class CoreMachine:
         *,
         firmware: Path | None = None,
         variables: Path | None = None,
+        cds: Sequence[Path] = (),
         overlays: Sequence[tuple[Path, Path]] = (),
         vcpus: int = 1,
         memory_mib: int = 384,
@@ -55,7 +57,7 @@ class CoreMachine:
         self._reason = self._end = ""
         self._ids = 0
         config: dict[str, Any] = {
-            "machine_type": "vmbus-1",
+            "machine_type": "vmbus-2",
             "uuid": "6ba7b811-9dad-11d1-80b4-00c04fd430c8",
             "vcpus": vcpus,
             "memory": memory_mib << 20,
@@ -70,6 +72,10 @@ class CoreMachine:
             "on_reset": on_reset,
         }
         config |= _beginning(kernel, initrd, cmdline, firmware, variables)
+        for index, path in enumerate(cds):
+            layer = {"fd": os.open(path, os.O_RDONLY), "format": "raw"}
+            drive = {"id": f"cd{index}", "bus": "scsi", "cdrom": True, "read_only": True, "layers": [layer]}
+            config["disks"].insert(index, drive)
         for top, base in overlays:
             layers = [
                 {"fd": os.open(top, os.O_RDWR), "format": "qcow2", "backing_name": str(base)},

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import guest_disk
+from tests.lab import efi_loader, guest_disk
 from tests.testbed.core_machine import CoreMachine
 
 pytestmark = [pytest.mark.requires("kvm-hardware", "guest-disk"), pytest.mark.timeout(900)]
@@ -82,8 +82,26 @@ def test_ovmf_grub_and_debian_and_ovmf_keeps_its_variables(disk: tuple[Path, Pat
         power_off(machine)
 
 
+@pytest.mark.soak
+@pytest.mark.requires("guest-cr8")
+def test_ovmf_boots_the_cd_that_comes_before_a_disk(disk: tuple[Path, Path], tmp_path: Path) -> None:
+    variables = tmp_path / "variables"
+    shutil.copyfile(OVMF_VARIABLES, variables)
+    cd = efi_loader.cd(
+        tmp_path / "cd.iso", efi_loader.program(tmp_path / "loader.efi", "GRUB has come from a CD")
+    )
+    with CoreMachine(
+        firmware=OVMF_CODE, variables=variables, cds=[cd], overlays=[disk], patience=PATIENCE
+    ) as machine:
+        machine.ask("run")
+        machine.until("BdsDxe: starting")
+        machine.until("GRUB has come from a CD")
+        assert machine.end() == "guest-poweroff"
+
+
 def log_in(machine: CoreMachine) -> None:
     machine.ask("run")
+    machine.until("BdsDxe: starting")
     machine.until("GRUB on efi")
     assert "booted by UEFI" in machine.until(guest_disk.LOGIN)
     machine.say("root")

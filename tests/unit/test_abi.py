@@ -91,9 +91,21 @@ def test_a_model_that_is_none_is_refused() -> None:
     assert (caught.value.kind, caught.value.argument) == ("InvalidArgument", "cpu_model")
 
 
-def test_vmbus_1_shows_what_it_always_showed() -> None:
-    # This file is never edited: what has to look different is a machine type of its own, beside this one.
-    assert machines.golden("vmbus-1") == (GOLDEN / "vmbus-1.json").read_text()
+@pytest.mark.parametrize("machine_type", ["vmbus-1", "vmbus-2"])
+def test_a_type_shows_what_it_always_showed(machine_type: str) -> None:
+    # These files are never edited: what has to look different is a machine type of its own, beside them.
+    assert machines.golden(machine_type) == (GOLDEN / f"{machine_type}.json").read_text()
+
+
+def test_vmbus_2_differs_in_its_name_and_in_what_the_lpc_bridge_decodes() -> None:
+    first, second = (
+        json.loads((GOLDEN / f"{machine_type}.json").read_text())["machines"]["uefi"]["shows"]
+        for machine_type in ("vmbus-1", "vmbus-2")
+    )
+    differ = {key for key in first if first[key] != second[key]}
+    assert differ == {"machine-type", "smbios", "fw-cfg", "pci"}
+    changed = [one["name"] for one, two in zip(first["pci"], second["pci"], strict=True) if one != two]
+    assert changed == ["LPC bridge"]
 
 
 def test_vmbusctl_dumps_it_without_service_and_without_kvm() -> None:
@@ -110,6 +122,6 @@ def test_vmbusctl_dumps_it_without_service_and_without_kvm() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["machine-type"] == "vmbus-1"
+    assert found["machine-type"] == "vmbus-2"
     assert found["pci"][0]["place"] == "00.0"
     assert done.stdout == abi.canonical(found)

@@ -159,10 +159,10 @@ async def test_a_definition_names_its_machine_type_wherever_it_is_stored(tmp_pat
     made = registry(tmp_path)
     machine = made.create(UUIDS[0], 1000, definition(), {}, persistent=True)
     stored = json.loads((tmp_path / "state" / f"{UUIDS[0]}.json").read_text())
-    assert stored["definition"]["machine_type"] == machine.definition.machine_type == "vmbus-1"
+    assert stored["definition"]["machine_type"] == machine.definition.machine_type == "vmbus-2"
     again = registry(tmp_path)
     again.load()
-    assert again.find(1000, UUIDS[0]).definition.machine_type == "vmbus-1"
+    assert again.find(1000, UUIDS[0]).definition.machine_type == "vmbus-2"
 
 
 @scenario
@@ -178,7 +178,7 @@ async def test_a_machine_of_before_there_were_types_is_shown_and_not_started(tmp
         again.load()
         machine = again.find(1000, UUIDS[0])
         assert machine.definition.machine_type == "vmbus-0"
-        with pytest.raises(VmbusError, match="define the machine anew, as vmbus-1") as caught:
+        with pytest.raises(VmbusError, match="define the machine anew, as vmbus-2") as caught:
             check_machine_type(machine.definition)
         assert (caught.value.kind, caught.value.argument) == ("NotSupported", "machine-type")
         again.store(machine)

@@ -29,7 +29,7 @@ HOTPLUG_SLOTS = 8
 HotplugSlot = Annotated[int, Meta(ge=0, le=HOTPLUG_SLOTS)]
 """The slot that a device can be attached to and detached from; 0: it is there from start to end."""
 MIB = 1 << 20
-# What machine type vmbus-1 takes: up to 2 GiB below the 32-bit hole, the rest between 4 and 512 GiB.
+# What a machine takes: up to 2 GiB below the 32-bit hole, the rest between 4 and 512 GiB.
 MEMORY_LEAST = 4 * MIB
 MEMORY_MOST = 510 * 1024 * MIB
 PAGE_SIZES = {"2M": 2 * MIB, "1G": 1024 * MIB}
@@ -151,7 +151,7 @@ CID_LEAST: Final = 3
 """The least CID that a guest may have in virtio-vsock; those below are reserved."""
 
 
-NEWEST_TYPE: Final = "vmbus-1"
+NEWEST_TYPE: Final = "vmbus-2"
 """The machine type of a definition that says none."""
 ENDED_TYPE: Final = "vmbus-0"
 """The one that there was before the first was frozen. What was stored then did not say it; none of it runs
@@ -169,7 +169,9 @@ class Definition(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True,
     boot_menu: bool = False  # the BIOS offers its menu, for 2.5 s
     vcpus: Annotated[int, Meta(ge=1, le=16)] = 1
     # Always written down, whatever the newest is then: a machine keeps the type it was defined with.
-    machine_type: Literal["vmbus-0", "vmbus-1"] = msgspec.field(default_factory=lambda: NEWEST_TYPE)
+    machine_type: Literal["vmbus-0", "vmbus-1", "vmbus-2"] = msgspec.field(
+        default_factory=lambda: NEWEST_TYPE
+    )
     cpu_model: Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,40}$")] = "host"
     memory_kind: Literal["mergeable", "shareable", "huge"] = "mergeable"
     page_size: Literal["2M", "1G"] | None = None  # of huge memory; None: 2M

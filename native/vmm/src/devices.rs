@@ -15,6 +15,7 @@ use crate::balloon;
 use crate::block::{self, Counters, ScsiUnit, Served};
 use crate::bus::{Bus, BusDevice};
 use crate::coders::Coders;
+use crate::config::MachineType;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::hotplug::{Arrival, Hotplug};
@@ -130,6 +131,8 @@ pub struct Parts {
 
 /// What devices are built on.
 pub struct Board {
+    /// What it shows a guest.
+    pub machine_type: MachineType,
     /// KVM's part.
     pub wiring: Arc<dyn Wiring>,
     /// The guest's RAM.
@@ -295,7 +298,7 @@ pub fn assemble(
     }
 
     let mut functions: Vec<(Place, Arc<dyn Function>)> =
-        vec![(Place::LPC, Arc::new(LpcBridge::new()))];
+        vec![(Place::LPC, Arc::new(LpcBridge::new(board.machine_type)))];
     let mut list: Vec<Arc<dyn Device>> = Vec::new();
     let mut threads = Vec::new();
     let mut served_by = Vec::new();

@@ -170,6 +170,7 @@ mod tests {
 
     use super::*;
     use crate::bus::Bus;
+    use crate::config::MachineType;
     use crate::devices::{assemble, Devices, Parts};
     use crate::layout::ECAM_START;
     use crate::net::{Link, Tap};
@@ -187,6 +188,7 @@ mod tests {
         let (mmio, ejected) = (Arc::new(Bus::new()), Arc::new(Mutex::new(Vec::new())));
         let heard = ejected.clone();
         let board = Board {
+            machine_type: MachineType::Two,
             wiring: Arc::new(FakeWiring::default()),
             memory: Arc::new(memory),
             mmio: mmio.clone(),

@@ -26,8 +26,8 @@ use vmbus_qcow2::Ring;
 use crate::acpi;
 use crate::boot::{Boot, BootFile};
 use crate::config::{
-    Config, DeviceChange, Disk, Files, MediumChange, Nic, Peer, ReceiveFrom, RestoreFrom, SaveTo,
-    SendTo, VsockEnd,
+    Config, DeviceChange, Disk, Files, MachineType, MediumChange, Nic, Peer, ReceiveFrom,
+    RestoreFrom, SaveTo, SendTo, VsockEnd,
 };
 use crate::control::{Control, Keeping, Moving, VcpuThreads};
 use crate::cpu::entry::Entry;
@@ -159,6 +159,7 @@ impl Machine {
         roms.extend(variables.map(|content| (Section::Variables, content)));
         roms.extend(nic_rom.clone().map(|rom| (Section::Rom, rom)));
         let board = Board {
+            machine_type: MachineType::named(&config.machine_type)?,
             wiring: Arc::new(KvmWiring::new(&vm)),
             memory: Arc::clone(&vm.memory),
             mmio: Arc::clone(&vm.mmio),

@@ -69,7 +69,7 @@ def test_a_file_gives_every_key_and_paths_are_taken_from_its_directory(place: Pa
         "name": "web",
         "memory": 512 << 20,
         "vcpus": 2,
-        "machine-type": "vmbus-1",
+        "machine-type": "vmbus-2",
         "on-reset": "end",
         "kernel": {
             "path": f"{place}/vmlinuz",

@@ -74,7 +74,7 @@ def _description(to: argparse.ArgumentParser) -> None:
         help="sockets between guest and host (AF_VSOCK): the guest's CID, from 3; others may have the same",
     )
     add("--cpu-model", metavar="MODEL", help="a CPU model, or host (default)")
-    add("--machine-type", metavar="TYPE", help="vmbus-1 (default)")
+    add("--machine-type", metavar="TYPE", help="vmbus-2 (default) or vmbus-1")
     add("--memory-kind", choices=("mergeable", "shareable", "huge"), help="default mergeable")
     add("--page-size", choices=("2M", "1G"), help="of huge memory (default 2M)")
     add(

@@ -11,6 +11,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{hex, number, Disk, Machine};
+use crate::config::MachineType;
 use crate::devices::{DISKS_MAX, NICS_MAX, QUEUES_MAX, SCSI};
 use crate::error::{Error, Result};
 use crate::firmware::rom;
@@ -112,7 +113,7 @@ fn text(place: Place) -> String {
 ///
 /// # Errors
 /// As for building the machine.
-pub(super) fn all(machine: &Machine) -> Result<Vec<Described>> {
+pub(super) fn all(machine: &Machine, machine_type: MachineType) -> Result<Vec<Described>> {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)])
         .map_err(|e| Error::internal(format!("a page of memory: {e}")))?;
     let memory = Arc::new(memory);
@@ -196,7 +197,11 @@ pub(super) fn all(machine: &Machine) -> Result<Vec<Described>> {
     if machine.watchdog {
         add(Place::WATCHDOG, "watchdog", Arc::new(Watchdog::new()?));
     }
-    add(Place::LPC, "LPC bridge", Arc::new(LpcBridge::new()));
+    add(
+        Place::LPC,
+        "LPC bridge",
+        Arc::new(LpcBridge::new(machine_type)),
+    );
     Ok(all)
 }
 

@@ -29,10 +29,10 @@ use serde_json::{json, Map, Value};
 
 use crate::acpi;
 use crate::bus::Bus;
-use crate::config::DiskBus;
+use crate::config::{DiskBus, MachineType};
 use crate::cpu::model;
 use crate::cpu::msr;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::firmware::files::DIRECTORY;
 use crate::firmware::{self, shadow, smbios, BootDevice, Facts};
 use crate::layout;
@@ -133,10 +133,7 @@ pub struct Nic {
 /// # Errors
 /// `InvalidArgument` and `NotSupported` as for building it.
 pub fn describe(machine: &Machine) -> Result<Value> {
-    if machine.machine_type != crate::config::MACHINE_TYPE {
-        let message = format!("{:?} is not known", machine.machine_type);
-        return Err(Error::new(Kind::NotSupported, "machine_type", message));
-    }
+    let machine_type = MachineType::named(&machine.machine_type)?;
     let host = Arc::new(HostBridge::new(
         layout::ECAM_START,
         match machine.boot {
@@ -148,7 +145,7 @@ pub fn describe(machine: &Machine) -> Result<Value> {
     let ports: Vec<_> = (0..ROOT_PORTS)
         .map(|index| RootPort::new(Arc::new(Nowhere), index, Arc::new(|_| ())).map(Arc::new))
         .collect::<Result<_>>()?;
-    let described = devices::all(machine)?;
+    let described = devices::all(machine, machine_type)?;
     let mut pci = vec![devices::host(host.as_ref())];
     let mut on_bus = Vec::new();
     for device in &described {

@@ -7,9 +7,37 @@ use crate::error::{Error, Kind, Result};
 use crate::layout;
 use crate::virtio::vsock::{CID_LEAST, CID_MOST};
 
-/// The machine type that this crate builds. What it shows a guest is frozen (tests/abi/vmbus-1.json): a change needs a type
-/// of its own beside it.
-pub const MACHINE_TYPE: &str = "vmbus-1";
+/// A machine type. What it shows a guest is frozen (tests/abi/TYPE.json): a change needs a type of its own beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum MachineType {
+    /// `vmbus-1`.
+    One,
+    /// `vmbus-2`: the LPC bridge says that it decodes, without which OVMF uses no serial port.
+    Two,
+}
+
+impl MachineType {
+    /// Those that this crate builds, oldest first.
+    pub const ALL: [(&'static str, MachineType); 2] =
+        [("vmbus-1", MachineType::One), ("vmbus-2", MachineType::Two)];
+
+    /// The one that is called `name`.
+    ///
+    /// # Errors
+    /// `NotSupported` when there is none.
+    pub fn named(name: &str) -> Result<MachineType> {
+        let known = MachineType::ALL;
+        if let Some((_, found)) = known.iter().find(|(each, _)| *each == name) {
+            return Ok(*found);
+        }
+        let message = format!(
+            "{name:?} is not known; {} are",
+            known.map(|(each, _)| each).join(" and ")
+        );
+        Err(Error::new(Kind::NotSupported, "machine_type", message))
+    }
+}
+
 /// The greatest number of vCPUs; the MADT has a place for each of them.
 pub const VCPUS_MAX: u8 = 16;
 /// The least memory that holds the boot structures and a small kernel: 4 MiB.
@@ -27,13 +55,7 @@ impl Config {
     /// # Errors
     /// `InvalidArgument` or `NotSupported`, with the field.
     pub fn check(&self) -> Result<()> {
-        if self.machine_type != MACHINE_TYPE {
-            return Err(Error::new(
-                Kind::NotSupported,
-                "machine_type",
-                format!("{:?} is not known; {MACHINE_TYPE} is", self.machine_type),
-            ));
-        }
+        MachineType::named(&self.machine_type)?;
         if !(1..=VCPUS_MAX).contains(&self.vcpus) {
             return Err(Error::invalid(
                 "vcpus",

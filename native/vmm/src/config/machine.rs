@@ -12,7 +12,7 @@ use crate::memory::Plan;
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Always `vmbus-1`.
+    /// The name of a [`MachineType`](super::MachineType).
     pub machine_type: String,
     /// The machine's UUID in its usual form.
     pub uuid: String,

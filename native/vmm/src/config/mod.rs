@@ -21,7 +21,7 @@ mod requests;
 mod tests;
 
 pub use check::{
-    uuid_bytes, CMDLINE_MAX, MACHINE_TYPE, MEMORY_MAX, MEMORY_MIN, NODES_MAX, VCPUS_MAX,
+    uuid_bytes, MachineType, CMDLINE_MAX, MEMORY_MAX, MEMORY_MIN, NODES_MAX, VCPUS_MAX,
 };
 pub use devices::{Disk, DiskBus, Layer, LinkKind, Nic, Port};
 pub use files::Files;

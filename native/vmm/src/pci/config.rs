@@ -15,6 +15,8 @@ pub const SPACE: usize = 256;
 
 /// The command register (PCI 3.0, 6.2.2).
 pub const COMMAND: u16 = 0x04;
+/// The function decodes its I/O BARs, a bridge what is behind it.
+pub const COMMAND_IO: u16 = 1;
 /// The function decodes its memory BARs.
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// The function may access memory: virtqueues, MSIs.

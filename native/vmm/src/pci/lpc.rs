@@ -3,12 +3,17 @@
 //!
 //! Its registers are state that firmware writes and reads back. The power management block that PMBASE
 //! points at is elsewhere and does not move: PMBASE and ACPI_CNTL are preset to where it is, which is also
-//! where SeaBIOS and OVMF put it.
+//! where SeaBIOS and OVMF put it. From `vmbus-2` on it says that it decodes I/O and memory and masters the bus,
+//! which cannot be turned off (13.1.3): OVMF takes no serial port and no keyboard from a bridge that does not.
 
 use std::sync::Mutex;
 
-use super::config::{ConfigSpace, Identity, MULTIFUNCTION};
+use super::config::{
+    ConfigSpace, Identity, COMMAND, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MASTER,
+    COMMAND_MEMORY, MULTIFUNCTION,
+};
 use super::{Function, Window};
+use crate::config::MachineType;
 use crate::error::Result;
 use crate::layout::PM_BASE;
 use crate::state::{self, State, Stateful};
@@ -45,8 +50,8 @@ const STATE: [(u16, &[u8]); 12] = [
 ];
 
 impl LpcBridge {
-    /// The bridge, with ACPI enabled at its place.
-    pub fn new() -> LpcBridge {
+    /// The bridge as `machine_type` has it, with ACPI enabled at its place.
+    pub fn new(machine_type: MachineType) -> LpcBridge {
         let mut space = ConfigSpace::new(Identity {
             vendor: 0x8086,
             device: 0x2918,
@@ -55,6 +60,11 @@ impl LpcBridge {
             header: MULTIFUNCTION,
             subsystem: (0x1af4, 0x1100),
         });
+        if machine_type >= MachineType::Two {
+            let decodes = COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER;
+            space.put(COMMAND, &decodes.to_le_bytes());
+            space.allow(COMMAND, &COMMAND_INTX_DISABLE.to_le_bytes());
+        }
         for (register, mask) in STATE {
             space.allow(register, mask);
         }
@@ -69,12 +79,6 @@ impl LpcBridge {
         space.put(0x82, &0x0401u16.to_le_bytes());
         space.seal();
         LpcBridge(Mutex::new(space))
-    }
-}
-
-impl Default for LpcBridge {
-    fn default() -> Self {
-        LpcBridge::new()
     }
 }
 
@@ -130,7 +134,7 @@ mod tests {
 
     #[test]
     fn firmware_finds_acpi_on_at_its_place() {
-        let bridge = LpcBridge::new();
+        let bridge = LpcBridge::new(MachineType::Two);
         assert_eq!(u32_at(&bridge, 0), 0x2918_8086);
         assert_eq!(u32_at(&bridge, 0x40), 0x601);
         assert_eq!(u32_at(&bridge, 0x44), 0x80);
@@ -138,9 +142,23 @@ mod tests {
         assert_eq!(u32_at(&bridge, 0x40), 0x601);
     }
 
+    /// SioBusDxe of OVMF looks for both before it takes the serial port.
+    #[test]
+    fn it_decodes_whatever_is_written_from_the_second_type_on() {
+        for (machine_type, decodes) in [(MachineType::One, 0), (MachineType::Two, 7)] {
+            let bridge = LpcBridge::new(machine_type);
+            assert_eq!(u32_at(&bridge, COMMAND) & 7, decodes);
+            bridge.config_write(COMMAND, &[0, 0]);
+            assert_eq!(u32_at(&bridge, COMMAND) & 7, decodes);
+        }
+        let first = LpcBridge::new(MachineType::One);
+        first.config_write(COMMAND, &[7, 0]);
+        assert_eq!(u32_at(&first, COMMAND) & 7, 6);
+    }
+
     #[test]
     fn rcba_keeps_its_address_and_enable_bit() {
-        let bridge = LpcBridge::new();
+        let bridge = LpcBridge::new(MachineType::Two);
         bridge.config_write(0xf0, &0xfed1_ffffu32.to_le_bytes());
         assert_eq!(u32_at(&bridge, 0xf0), 0xfed1_c001);
         bridge.reset();

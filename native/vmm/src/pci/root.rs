@@ -407,6 +407,7 @@ mod tests {
     use super::super::lpc::LpcBridge;
     use super::super::testing::{host_bridge, FakeWiring};
     use super::*;
+    use crate::config::MachineType;
     use crate::layout::{ECAM_START, MMIO32_START, PCI_CONFIG};
 
     struct Fixture {
@@ -419,7 +420,7 @@ mod tests {
         let wiring = Arc::new(FakeWiring::default());
         let (pio, mmio) = (Bus::new(), Arc::new(Bus::new()));
         let functions: Vec<(Place, Arc<dyn Function>)> =
-            vec![(Place::LPC, Arc::new(LpcBridge::new()))];
+            vec![(Place::LPC, Arc::new(LpcBridge::new(MachineType::Two)))];
         let ports = (0..2).map(|index| {
             let port = RootPort::new(wiring.clone(), index, Arc::new(|_| {}));
             Arc::new(port.unwrap())

@@ -19,6 +19,7 @@ use super::balloon::Balloon;
 use super::queue::testing::{self, memory};
 use super::queue::Rings;
 use crate::bus::Bus;
+use crate::config::MachineType;
 use crate::device::Device;
 use crate::devices::{assemble, Board, Devices, DiskSpec, NicSpec, Parts, ScsiSpec};
 use crate::error::Result;
@@ -89,6 +90,7 @@ impl Rig {
         let trouble = Arc::new(Mutex::new(Vec::new()));
         let heard = trouble.clone();
         let board = Board {
+            machine_type: MachineType::Two,
             wiring: wiring.clone(),
             memory: memory(),
             mmio: Arc::new(Bus::new()),

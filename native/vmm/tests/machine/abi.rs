@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use serde_json::{json, Value};
+use vmbus_vmm::config::MachineType;
 use vmbus_vmm::{abi, Kind};
 
 use crate::{build, requires_kvm, run};
@@ -23,7 +24,7 @@ const FOLLOWS: [(&str, usize, u32); 3] = [
 /// A description as JSON, with `change` in place of what it has.
 fn described(change: &Value) -> Value {
     let mut machine = json!({
-        "machine_type": vmbus_vmm::config::MACHINE_TYPE, "uuid": UUID, "vcpus": 1, "memory": MEMORY,
+        "machine_type": "vmbus-2", "uuid": UUID, "vcpus": 1, "memory": MEMORY,
         "cpu_model": "host", "disks": [], "nics": [], "rng": false, "balloon": false, "boot": null,
     });
     for (key, value) in change.as_object().unwrap() {
@@ -118,8 +119,14 @@ fn a_guest_reads_the_registers_that_its_model_has_and_no_others() {
 #[test]
 fn a_guest_finds_the_board_and_the_devices_that_are_described() {
     requires_kvm!();
+    for (machine_type, _) in MachineType::ALL {
+        finds_the_board(machine_type);
+    }
+}
+
+fn finds_the_board(machine_type: &str) {
     let (lan, plugged) = ("52:54:00:12:34:56", "52:54:00:12:34:57");
-    let common = json!({ "vcpus": 2, "rng": true, "balloon": true, "uuid": UUID });
+    let common = json!({ "machine_type": machine_type, "vcpus": 2, "rng": true, "balloon": true, "uuid": UUID });
     let mut description = common.clone();
     description["watchdog"] = json!(true);
     description["ports"] = json!(["org.example.one", "two"]);

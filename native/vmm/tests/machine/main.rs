@@ -87,7 +87,7 @@ pub fn build_with(cmdline: &str, change: Value, rings: Vec<Ring>) -> Result<Runn
         .open("/dev/kvm")
         .unwrap();
     let mut config = json!({
-        "machine_type": "vmbus-1", "uuid": "11111111-2222-4333-8444-555555555555",
+        "machine_type": "vmbus-2", "uuid": "11111111-2222-4333-8444-555555555555",
         "vcpus": 1, "memory": 64 << 20, "cpu_model": "host", "kvm_fd": kvm.into_raw_fd(),
         "console_fd": theirs.into_raw_fd(), "kernel": { "fd": fd(guest()), "cmdline": cmdline },
     });
