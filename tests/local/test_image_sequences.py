@@ -221,3 +221,24 @@ def test_ours_and_qemus_tools_work_on_one_image_in_turns(tmp_path: Path, options
         what = f"step {number}, {sequence.step()}"
         print(what)
         sequence.verify(what)
+
+
+def test_a_snapshot_whose_clusters_qemu_made_its_own_stays_as_it_is(tmp_path: Path) -> None:
+    # Two snapshots share their tables, the disk has its own. QEMU deletes one, and flags what is only the
+    # other's then.
+    path = tmp_path / "image"
+    image.create(str(path), size=MIB)
+    with image.open(str(path), "qcow2") as disk:
+        disk.write(0, b"\x11" * MIB)
+        disk.snapshot("kept")
+        disk.snapshot("gone")
+        disk.write(0, b"\x22" * MIB)
+    subprocess.run(["qemu-img", "snapshot", "-d", "gone", path], check=True)
+    with image.open(str(path), "qcow2") as disk:
+        disk.apply_snapshot("kept")
+        disk.write(0, b"\x33" * (MIB // 2))
+    subprocess.run(["qemu-img", "check", "-q", path], check=True)
+    with image.open(str(path), "qcow2", read_only=True, snapshot="kept") as disk:
+        assert disk.read(0, MIB) == b"\x11" * MIB
+    with image.open(str(path), "qcow2", read_only=True) as disk:
+        assert disk.read(0, MIB) == b"\x33" * (MIB // 2) + b"\x11" * (MIB // 2)

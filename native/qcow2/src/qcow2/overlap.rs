@@ -259,7 +259,7 @@ impl State {
         self.guard_as(geometry, at, holds as u16)
     }
 
-    /// Before an L2 table is unlinked: it is one, perhaps a snapshot's, too.
+    /// Before an L2 table is unlinked, or its flags are cleared: it is one, perhaps a snapshot's, too.
     pub(crate) fn guard_l2(&mut self, geometry: &Geometry, table: L2Table) -> Result<()> {
         let shared = if table.copied {
             0

@@ -9,7 +9,7 @@
 //! |-----------|-----------------------------------------------------|---------------------------------------|
 //! | create    | up below the L1 table                               | both L1 tables; L2 tables with COPIED flags, without them |
 //! | delete    | down below the snapshot's L1 table                  | the L1 table; L2 tables of which clusters have become the disk's alone |
-//! | apply     | up below the snapshot's L1 table, down below the old| the L1 table                          |
+//! | apply     | up below the snapshot's L1 table, down below the old| the L1 table; before that COPIED flags below the snapshot's are cleared |
 
 mod table;
 mod tree;
@@ -33,7 +33,7 @@ use crate::types::HostOffset;
 use table::serialize;
 pub use table::Snapshot;
 pub(crate) use table::{find, read_table};
-use tree::{count_tree, with_flags, without_flags};
+use tree::{clear_flags, count_tree, with_flags, without_flags};
 
 /// Bytes of an L1 table that are read at once.
 const L1_PIECE: u64 = 1 << 20;
@@ -164,6 +164,7 @@ pub fn apply(image: &Image, wanted: &str) -> Result<()> {
     let old = read_l1(image, &geometry, header.l1_offset, header.l1_entries)?;
     new.iter_mut().for_each(|entry| *entry &= !COPIED);
     new.resize(new.len().max(needed as usize), 0);
+    clear_flags(image, &geometry, &new)?;
     let mut switch = Switch::begin(image, &geometry, 0, &[new.len() as u64 * 8])?;
     let done = count_tree(image, &geometry, &new, true)
         .and_then(|()| count_tree(image, &geometry, &old, false))

@@ -82,6 +82,37 @@ pub(super) fn without_flags(
     Ok(l1)
 }
 
+/// Clear the COPIED flags in the L2 tables below a snapshot's L1 table, in place: one flag too few is right at any time.
+///
+/// QEMU sets them there when it deletes another snapshot that shared the tables: the clusters are that snapshot's
+/// alone then, until the disk has them as well.
+pub(super) fn clear_flags(image: &Image, geometry: &Geometry, l1: &[u64]) -> Result<()> {
+    let file = file_of(image, geometry)?;
+    let size = geometry.l2_entry_size() as usize;
+    let mut bytes = vec![0u8; geometry.cluster() as usize];
+    for entry in l1 {
+        let Some(table) = decode_l1(geometry, *entry)? else {
+            continue;
+        };
+        file.read_at(&mut bytes, table.offset.0)?;
+        let mut flagged = false;
+        for at in (0..bytes.len()).step_by(size) {
+            let word = be64(&bytes, at).unwrap_or(0);
+            flagged |= word & COPIED != 0;
+            put64(&mut bytes, at, word & !COPIED);
+        }
+        if !flagged {
+            continue;
+        }
+        let (layer, cluster, block) = (geometry.layer, geometry.cluster(), geometry.block());
+        let offset = table.offset;
+        image.lock().guard_l2(geometry, table)?;
+        file.write_at(&bytes, offset.0)?;
+        image.lock().cache.forget(layer, offset, cluster, block);
+    }
+    Ok(())
+}
+
 /// The L1 table with flags as the copied counts say; L2 tables whose flags change are written elsewhere.
 pub(super) fn with_flags(
     image: &Image,
