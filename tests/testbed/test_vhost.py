@@ -22,6 +22,7 @@ from tests.lab.guest import Console, StockGuest
 from tests.lab.system import ALICE, SLOW, System
 from tests.local.broker_bed import wait_until
 from tests.local.ctl_bed import ctl, place_guest
+from tests.local.migration_bed import SHARED
 from tests.local.test_network import say_to_some
 from tests.testbed.test_network import FEATURES, Server
 
@@ -260,3 +261,19 @@ def test_debian_moves_data_loses_its_cable_and_its_interface_with_the_kernel_s_h
     ours = sum(found[f"pair-{n}"][way]["bytes"] for n in (0, 1) for way in ("received", "transmitted"))
     assert ours < BYTES, "the kernel has moved it"
     assert system.settle(before) == before
+
+
+def test_a_running_guest_moves_to_a_host_without_vhost_net_and_back(system: System) -> None:
+    allow(system, GIVEN)
+    policy = grant(BRIDGE) + DENIED + SHARED.format(place=system.place)
+    with System(policy=policy) as other:
+        other.rule(RULE)
+        # One of a named model: what the host has besides stays there.
+        started(system, "net-echo count=1000", BRIDGE, "--cpu-model", "x86-64-v2-amd-1").close()
+        served(system, 2)
+        assert answered(2)
+        for source, target, queues in ((system, other, 0), (other, system, 2)):
+            ctl(source, "migrate", "net", "--to", target.bus_address)
+            assert answered(2)
+            served(target, queues)
+        gone(system)
