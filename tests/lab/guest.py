@@ -53,11 +53,17 @@ class Console:
     """``vmbusctl console`` in the background: history first, then what comes; input too unless read-only."""
 
     def __init__(
-        self, system: System, user: str, name: str, *words: str, show: Callable[[str], None] | None = None
+        self,
+        system: System,
+        user: str,
+        name: str,
+        *words: str,
+        verb: str = "console",
+        show: Callable[[str], None] | None = None,
     ) -> None:
         self._process = system.popen(
             user,
-            ["vmbusctl", "console", name, *words],
+            ["vmbusctl", verb, name, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -205,6 +211,13 @@ class StockGuest:
         if console:
             self.open_console(show=show)
         return said
+
+    def start_at_console(self) -> None:
+        """``vmbusctl start --console``, in the background: the console is there before the guest's first
+        instruction. Where processors are few a guest with many can be through before another program begins.
+        """
+        self.leave_console()
+        self._console = Console(self.system, self.user, self.name, "--console", verb="start")
 
     def open_console(self, *words: str, show: Callable[[str], None] | None = None) -> Console:
         """Another ``vmbusctl console``; the one before is left."""

@@ -61,7 +61,7 @@ def system() -> Iterator[System]:
 
 def cycle(guest: StockGuest, number: int) -> None:
     """One start to power off; the guest finds what the cycles before it wrote."""
-    guest.start()
+    guest.start_at_console()
     guest.wait_for("unmounted", 60)
     text = guest.console.text
     ended = guest.wait_stopped()

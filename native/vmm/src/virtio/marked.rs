@@ -61,11 +61,18 @@ fn offer(driver: &mut Driver, bytes: &[u8], room: u32) {
 }
 
 /// Has the device do what `begin` begins, until it has given a chain of `driver` back; gives the pages that differ, which all
-/// have marks.
-fn written(rig: &Rig, driver: &Driver, begin: impl FnOnce()) -> Vec<u64> {
+/// have marks. What it shall not do before is offered by `begin`: it looks at its queues when it is resumed, too.
+fn written(rig: &Rig, driver: &mut Driver, begin: impl FnOnce(&mut Driver)) -> Vec<u64> {
+    // As when a migration begins: nobody writes meanwhile who has seen the marks off.
+    for device in &rig.devices.list {
+        device.pause().unwrap();
+    }
     marks::switch(&rig.memory, true);
     let before = content(rig);
-    begin();
+    for device in &rig.devices.list {
+        device.resume();
+    }
+    begin(driver);
     until("the chain comes back", || {
         driver.used_index() == driver.available
     });
@@ -90,12 +97,23 @@ fn written(rig: &Rig, driver: &Driver, begin: impl FnOnce()) -> Vec<u64> {
     differ
 }
 
-/// Rings for a chain of one queue; the used ring and `ROOM` are written to.
-fn rings_and_writes(rig: &Rig, guest: &Guest<'_>, drivers: &[Driver], index: usize) {
+/// Offers a chain to one queue, as [`offer`] does, and rings; the used ring and `ROOM` are written to.
+fn offers_and_writes(
+    rig: &Rig,
+    guest: &Guest<'_>,
+    drivers: &mut [Driver],
+    index: usize,
+    bytes: &[u8],
+    room: u32,
+) {
     let bell = guest.doorbell() + 4 * index as u64;
-    let differ = written(rig, &drivers[index], || assert!(rig.wiring.ring(bell)));
+    let driver = &mut drivers[index];
+    let differ = written(rig, driver, |driver| {
+        offer(driver, bytes, room);
+        assert!(rig.wiring.ring(bell));
+    });
     assert!(differ.contains(&ROOM), "{differ:x?}");
-    assert!(differ.contains(&drivers[index].rings.used), "{differ:x?}");
+    assert!(differ.contains(&driver.rings.used), "{differ:x?}");
 }
 
 #[test]
@@ -106,8 +124,7 @@ fn a_disk_marks_what_it_reads_and_how_it_went() {
         let (guest, mut drivers) = start(&rig, Place::disk(0), 1);
         let mut request = [0; 16];
         request[8] = 1;
-        offer(&mut drivers[0], &request, 0x3001);
-        rings_and_writes(&rig, &guest, &drivers, 0);
+        offers_and_writes(&rig, &guest, &mut drivers, 0, &request, 0x3001);
     }
 }
 
@@ -129,8 +146,8 @@ fn a_disk_marks_the_pages_of_an_indirect_table() {
         .memory
         .write_obj(9u8, GuestAddress(ROOM + 0x5000))
         .unwrap();
-    driver.offer(0);
-    let differ = written(&rig, &drivers[0], || {
+    let differ = written(&rig, driver, |driver| {
+        driver.offer(0);
         assert!(rig.wiring.ring(guest.doorbell()))
     });
     assert!(
@@ -150,16 +167,14 @@ fn a_scsi_host_adapter_marks_its_answers_and_what_it_reads() {
     request.resize(19, 0);
     request.extend([0x12, 0, 0, 0, 96, 0]);
     request.resize(51, 0);
-    offer(&mut drivers[2], &request, 108 + 96);
-    rings_and_writes(&rig, &guest, &drivers, 2);
+    offers_and_writes(&rig, &guest, &mut drivers, 2, &request, 108 + 96);
 }
 
 #[test]
 fn random_numbers_are_marked() {
     let rig = Rig::new(None);
     let (guest, mut drivers) = start(&rig, Place::RNG, 1);
-    offer(&mut drivers[0], &[], 0x2000);
-    rings_and_writes(&rig, &guest, &drivers, 0);
+    offers_and_writes(&rig, &guest, &mut drivers, 0, &[], 0x2000);
 }
 
 #[test]
@@ -170,14 +185,13 @@ fn an_interface_marks_frames_and_answers() {
     assert!(rig.wiring.ring(guest.doorbell()));
     let mut frame = [0; 12].to_vec();
     frame.resize(9000, 5);
-    let differ = written(&rig, &drivers[0], || {
+    let differ = written(&rig, &mut drivers[0], |_| {
         assert_eq!(rig.wire[0].send(&frame).unwrap(), 9000);
     });
     assert!(differ.contains(&(ROOM + 0x1000)), "{differ:x?}");
     // VIRTIO_NET_CTRL_RX_PROMISC, on; the acknowledgement is 0.
     rig.memory.write_obj(9u8, GuestAddress(ROOM)).unwrap();
-    offer(&mut drivers[4], &[0, 0, 1], 1);
-    rings_and_writes(&rig, &guest, &drivers, 4);
+    offers_and_writes(&rig, &guest, &mut drivers, 4, &[0, 0, 1], 1);
 }
 
 #[test]
@@ -191,8 +205,7 @@ fn ports_mark_their_messages_and_bytes() {
     rig.memory
         .write_slice(&[9; 64], GuestAddress(ROOM))
         .unwrap();
-    offer(&mut drivers[2], &[], 64);
-    rings_and_writes(&rig, &guest, &drivers, 2);
+    offers_and_writes(&rig, &guest, &mut drivers, 2, &[], 64);
     // Port 0 is open, and the host writes to it.
     offer(&mut drivers[3], &[0, 0, 0, 0, 3, 0, 1, 0], 0);
     assert!(rig.wiring.ring(guest.doorbell() + 12));
@@ -202,7 +215,7 @@ fn ports_mark_their_messages_and_bytes() {
     until("it is heard", || drivers[3].used_index() == 3);
     offer(&mut drivers[0], &[], 64);
     assert!(rig.wiring.ring(guest.doorbell()));
-    let differ = written(&rig, &drivers[0], || {
+    let differ = written(&rig, &mut drivers[0], |_| {
         (&rig.far[0]).write_all(b"hello").unwrap();
     });
     assert!(differ.contains(&ROOM), "{differ:x?}");
@@ -224,8 +237,9 @@ fn a_socket_device_marks_its_packets() {
         operation: 5,
         ..Packet::default()
     };
-    offer(&mut drivers[1], &packet.bytes(), 0);
-    let differ = written(&rig, &drivers[0], || {
+    let (received, sent) = drivers.split_at_mut(1);
+    let differ = written(&rig, &mut received[0], |_| {
+        offer(&mut sent[0], &packet.bytes(), 0);
         assert!(rig.wiring.ring(guest.doorbell() + 4));
     });
     assert!(differ.contains(&ROOM), "{differ:x?}");
@@ -239,6 +253,5 @@ fn the_balloon_marks_what_it_empties() {
         .write_slice(&[7; 64], GuestAddress(ROOM))
         .unwrap();
     let page = (ROOM / PAGE) as u32;
-    offer(&mut drivers[0], &page.to_le_bytes(), 0);
-    rings_and_writes(&rig, &guest, &drivers, 0);
+    offers_and_writes(&rig, &guest, &mut drivers, 0, &page.to_le_bytes(), 0);
 }
