@@ -102,7 +102,8 @@ class WorkerClient:
         if result.lifeline != wire.LIFELINE:
             raise VmbusError("Restricted", f"the worker's lifeline is version {result.lifeline}")
         self.restricted = result.version not in SUPPORTED
-        self.state = result.state or ""
+        if not self.told_state:  # an event that came right behind is newer
+            self.state = result.state or ""
         return result
 
     def acknowledge(self, seq: int) -> None:
