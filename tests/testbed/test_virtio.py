@@ -74,7 +74,7 @@ def printed(system: System, name: str, script: str) -> str:
     with StockGuest(system, name, script=script, vcpus=2) as guest:
         guest.make_disk()
         guest.define()
-        guest.start()
+        guest.start_at_console()
         guest.console.wait_closed(90)
         text = guest.console.text.replace("\r", "")
         ended = guest.wait_stopped()
