@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from bench import report
 from bench.net import ip
 from bench.peers import EMULATOR
+from bench.save import Qmp
 from bench.system import Measured
 from tests.lab.bridge import RULE, bridge, grant
 from tests.lab.system import ALICE
@@ -30,25 +30,6 @@ from tests.local.worker_guest import image
 ROUNDS = 20
 BRIDGE = f"vmbb{os.getpid()}"
 PORTS = 8  # hotplug slots
-
-
-class Qmp:
-    """QEMU's monitor."""
-
-    def __init__(self, path: Path) -> None:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(str(path))
-        self._stream = sock.makefile("rw")
-        self._stream.readline()
-        self("qmp_capabilities")
-
-    def __call__(self, command: str, **arguments: Any) -> None:
-        """Carry out ``command``."""
-        self._stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._stream.flush()
-        while "return" not in (answer := json.loads(self._stream.readline())):
-            if "error" in answer:
-                raise RuntimeError(f"{command}: {answer['error']}")
 
 
 def theirs() -> list[float]:
@@ -85,8 +66,10 @@ def _attached(console: IO[bytes], monitor: Path, taps: list[str]) -> list[float]
     samples = []
     for port, tap in enumerate(taps):
         begin = time.perf_counter()
-        qmp("netdev_add", type="tap", id=f"n{port}", ifname=tap, script="no", downscript="no", vhost=False)
-        qmp("device_add", driver="virtio-net-pci", netdev=f"n{port}", bus=f"p{port}", romfile="")
+        qmp.ask(
+            "netdev_add", type="tap", id=f"n{port}", ifname=tap, script="no", downscript="no", vhost=False
+        )
+        qmp.ask("device_add", driver="virtio-net-pci", netdev=f"n{port}", bus=f"p{port}", romfile="")
         # Its structures are behind a BAR that the guest does not place; it has read all its capabilities.
         samples.append(said(f"plug: slot {port + 1}: no virtio device") - begin)
     return samples
